@@ -1,0 +1,20 @@
+//! What a sandbox is: its name, states, hardware, policy and record.
+//!
+//! Everything here is pure: no I/O, no clock, no locks. The rules that other rooms
+//! must agree on (which step leads where, what a valid id is, what `5m` means, when
+//! a sandbox counts as idle) are each written once, here.
+
+mod id;
+mod period;
+mod record;
+mod spec;
+mod state;
+mod time;
+
+pub use id::{IdError, SandboxId};
+pub use period::{Period, PeriodError};
+pub use record::{Owner, ProcessIdentity, Record, RowId, SnapshotFacts};
+pub use spec::{Disk, NetMode, Spec, SpecDocument, SpecError, VmmChoice};
+pub(crate) use spec::{line_of, memory_from_text};
+pub use state::{Refused, State, Step};
+pub use time::Timestamp;

@@ -1,0 +1,207 @@
+//! What is known of one sandbox.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use super::{Period, SandboxId, Spec, State, Timestamp};
+
+/// The number of a sandbox's row. It is never used again, so it also names the
+/// sandbox's directory in the store and, as a part of it, its inode numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RowId(pub u64);
+
+impl fmt::Display for RowId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Whose a sandbox is: the user and group of the process that made it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Owner {
+    /// The user.
+    pub uid: u32,
+    /// The group, which is the organisation.
+    pub gid: u32,
+}
+
+/// What tells one process from every other that has had its number.
+///
+/// Where the kernel has pidfs (Linux 6.9), the inode of a pidfd is unique for the
+/// time of a boot; otherwise the start time in clock ticks, which two processes may
+/// share, has to do, together with executable and command line.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ProcessIdentity {
+    /// The process id in the daemon's pid namespace.
+    pub pid: u32,
+    /// `/proc/sys/kernel/random/boot_id` of the boot that it was started in.
+    pub boot_id: Box<str>,
+    /// The inode of its pidfd, where the kernel has pidfs.
+    pub pidfs_inode: Option<u64>,
+    /// Field 22 of `/proc/PID/stat`, in clock ticks since boot.
+    pub start_ticks: u64,
+}
+
+/// What the index remembers of the snapshot that a sandbox sleeps on. Its manifest
+/// is the truth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SnapshotFacts {
+    /// The number that its directory is named by.
+    pub generation: u64,
+    /// The bytes that it takes on disk.
+    pub bytes: u64,
+    /// When it was committed.
+    pub at: Timestamp,
+}
+
+/// What is known of one sandbox, but for its activity, which changes too often.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// Its row.
+    pub row: RowId,
+    /// Its name.
+    pub id: SandboxId,
+    /// Whose it is.
+    pub owner: Owner,
+    /// Where it is in its life.
+    pub state: State,
+    /// When it came into that state.
+    pub since: Timestamp,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// The count of completed sleeps and wakes.
+    pub generation: u64,
+    /// Its hardware and guest.
+    pub spec: Arc<Spec>,
+    /// How long without activity before the reaper puts it to sleep.
+    pub idle_after: Period,
+    /// How long asleep before the reaper deletes it.
+    pub delete_after: Period,
+    /// Whether neither `rmdir` nor the reaper may delete it.
+    pub pinned: bool,
+    /// The VMM that runs it or that it sleeps by, such as `qemu 7.2.22`.
+    pub vmm: Option<Box<str>>,
+    /// The VMM's process, from just before its first instruction to its end.
+    pub process: Option<ProcessIdentity>,
+    /// The snapshot that it sleeps on.
+    pub snapshot: Option<SnapshotFacts>,
+    /// The count of completed sleeps.
+    pub sleeps: u64,
+    /// The count of completed wakes from a snapshot.
+    pub wakes: u64,
+    /// How long its last sleep took.
+    pub last_sleep: Option<Duration>,
+    /// How long its last wake took.
+    pub last_wake: Option<Duration>,
+    /// Why the last operation failed, or why it ended by itself: one line.
+    pub error: Option<Box<str>>,
+    /// Before this moment the reaper leaves it alone, as its last try failed.
+    pub retry_at: Option<Timestamp>,
+}
+
+impl Record {
+    /// Returns when the reaper is to put it to sleep if nothing more happens, given its
+    /// last activity; `None` where it is not.
+    #[must_use]
+    pub fn sleep_at(&self, last_activity: Timestamp) -> Option<Timestamp> {
+        match self.state {
+            State::Running => {
+                let at = last_activity.after(self.idle_after.duration()?);
+                Some(self.not_before_retry(at))
+            }
+            State::Stopped
+            | State::Booting
+            | State::Snapshotting
+            | State::Snapshotted
+            | State::Restoring
+            | State::Deleting => None,
+        }
+    }
+
+    /// Returns when the reaper is to delete it if nothing more happens; `None` where it
+    /// is not.
+    #[must_use]
+    pub fn delete_at(&self) -> Option<Timestamp> {
+        match self.state {
+            State::Snapshotted if !self.pinned => {
+                let asleep_since = self.snapshot.map_or(self.since, |snapshot| snapshot.at);
+                let at = asleep_since.after(self.delete_after.duration()?);
+                Some(self.not_before_retry(at))
+            }
+            State::Snapshotted
+            | State::Stopped
+            | State::Booting
+            | State::Running
+            | State::Snapshotting
+            | State::Restoring
+            | State::Deleting => None,
+        }
+    }
+
+    fn not_before_retry(&self, at: Timestamp) -> Timestamp {
+        self.retry_at.map_or(at, |retry_at| at.max(retry_at))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Duration};
+
+    use super::*;
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_millis(seconds * 1000)
+    }
+
+    fn record(state: State) -> Record {
+        Record {
+            row: RowId(1),
+            id: "web-1".parse().unwrap(),
+            owner: Owner { uid: 0, gid: 0 },
+            state,
+            since: at(0),
+            created_at: at(0),
+            generation: 0,
+            spec: Arc::new(Spec::default()),
+            idle_after: Period::After(Duration::from_secs(60)),
+            delete_after: Period::After(Duration::from_secs(600)),
+            pinned: false,
+            vmm: None,
+            process: None,
+            snapshot: Some(SnapshotFacts { generation: 1, bytes: 0, at: at(100) }),
+            sleeps: 0,
+            wakes: 0,
+            last_sleep: None,
+            last_wake: None,
+            error: None,
+            retry_at: None,
+        }
+    }
+
+    #[test]
+    fn only_what_runs_is_due_to_sleep_and_only_what_sleeps_to_be_deleted() {
+        for state in State::ALL {
+            let record = record(state);
+            let sleeps = (state == State::Running).then(|| at(70));
+            let deletes = (state == State::Snapshotted).then(|| at(700));
+            assert_eq!(record.sleep_at(at(10)), sleeps, "{state}");
+            assert_eq!(record.delete_at(), deletes, "{state}");
+        }
+    }
+
+    #[test]
+    fn never_and_pinned_mean_never() {
+        let never = Record { idle_after: Period::Never, ..record(State::Running) };
+        assert_eq!(never.sleep_at(at(10)), None);
+        let never = Record { delete_after: Period::Never, ..record(State::Snapshotted) };
+        assert_eq!(never.delete_at(), None);
+        let pinned = Record { pinned: true, ..record(State::Snapshotted) };
+        assert_eq!(pinned.delete_at(), None);
+    }
+
+    #[test]
+    fn a_failed_try_puts_the_next_one_off_but_never_forward() {
+        let later = Record { retry_at: Some(at(90)), ..record(State::Running) };
+        assert_eq!(later.sleep_at(at(10)), Some(at(90)));
+        assert_eq!(later.sleep_at(at(80)), Some(at(140)));
+    }
+}

@@ -1,0 +1,365 @@
+//! The hardware and guest of a sandbox, as the keys of `[template]` and of `config`.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use toml::Spanned;
+
+const MIB: u64 = 1 << 20;
+/// Less memory than this boots no guest that we know of.
+const MEMORY_MIN_BYTES: u64 = 8 * MIB;
+/// More than any host we have heard of, and far from every overflow.
+const MEMORY_MAX_BYTES: u64 = 16 << 40;
+/// Where QEMU's microvm ends; sandboxes are small.
+const VCPUS_MAX: u8 = 64;
+/// A microvm has eight virtio-mmio transports; balloon and entropy take two.
+const DISKS_MAX: usize = 6;
+/// The x86 boot protocol's limit for a command line (`COMMAND_LINE_SIZE`).
+const CMDLINE_MAX_BYTES: usize = 2048;
+
+/// Which VMM runs a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmChoice {
+    /// The best that works on this host.
+    #[default]
+    Auto,
+    /// QEMU, with or without hardware virtualisation.
+    Qemu,
+    /// Cloud Hypervisor.
+    CloudHypervisor,
+}
+
+/// Which network a sandbox has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetMode {
+    /// No interface at all.
+    #[default]
+    None,
+}
+
+/// A disk of a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct Disk {
+    /// The raw image. A writable disk is copied from it at the first wake.
+    pub path: PathBuf,
+    /// Whether sandboxes share the image and cannot write to it.
+    pub readonly: bool,
+}
+
+/// What a sandbox's machine is made of. Fixed while it is not `stopped`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct Spec {
+    /// Which VMM runs it.
+    pub vmm: VmmChoice,
+    /// The count of its vCPUs, from 1 to 64.
+    pub vcpus: u8,
+    /// The size of its memory, whole MiB.
+    #[serde(rename = "memory", serialize_with = "memory_as_text")]
+    pub memory_bytes: u64,
+    /// The kernel: an ELF with a PVH note, or a bzImage.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM file system.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Its network.
+    pub net: NetMode,
+    /// Its disks, in the order in which the guest sees them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
+}
+
+/// Why a document is no spec.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SpecError {
+    /// The line of the document, from 1, where it is known.
+    pub line: Option<usize>,
+    /// What is wrong with which key, and what is accepted.
+    pub message: String,
+}
+
+impl fmt::Display for SpecError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(line) = self.line {
+            write!(f, "line {line}: ")?;
+        }
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for SpecError {}
+
+impl Default for Spec {
+    fn default() -> Self {
+        Self {
+            vmm: VmmChoice::Auto,
+            vcpus: 1,
+            memory_bytes: 256 * MIB,
+            kernel: None,
+            initramfs: None,
+            cmdline: "console=ttyS0".to_owned(),
+            net: NetMode::None,
+            disks: Vec::new(),
+        }
+    }
+}
+
+/// The document that a spec is read from, with the place of each path in it.
+///
+/// `config` has these keys at its top level, and the daemon's configuration has
+/// them under `[template]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpecDocument {
+    vmm: Option<VmmChoice>,
+    #[serde(default, deserialize_with = "vcpus_from_number")]
+    vcpus: Option<u8>,
+    #[serde(default, deserialize_with = "memory_from_text")]
+    memory: Option<u64>,
+    kernel: Option<Spanned<AbsolutePath>>,
+    initramfs: Option<Spanned<AbsolutePath>>,
+    #[serde(default, deserialize_with = "cmdline_from_text")]
+    cmdline: Option<String>,
+    net: Option<NetMode>,
+    disks: Option<Vec<DiskDocument>>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DiskDocument {
+    path: Spanned<AbsolutePath>,
+    #[serde(default)]
+    readonly: bool,
+}
+
+#[derive(Debug, Clone)]
+struct AbsolutePath(PathBuf);
+
+impl<'de> Deserialize<'de> for AbsolutePath {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let path = PathBuf::deserialize(deserializer)?;
+        // QEMU's option syntax is not meant for them, and no honest path has any.
+        if path.to_string_lossy().chars().any(char::is_control) {
+            return Err(D::Error::custom("a path has no control characters"));
+        }
+        if path.is_absolute() {
+            Ok(Self(path))
+        } else {
+            Err(D::Error::custom(format!(
+                "`{}` is a relative path; write an absolute one",
+                path.display()
+            )))
+        }
+    }
+}
+
+impl SpecDocument {
+    /// Returns the spec that this document describes; what it leaves out is as in `base`.
+    ///
+    /// `missing` says what is wrong with a file that the document names, if anything;
+    /// `text` is the whole text that the document was read from.
+    ///
+    /// # Errors
+    /// A sentence with line and key for the first thing that cannot be.
+    pub fn into_spec(
+        self,
+        base: &Spec,
+        text: &str,
+        missing: &dyn Fn(&Path) -> Option<String>,
+    ) -> Result<Spec, SpecError> {
+        let found = |key: &str, path: Spanned<AbsolutePath>| {
+            let line = line_of(text, path.span().start);
+            let path = path.into_inner().0;
+            match missing(&path) {
+                None => Ok(path),
+                Some(why) => Err(SpecError {
+                    line: Some(line),
+                    message: format!("`{key}`: {}: {why}", path.display()),
+                }),
+            }
+        };
+        let kernel = self.kernel.map(|path| found("kernel", path)).transpose()?;
+        let initramfs = self.initramfs.map(|path| found("initramfs", path)).transpose()?;
+        let disks = match self.disks {
+            None => base.disks.clone(),
+            Some(disks) => disks
+                .into_iter()
+                .map(|disk| {
+                    let readonly = disk.readonly;
+                    found("disks.path", disk.path).map(|path| Disk { path, readonly })
+                })
+                .collect::<Result<Vec<_>, _>>()?,
+        };
+        if disks.len() > DISKS_MAX {
+            let message = format!("`disks`: a sandbox has at most {DISKS_MAX} disks");
+            return Err(SpecError { line: None, message });
+        }
+        Ok(Spec {
+            vmm: self.vmm.unwrap_or(base.vmm),
+            vcpus: self.vcpus.unwrap_or(base.vcpus),
+            memory_bytes: self.memory.unwrap_or(base.memory_bytes),
+            kernel: kernel.or_else(|| base.kernel.clone()),
+            initramfs: initramfs.or_else(|| base.initramfs.clone()),
+            cmdline: self.cmdline.unwrap_or_else(|| base.cmdline.clone()),
+            net: self.net.unwrap_or(base.net),
+            disks,
+        })
+    }
+}
+
+impl Spec {
+    /// Reads a whole `config` document; what it leaves out is as in `base`.
+    ///
+    /// # Errors
+    /// As [`SpecDocument::into_spec`], and for text that is no such document.
+    pub fn parse(
+        text: &str,
+        base: &Self,
+        missing: &dyn Fn(&Path) -> Option<String>,
+    ) -> Result<Self, SpecError> {
+        let document: SpecDocument =
+            toml::from_str(text).map_err(|error| SpecError::from_toml(&error, text))?;
+        document.into_spec(base, text, missing)
+    }
+
+    /// Returns the document that reads back as this spec.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("a spec has nothing that TOML cannot say")
+    }
+}
+
+impl SpecError {
+    /// Makes one sentence of what the TOML reader says.
+    #[must_use]
+    pub fn from_toml(error: &toml::de::Error, text: &str) -> Self {
+        let line = error.span().map(|span| line_of(text, span.start));
+        let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
+        Self { line, message }
+    }
+}
+
+/// Returns the line, from 1, that byte `offset` of `text` is in.
+pub(crate) fn line_of(text: &str, offset: usize) -> usize {
+    let before = text.as_bytes().get(..offset).unwrap_or(text.as_bytes());
+    1 + before.iter().filter(|byte| **byte == b'\n').count()
+}
+
+fn vcpus_from_number<'de, D: Deserializer<'de>>(input: D) -> Result<Option<u8>, D::Error> {
+    let count = i64::deserialize(input)?;
+    u8::try_from(count)
+        .ok()
+        .filter(|count| (1..=VCPUS_MAX).contains(count))
+        .map(Some)
+        .ok_or_else(|| D::Error::custom(format!("`vcpus` is from 1 to {VCPUS_MAX}, not {count}")))
+}
+
+/// Reads a size such as `256MiB`, of a sandbox or of many together.
+pub(crate) fn memory_from_text<'de, D: Deserializer<'de>>(
+    input: D,
+) -> Result<Option<u64>, D::Error> {
+    let text = String::deserialize(input)?;
+    let accepted = "write it with its unit, as \"256MiB\" or \"4GiB\"";
+    // A bare number would be bytes to the library and MiB to most people.
+    if !text.ends_with(['B', 'b']) {
+        return Err(D::Error::custom(format!("`memory` = \"{text}\" has no unit; {accepted}")));
+    }
+    let bytes = parse_size::parse_size(&text)
+        .map_err(|_| D::Error::custom(format!("`memory` = \"{text}\" is no size; {accepted}")))?;
+    if !bytes.is_multiple_of(MIB) {
+        return Err(D::Error::custom(format!(
+            "`memory` = \"{text}\" is not a whole number of MiB; {accepted}"
+        )));
+    }
+    if !(MEMORY_MIN_BYTES..=MEMORY_MAX_BYTES).contains(&bytes) {
+        return Err(D::Error::custom(format!(
+            "`memory` is from {}MiB to {}TiB, not \"{text}\"",
+            MEMORY_MIN_BYTES / MIB,
+            MEMORY_MAX_BYTES >> 40
+        )));
+    }
+    Ok(Some(bytes))
+}
+
+fn cmdline_from_text<'de, D: Deserializer<'de>>(input: D) -> Result<Option<String>, D::Error> {
+    let text = String::deserialize(input)?;
+    if text.len() > CMDLINE_MAX_BYTES || text.chars().any(char::is_control) {
+        return Err(D::Error::custom(format!(
+            "`cmdline` is one line of at most {CMDLINE_MAX_BYTES} bytes"
+        )));
+    }
+    Ok(Some(text))
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde hands over a reference")]
+fn memory_as_text<S: Serializer>(bytes: &u64, output: S) -> Result<S::Ok, S::Error> {
+    let mib = bytes / MIB;
+    if mib.is_multiple_of(1024) {
+        output.collect_str(&format_args!("{}GiB", mib / 1024))
+    } else {
+        output.collect_str(&format_args!("{mib}MiB"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Spec, SpecError> {
+        Spec::parse(text, &Spec::default(), &|_| None)
+    }
+
+    #[test]
+    fn a_spec_reads_back_as_it_was_written() {
+        let text = "vmm = \"qemu\"\nvcpus = 2\nmemory = \"2GiB\"\nkernel = \"/k\"\n\
+                    cmdline = \"quiet\"\nnet = \"none\"\n\n\
+                    [[disks]]\npath = \"/d\"\nreadonly = true\n";
+        let spec = parse(text).unwrap();
+        assert_eq!(spec.to_toml(), text);
+        assert_eq!(parse(&Spec::default().to_toml()), Ok(Spec::default()));
+    }
+
+    #[test]
+    fn what_a_document_leaves_out_is_as_in_the_base() {
+        let base = Spec { vcpus: 3, kernel: Some("/k".into()), ..Spec::default() };
+        let spec = Spec::parse("memory = \"64MiB\"", &base, &|_| None).unwrap();
+        assert_eq!(spec, Spec { memory_bytes: 64 << 20, ..base });
+    }
+
+    #[test]
+    fn each_bad_key_is_named_with_its_line_and_what_is_accepted() {
+        for (text, line, says) in [
+            ("\nbogus = 1", 2, "unknown field `bogus`, expected one of `vmm`"),
+            ("memory = \"256\"", 1, "write it with its unit"),
+            ("memory = 256", 1, "expected a string"),
+            ("vcpus = 1\nmemory = \"1KiB\"", 2, "whole number of MiB"),
+            ("memory = \"1MiB\"", 1, "from 8MiB to 16TiB"),
+            ("memory = \"lots of GiB\"", 1, "is no size"),
+            ("vcpus = 0", 1, "from 1 to 64, not 0"),
+            ("vcpus = 65", 1, "from 1 to 64, not 65"),
+            ("vmm = \"xen\"", 1, "expected one of `auto`, `qemu`, `cloud-hypervisor`"),
+            ("kernel = \"k\"", 1, "write an absolute one"),
+            ("[[disks]]\npath = \"/d\"\nsize = 1", 3, "unknown field `size`"),
+            ("vcpus = \n", 1, ""),
+        ] {
+            let error = parse(text).expect_err(text);
+            assert!(error.message.contains(says), "{text:?}: {error}");
+            assert_eq!(error.line, Some(line), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_named_with_its_line() {
+        let text = "vcpus = 1\nkernel = \"/no/such\"";
+        let missing = |_: &Path| Some("no such file".to_owned());
+        let error = Spec::parse(text, &Spec::default(), &missing).unwrap_err();
+        assert_eq!(error.to_string(), "line 2: `kernel`: /no/such: no such file");
+    }
+}
