@@ -9,3 +9,4 @@
 
 pub mod sandbox;
 mod sync;
+pub mod sys;

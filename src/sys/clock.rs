@@ -1,0 +1,334 @@
+//! Clocks: the daemon's steady time line, deadlines and stopwatches.
+//!
+//! Three clocks, each with one job. What a sandbox's age is measured by is the steady
+//! line ([`Clock`]): it goes on as `CLOCK_BOOTTIME` does, across restarts of the daemon
+//! and reboots of the host, and a step of the wall clock does not move it. The wall
+//! clock only starts the line and is shown to people. How long we wait for something is
+//! `CLOCK_MONOTONIC` ([`Deadline`], [`Stopwatch`]), which a suspend stops.
+
+use std::{
+    fmt, fs, io,
+    sync::atomic::{AtomicI64, Ordering},
+    time::{Duration, Instant},
+};
+
+use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+
+use crate::sandbox::Timestamp;
+
+/// Where the kernel tells which boot this is.
+const BOOT_ID_FILE: &str = "/proc/sys/kernel/random/boot_id";
+/// Far longer than any wait of ours, and far from the end of the kernel's clock.
+const DEADLINE_MAX: Duration = Duration::from_secs(366 * 86_400);
+/// The longest pause between two tries. Whoever wants to wait longer wants to wait for
+/// a condition.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// By how much the wall clock may drift from the steady line before times are shown anew.
+const WALL_TREMBLE_MILLIS: i64 = 1000;
+
+/// Tells where on the steady time line we are.
+pub trait Clock: fmt::Debug + Send + Sync {
+    /// Returns the present moment.
+    fn now(&self) -> Timestamp;
+
+    /// Returns what the wall clock would have shown at `at`, as it is set today.
+    fn wall(&self, at: Timestamp) -> jiff::Timestamp;
+}
+
+/// What a daemon must know of its predecessor's time line to go on with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockBasis {
+    /// The boot in which `offset_millis` holds.
+    pub boot_id: String,
+    /// The steady line minus `CLOCK_BOOTTIME`, in milliseconds.
+    pub offset_millis: i64,
+    /// The latest moment that was seen; the line never goes back behind it.
+    #[serde(with = "millis")]
+    pub last_seen: Timestamp,
+}
+
+/// The steady time line of this host.
+#[derive(Debug)]
+pub struct HostClock {
+    boot_id: String,
+    offset_millis: i64,
+    /// The wall clock minus the steady line, as last displayed, in milliseconds.
+    wall_offset_millis: AtomicI64,
+}
+
+impl ClockBasis {
+    /// Returns the text that reads back as this basis.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        serde_json::to_string(self).expect("a basis is three plain values")
+    }
+
+    /// Reads a basis; `None` where the text is none.
+    #[must_use]
+    pub fn from_text(text: &str) -> Option<Self> {
+        serde_json::from_str(text).ok()
+    }
+}
+
+impl HostClock {
+    /// Goes on with the line that `stored` describes, or starts one at the wall clock.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell which boot this is.
+    pub fn start(stored: Option<&ClockBasis>) -> io::Result<Self> {
+        let boot_id = boot_id()?;
+        let since_boot = millis_of(ClockId::Boottime);
+        let wall = millis_of(ClockId::Realtime);
+        let offset_millis = continued_offset(stored, &boot_id, since_boot, wall);
+        Ok(Self { boot_id, offset_millis, wall_offset_millis: AtomicI64::new(i64::MIN) })
+    }
+
+    /// Returns what the next daemon must know to go on with this line.
+    #[must_use]
+    pub fn basis(&self) -> ClockBasis {
+        ClockBasis {
+            boot_id: self.boot_id.clone(),
+            offset_millis: self.offset_millis,
+            last_seen: self.now(),
+        }
+    }
+}
+
+impl Clock for HostClock {
+    fn now(&self) -> Timestamp {
+        let since_boot = millis_of(ClockId::Boottime);
+        Timestamp::from_millis(since_boot.saturating_add(self.offset_millis))
+    }
+
+    fn wall(&self, at: Timestamp) -> jiff::Timestamp {
+        // One moment reads the same each time, or a file's mtime would tremble: the two
+        // clocks are not read at once, and the wall clock is slewed. So the offset is
+        // kept until it is really another.
+        let offset = millis_of(ClockId::Realtime).saturating_sub(self.now().as_millis());
+        let kept = self.wall_offset_millis.load(Ordering::Relaxed);
+        let kept = if offset.saturating_sub(kept).saturating_abs() > WALL_TREMBLE_MILLIS {
+            self.wall_offset_millis.store(offset, Ordering::Relaxed);
+            offset
+        } else {
+            kept
+        };
+        displayed(at.as_millis().saturating_add(kept))
+    }
+}
+
+/// A clock that moves only when it is told to, for tests.
+#[derive(Debug, Default)]
+pub struct ManualClock {
+    millis: AtomicI64,
+}
+
+impl ManualClock {
+    /// Makes a clock that stands at `at`.
+    #[must_use]
+    pub fn at(at: Timestamp) -> Self {
+        Self { millis: AtomicI64::new(at.as_millis()) }
+    }
+
+    /// Puts the clock at `at`.
+    pub fn set(&self, at: Timestamp) {
+        self.millis.store(at.as_millis(), Ordering::SeqCst);
+    }
+
+    /// Moves the clock on.
+    pub fn advance(&self, by: Duration) {
+        self.set(self.now().after(by));
+    }
+}
+
+impl Clock for ManualClock {
+    fn now(&self) -> Timestamp {
+        Timestamp::from_millis(self.millis.load(Ordering::SeqCst))
+    }
+
+    fn wall(&self, at: Timestamp) -> jiff::Timestamp {
+        displayed(at.as_millis())
+    }
+}
+
+/// The moment at which a bounded wait ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Deadline {
+    at: Instant,
+}
+
+impl Deadline {
+    /// Makes the deadline `limit` from now; more than a year counts as a year.
+    #[must_use]
+    pub fn after(limit: Duration) -> Self {
+        Self { at: monotonic_now() + limit.min(DEADLINE_MAX) }
+    }
+
+    /// Returns how long is left, or nought.
+    #[must_use]
+    pub fn left(&self) -> Duration {
+        self.at.saturating_duration_since(monotonic_now())
+    }
+
+    /// Says whether nothing is left.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.left().is_zero()
+    }
+}
+
+/// Measures how long something takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Stopwatch {
+    started: Instant,
+}
+
+impl Stopwatch {
+    /// Starts measuring.
+    #[must_use]
+    pub fn start() -> Self {
+        Self { started: monotonic_now() }
+    }
+
+    /// Returns how long it has been.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        monotonic_now().saturating_duration_since(self.started)
+    }
+}
+
+/// Returns what tells this boot of the host from every other.
+///
+/// # Errors
+/// Where `/proc` is not mounted.
+pub fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string(BOOT_ID_FILE)?.trim().to_owned())
+}
+
+/// Pauses between two tries of something that nobody tells us the end of; at most a second.
+#[allow(clippy::disallowed_methods, reason = "this is the one sleep that the ban leaves")]
+pub fn pause_for(duration: Duration) {
+    std::thread::sleep(duration.min(PAUSE_MAX));
+}
+
+/// Returns how far the steady line is ahead of `since_boot`.
+fn continued_offset(stored: Option<&ClockBasis>, boot: &str, since_boot: i64, wall: i64) -> i64 {
+    let Some(stored) = stored else {
+        return wall.saturating_sub(since_boot);
+    };
+    let earliest = stored.last_seen.as_millis().saturating_sub(since_boot);
+    let offset =
+        if stored.boot_id == boot { stored.offset_millis } else { wall.saturating_sub(since_boot) };
+    // In the same boot this only matters where the host is itself a machine that was
+    // taken back to an earlier snapshot.
+    offset.max(earliest)
+}
+
+fn millis_of(clock: ClockId) -> i64 {
+    let time = clock_gettime(clock);
+    time.tv_sec.saturating_mul(1000).saturating_add(time.tv_nsec / 1_000_000)
+}
+
+#[allow(clippy::disallowed_methods, reason = "this is the place that the ban points to")]
+fn monotonic_now() -> Instant {
+    Instant::now()
+}
+
+/// Returns `millis` of Unix time for people; what no calendar has is the nearest that it has.
+fn displayed(millis: i64) -> jiff::Timestamp {
+    jiff::Timestamp::from_millisecond(millis).unwrap_or(if millis < 0 {
+        jiff::Timestamp::MIN
+    } else {
+        jiff::Timestamp::MAX
+    })
+}
+
+/// A moment as its count of milliseconds.
+mod millis {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use crate::sandbox::Timestamp;
+
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde hands over a reference")]
+    pub(super) fn serialize<S: Serializer>(at: &Timestamp, output: S) -> Result<S::Ok, S::Error> {
+        output.serialize_i64(at.as_millis())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(input: D) -> Result<Timestamp, D::Error> {
+        i64::deserialize(input).map(Timestamp::from_millis)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn basis(boot: &str, offset_millis: i64, last_seen: i64) -> ClockBasis {
+        ClockBasis {
+            boot_id: boot.to_owned(),
+            offset_millis,
+            last_seen: Timestamp::from_millis(last_seen),
+        }
+    }
+
+    #[test]
+    fn a_new_line_starts_at_the_wall_clock() {
+        assert_eq!(continued_offset(None, "b", 500, 10_000), 9_500);
+    }
+
+    #[test]
+    fn a_restart_in_the_same_boot_ignores_the_wall_clock() {
+        let stored = basis("b", 9_500, 10_000);
+        for wall in [0, 10_100, 99_999_999] {
+            assert_eq!(continued_offset(Some(&stored), "b", 600, wall), 9_500);
+        }
+    }
+
+    #[test]
+    fn after_a_reboot_the_line_goes_on_at_the_wall_clock_and_never_back() {
+        let stored = basis("old", 9_500, 10_000);
+        assert_eq!(continued_offset(Some(&stored), "new", 50, 20_000), 19_950);
+        assert_eq!(continued_offset(Some(&stored), "new", 50, 1_000), 9_950);
+    }
+
+    #[test]
+    fn a_line_that_would_be_behind_what_was_seen_is_moved_up() {
+        let stored = basis("b", 9_500, 10_000);
+        assert_eq!(continued_offset(Some(&stored), "b", 100, 0), 9_900);
+    }
+
+    #[test]
+    fn the_host_clock_is_taken_up_where_it_was_left() {
+        let first = HostClock::start(None).unwrap();
+        let stored = first.basis();
+        let text = serde_json::to_string(&stored).unwrap();
+        assert_eq!(serde_json::from_str::<ClockBasis>(&text).unwrap(), stored, "{text}");
+        let second = HostClock::start(Some(&stored)).unwrap();
+        assert_eq!(second.basis().offset_millis, stored.offset_millis);
+        assert!(second.now() >= stored.last_seen);
+        let wall = first.wall(first.now()).as_millisecond();
+        assert!((wall - millis_of(ClockId::Realtime)).abs() < 5_000);
+    }
+
+    #[test]
+    fn a_manual_clock_moves_only_when_told() {
+        let clock = ManualClock::at(Timestamp::from_millis(1_000));
+        clock.advance(Duration::from_secs(2));
+        assert_eq!(clock.now(), Timestamp::from_millis(3_000));
+        assert_eq!(clock.wall(Timestamp::from_millis(0)).to_string(), "1970-01-01T00:00:00Z");
+        clock.set(Timestamp::from_millis(i64::MAX));
+        assert_eq!(clock.wall(clock.now()).to_string()[..4], *"9999");
+    }
+
+    #[test]
+    fn deadlines_pass_and_none_overflows() {
+        assert!(Deadline::after(Duration::ZERO).passed());
+        let far = Deadline::after(Duration::MAX);
+        assert!(!far.passed());
+        assert!(far.left() > Duration::from_secs(365 * 86_400));
+        let watch = Stopwatch::start();
+        pause_for(Duration::from_millis(2));
+        assert!(watch.elapsed() >= Duration::from_millis(2));
+    }
+}

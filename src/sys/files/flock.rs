@@ -1,0 +1,132 @@
+//! Files that one process at a time holds.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write as _},
+    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
+    path::Path,
+};
+
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
+
+/// A lock on a file. Dropping it, or the end of the process, gives it up; children do
+/// not inherit it.
+#[derive(Debug)]
+pub struct LockFile {
+    _file: File,
+}
+
+/// Takes the lock on the file `path`, which is made if need be, and writes our process
+/// id into it for the message of those who are refused. `None`: another has it.
+///
+/// # Errors
+/// Those of open(2), flock(2) and write(2).
+pub fn lock_file(path: &Path) -> io::Result<Option<LockFile>> {
+    let mut file =
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Ok(None),
+        Err(errno) => return Err(errno.into()),
+    }
+    file.set_len(0)?;
+    writeln!(file, "{}", std::process::id())?;
+    Ok(Some(LockFile { _file: file }))
+}
+
+/// Returns the process id that the holder of the lock wrote into `path`, if it tells.
+#[must_use]
+pub fn lock_holder(path: &Path) -> Option<u32> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// Says whether a VMM that has the image `path`, or a part of it, locked (`fcntl(2)`, open
+/// file description locks) keeps another from reading it, or from writing it.
+///
+/// # Errors
+/// Where it cannot be opened for reading, or its file system has no locks.
+pub fn is_image_locked(path: &Path, wanted: Use) -> io::Result<bool> {
+    let image = File::open(path)?;
+    let kind = match wanted {
+        Use::Read => libc::F_RDLCK,
+        Use::Write => libc::F_WRLCK,
+    };
+    let number = |number: libc::c_int| {
+        libc::c_short::try_from(number).expect("the kernel's numbers for locks are small")
+    };
+    let mut lock = libc::flock {
+        l_type: number(kind),
+        l_whence: number(libc::SEEK_SET),
+        l_start: 0,
+        // To the end, wherever that is.
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the descriptor is open and ours, and the kernel reads and writes one struct
+    // of this type, which outlives the call.
+    let done = unsafe { libc::fcntl(image.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    if done == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(lock.l_type != number(libc::F_UNLCK))
+}
+
+/// What an image is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// Others may read it too.
+    Read,
+    /// Nobody else may have it.
+    Write,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Locks a part of a file as a VMM does.
+    fn lock_part(file: &File, kind: libc::c_int) {
+        let number = |number: libc::c_int| libc::c_short::try_from(number).unwrap();
+        let lock = libc::flock {
+            l_type: number(kind),
+            l_whence: number(libc::SEEK_SET),
+            l_start: 100,
+            l_len: 1,
+            l_pid: 0,
+        };
+        // SAFETY: the descriptor is open, and the struct outlives the call.
+        let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+        assert_eq!(done, 0);
+    }
+
+    #[test]
+    fn an_image_is_locked_for_as_long_as_somebody_has_a_part_of_it() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("disk");
+        let locked = |wanted| is_image_locked(&path, wanted).unwrap();
+        let file = File::create_new(&path).unwrap();
+        assert!(!locked(Use::Read) && !locked(Use::Write));
+        lock_part(&file, libc::F_WRLCK);
+        assert!(locked(Use::Read) && locked(Use::Write));
+        drop(file);
+        assert!(!locked(Use::Read) && !locked(Use::Write));
+        let reader = File::open(&path).unwrap();
+        lock_part(&reader, libc::F_RDLCK);
+        assert!(!locked(Use::Read) && locked(Use::Write));
+        assert!(is_image_locked(&temp.path().join("none"), Use::Read).is_err());
+    }
+
+    #[test]
+    fn a_lock_is_refused_until_its_holder_lets_go() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("lock");
+        let held = lock_file(&path).unwrap().unwrap();
+        assert!(lock_file(&path).unwrap().is_none());
+        assert_eq!(lock_holder(&path), Some(std::process::id()));
+        drop(held);
+        assert!(lock_file(&path).unwrap().is_some());
+    }
+}

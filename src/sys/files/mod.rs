@@ -1,0 +1,55 @@
+//! Files that must survive a crash, and files that are mostly holes.
+//!
+//! What is called durable here is on the disk when the call returns: the bytes, and
+//! the directory entries that lead to them. Long work is done in pieces, between
+//! which it can be called off. Nothing here knows what a file means.
+
+use std::{io, path::Path};
+
+use super::cancel::CalledOff;
+
+mod cached;
+mod durable;
+mod flock;
+mod sparse;
+
+pub use cached::{cached_bytes, drop_cache};
+pub use durable::{
+    free_bytes, make_private_dir, remove_tree, rename, rename_durably, sync_dir, sync_file,
+    write_durably,
+};
+pub use flock::{LockFile, Use, is_image_locked, lock_file, lock_holder};
+pub use sparse::{
+    DataExtents, allocated_bytes, copy_image, data_extents, punch, reflink_works, sync_in_pieces,
+};
+
+/// Why work that is done in pieces stopped before its end.
+#[derive(Debug, thiserror::Error)]
+pub enum PieceError {
+    /// The operation was called off between two pieces.
+    #[error(transparent)]
+    CalledOff(#[from] CalledOff),
+    /// The system refused a piece.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl From<rustix::io::Errno> for PieceError {
+    fn from(errno: rustix::io::Errno) -> Self {
+        Self::Io(errno.into())
+    }
+}
+/// Returns what is wrong with a file that a machine needs, if anything.
+#[must_use]
+pub fn why_unusable(path: &Path) -> Option<String> {
+    match path.metadata() {
+        Ok(meta) if meta.is_dir() => {
+            Some("that is a directory; write the path of a file".to_owned())
+        }
+        Ok(_) => None,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Some("there is no such file; write the path of one".to_owned())
+        }
+        Err(error) => Some(format!("{error}; write the path of a file")),
+    }
+}

@@ -1,0 +1,66 @@
+//! What host this is, and who we are on it.
+
+use std::{io, path::Path};
+
+use rustix::fs::{Access, access};
+
+/// Returns the release of the running kernel, such as `6.1.0-18-amd64`.
+#[must_use]
+pub fn kernel_release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+/// Says whether we are root.
+#[must_use]
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Says whether we may make files in `dir`.
+///
+/// # Errors
+/// Why not, such as that its file system is read-only.
+pub fn writable(dir: &Path) -> io::Result<()> {
+    Ok(access(dir, Access::WRITE_OK | Access::EXEC_OK)?)
+}
+
+/// Returns the model name of the first processor, or `unknown`.
+#[must_use]
+pub fn cpu_model() -> String {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    model.map_or("unknown", |(_, name)| name.trim()).to_owned()
+}
+
+/// Returns the user and the group that we act as.
+#[must_use]
+pub fn own_ids() -> (u32, u32) {
+    (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw())
+}
+
+/// Returns 32 random hexadecimal digits.
+///
+/// # Errors
+/// Where the kernel has no randomness for us.
+pub fn random_name() -> std::io::Result<String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    Ok(name.chars().filter(char::is_ascii_hexdigit).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_says_the_same_here_as_in_proc() {
+        let told = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        assert_eq!(kernel_release(), told.trim());
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_told_from_one_that_can_be_written() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(writable(dir.path()).is_ok());
+        assert!(writable(Path::new("/no/such")).is_err());
+    }
+}

@@ -1,0 +1,16 @@
+//! Everything that talks to the kernel: processes, files, clocks, mounts.
+//!
+//! Every unsafe block and every raw system call of the project is in here.
+
+pub mod cancel;
+pub mod clock;
+pub mod command;
+pub mod files;
+pub mod host;
+pub mod kvm;
+pub mod landlock;
+pub mod mount;
+pub mod pool;
+pub mod process;
+pub mod task;
+pub mod tsc;

@@ -1,0 +1,197 @@
+//! What is mounted where, and how to take it away.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs, io,
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::statfs,
+    io::Errno,
+    mount::{UnmountFlags, unmount},
+};
+
+/// Where the kernel lists the mounts that we see, in the order they were made.
+const MOUNTINFO: &str = "/proc/self/mountinfo";
+
+/// A mount, as the kernel lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountInfo {
+    /// Such as `ext4` or `fuse.dozed`.
+    pub fs_type: OsString,
+    /// Such as `/dev/sda1`, or whatever word the mounter chose.
+    pub source: OsString,
+    /// The device number of the file system.
+    pub device: Device,
+}
+
+/// The number of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Device {
+    /// Nought for a file system without a disk.
+    pub major: u32,
+    /// For a FUSE file system also the name of its directory in `/sys/fs/fuse/connections`.
+    pub minor: u32,
+}
+
+/// Returns what is mounted on `path`, which is absolute and free of symbolic links.
+/// It never touches the path itself: a mount whose server is dead would not answer.
+///
+/// # Errors
+/// Where the kernel does not list the mounts.
+pub fn mounted_at(path: &Path) -> io::Result<Option<MountInfo>> {
+    Ok(topmost(&fs::read(MOUNTINFO)?, path))
+}
+
+/// Returns what kind of file system `path` is on, which is absolute and free of symbolic
+/// links, by the list of mounts.
+///
+/// # Errors
+/// Where the kernel does not list the mounts.
+pub fn mount_of(path: &Path) -> io::Result<Option<MountInfo>> {
+    let list = fs::read(MOUNTINFO)?;
+    Ok(path.ancestors().find_map(|path| topmost(&list, path)))
+}
+
+/// Returns where the file systems of this kind are mounted.
+///
+/// # Errors
+/// Where the kernel does not list the mounts.
+pub fn mounts_of_type(fs_type: &str) -> io::Result<Vec<PathBuf>> {
+    let list = fs::read(MOUNTINFO)?;
+    Ok(entries(&list).filter(|(_, info)| info.fs_type == fs_type).map(|(path, _)| path).collect())
+}
+
+/// Says whether `path` is a FUSE mount whose server is gone.
+///
+/// It asks for what the kernel never caches, so a server that is there but stuck makes
+/// this wait.
+#[must_use]
+pub fn is_dead_fuse(path: &Path) -> bool {
+    matches!(statfs(path), Err(Errno::NOTCONN))
+}
+
+/// Takes away the topmost mount on `path`; whoever is still in it keeps it until they leave.
+///
+/// # Errors
+/// `InvalidInput` where nothing is mounted there, and whatever else the kernel says.
+pub fn detach(path: &Path) -> io::Result<()> {
+    Ok(unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
+}
+
+/// Says whether `fs_type` is a network's, where locks and syncs are not what they seem.
+#[must_use]
+pub fn is_network_fs(fs_type: &OsStr) -> bool {
+    let kinds: [&[u8]; 6] = [b"nfs", b"nfs4", b"cifs", b"smb3", b"9p", b"ceph"];
+    kinds.contains(&fs_type.as_bytes())
+}
+
+/// Returns the last mount on `path`, which covers those before.
+fn topmost(list: &[u8], path: &Path) -> Option<MountInfo> {
+    entries(list).filter(|(mounted_on, _)| mounted_on == path).last().map(|(_, info)| info)
+}
+
+/// Reads lines such as `36 35 98:0 /root /mnt rw,noatime shared:1 - ext4 /dev/sda rw`.
+fn entries(list: &[u8]) -> impl Iterator<Item = (PathBuf, MountInfo)> {
+    list.split(|byte| *byte == b'\n').filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let device = std::str::from_utf8(fields.nth(2)?).ok()?;
+        let (major, minor) = device.split_once(':')?;
+        let path = PathBuf::from(unescaped(fields.nth(1)?));
+        // Any number of optional fields ends with a hyphen.
+        fields.find(|field| *field == b"-")?;
+        let info = MountInfo {
+            fs_type: unescaped(fields.next()?),
+            source: unescaped(fields.next()?),
+            device: Device { major: major.parse().ok()?, minor: minor.parse().ok()? },
+        };
+        Some((path, info))
+    })
+}
+
+/// Undoes the kernel's `\040` for a blank, and so on.
+fn unescaped(field: &[u8]) -> OsString {
+    let mut plain = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, tail)) = rest.split_first() {
+        let code = tail
+            .get(..3)
+            .filter(|_| first == b'\\')
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        if let Some(byte) = code {
+            plain.push(byte);
+            rest = &tail[3..];
+        } else {
+            plain.push(first);
+            rest = tail;
+        }
+    }
+    OsString::from_vec(plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+
+    use rustix::mount::{MountFlags, mount};
+
+    use super::*;
+
+    const LIST: &[u8] =
+        b"22 1 254:1 / / rw,relatime shared:1 master:2 - ext4 /dev/vda1 rw,errors=remount-ro\n\
+          40 22 0:30 / /mnt/a\\040b\\134c rw - fuse.x my\\011source rw\n\
+          41 22 0:31 / /run/boxes rw - fuse old rw\n\
+          42 41 0:32 / /run/boxes rw,nosuid - fuse.dozed new rw\n\
+          broken line\n";
+
+    #[test]
+    fn the_last_mount_on_a_path_is_the_one() {
+        let info = topmost(LIST, Path::new("/run/boxes")).unwrap();
+        assert_eq!(info.fs_type, "fuse.dozed");
+        assert_eq!(info.source, "new");
+        let device = Device { major: 0, minor: 32 };
+        assert_eq!(info.device, device);
+        assert_eq!(topmost(LIST, Path::new("/run")), None);
+    }
+
+    #[test]
+    fn blanks_and_backslashes_in_names_are_read() {
+        let info = topmost(LIST, Path::new("/mnt/a b\\c")).unwrap();
+        assert_eq!(info.source, "my\tsource");
+        assert_eq!(unescaped(b"\\9 \\04"), "\\9 \\04");
+    }
+
+    #[test]
+    fn a_path_is_on_the_mount_above_it() {
+        let info = mount_of(Path::new("/proc/self")).unwrap().unwrap();
+        assert_eq!(info.fs_type, "proc");
+        assert!(mounts_of_type("proc").unwrap().contains(&PathBuf::from("/proc")));
+        assert_eq!(mounted_at(Path::new("/proc/self")).unwrap(), None);
+    }
+
+    #[test]
+    fn a_dead_mount_is_seen_without_touching_it_and_taken_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().canonicalize().unwrap();
+        assert!(!is_dead_fuse(&path));
+        let server = OpenOptions::new().read(true).write(true).open("/dev/fuse").unwrap();
+        let options = {
+            use std::os::fd::AsRawFd;
+            let fd = server.as_raw_fd();
+            format!("fd={fd},rootmode=40000,user_id=0,group_id=0\0")
+        };
+        let options = std::ffi::CStr::from_bytes_with_nul(options.as_bytes()).unwrap();
+        mount("dead", &path, "fuse.test", MountFlags::empty(), options).unwrap();
+        drop(server);
+        let seen = mounted_at(&path);
+        let dead = is_dead_fuse(&path);
+        detach(&path).unwrap();
+        assert_eq!(seen.unwrap().unwrap().fs_type, "fuse.test");
+        assert!(dead);
+        assert_eq!(mounted_at(&path).unwrap(), None);
+        assert_eq!(detach(&path).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+}

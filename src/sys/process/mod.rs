@@ -1,0 +1,402 @@
+//! Processes, held by pidfd.
+//!
+//! A process that we start is held by its pidfd from birth, and one that an earlier
+//! daemon started is adopted: its pidfd is opened first and then shown to be of the
+//! process that was meant. Whatever is done to a process is done by its pidfd, so
+//! that a number which was given to somebody else is never signalled.
+//!
+//! Nothing here knows what the processes do, and nothing here waits without a limit.
+
+mod exit;
+mod proc_files;
+mod watch;
+
+use std::{
+    ffi::{OsStr, OsString},
+    fmt,
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    path::Path,
+    process::Stdio,
+    time::Duration,
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+    thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs},
+};
+
+use crate::{
+    sandbox::ProcessIdentity,
+    sync::{Arc, Mutex, lock},
+    sys::clock::{self, Deadline},
+};
+
+pub use exit::Exit;
+pub use watch::ExitWatch;
+
+/// What `fstatfs` says of a pidfd where the kernel has pidfs, from Linux 6.9 on.
+/// Before that all pidfds were of one anonymous inode.
+const PIDFS_MAGIC: u64 = 0x5049_4446;
+
+/// A process that is not our thread: a VMM, ours from birth or adopted.
+///
+/// # Locking
+/// `ending` is a leaf: nothing else is locked while it is.
+#[derive(Debug)]
+pub struct Process {
+    identity: ProcessIdentity,
+    pidfd: OwnedFd,
+    /// Whether we started it, and so have to reap it.
+    ours: bool,
+    /// How it ended, once we know. The lock is held while we ask the kernel, so that
+    /// a child is reaped once and everybody hears the same.
+    ending: Mutex<Option<Exit>>,
+}
+
+/// What to start a process with.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    /// The program, by its absolute path: nothing is searched for.
+    pub program: &'a Path,
+    /// Its arguments, without the name of the program.
+    pub args: &'a [OsString],
+    /// What it is told that its name is (`argv[0]`); its path if that is `None`.
+    pub name: Option<&'a OsStr>,
+    /// Its standard input; `/dev/null` if there is none.
+    pub stdin: Option<OwnedFd>,
+    /// Where its standard output goes; to `log` if that is `None`.
+    pub stdout: Option<File>,
+    /// What it inherits besides, by the numbers that these have here.
+    pub inherited: Vec<OwnedFd>,
+    /// Whether it has our privileges.
+    pub privileges: Privileges,
+    /// Where its standard error goes.
+    pub log: File,
+}
+
+/// What a process may do beyond what its user may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Privileges {
+    /// What we may.
+    Ours,
+    /// Nothing, for good: it has no capability, and no program that it becomes gives it any.
+    None,
+}
+
+impl<'a> Launch<'a> {
+    /// Returns what starts `program` with no input, and with all that it says in `log`.
+    #[must_use]
+    pub fn new(program: &'a Path, args: &'a [OsString], log: File) -> Self {
+        Self {
+            program,
+            args,
+            name: None,
+            stdin: None,
+            stdout: None,
+            inherited: Vec::new(),
+            privileges: Privileges::Ours,
+            log,
+        }
+    }
+}
+
+impl Process {
+    /// Starts a process: in a process group of its own, so that a Ctrl-C for us is not
+    /// for it, with `/` as its directory, with no environment, and with no file of ours
+    /// but those of `launch`.
+    ///
+    /// # Errors
+    /// Where the program cannot be started; no process is left then.
+    pub fn spawn(launch: Launch<'_>) -> io::Result<Arc<Self>> {
+        #[allow(clippy::disallowed_methods, reason = "this is the module that the ban points to")]
+        let mut command = std::process::Command::new(launch.program);
+        command
+            .args(launch.args)
+            .env_clear()
+            .current_dir("/")
+            .process_group(0)
+            .stdin(launch.stdin.map_or_else(Stdio::null, Stdio::from))
+            .stdout(launch.stdout.map_or_else(|| launch.log.try_clone(), Ok)?)
+            .stderr(launch.log);
+        if let Some(name) = launch.name {
+            command.arg0(name);
+        }
+        close_on_exec(&mut command);
+        // Whatever comes of it, our copies are closed when this is over.
+        let inherited = launch.inherited;
+        keep_on_exec(&mut command, &inherited);
+        if launch.privileges == Privileges::None {
+            give_up_privileges(&mut command);
+        }
+        let mut child = command.spawn()?;
+        // Nobody but us reaps our child, so its number is its own until then.
+        Self::hold_child(child.id()).inspect_err(|_| {
+            if child.kill().is_ok() {
+                // A process that was sent SIGKILL ends, so this does not hang.
+                let _status = child.wait();
+            }
+        })
+    }
+
+    fn hold_child(pid: u32) -> io::Result<Arc<Self>> {
+        let pidfd = pidfd_open(pid_of(pid)?, PidfdFlags::empty())?;
+        let identity = identify(pid, pidfd.as_fd())?;
+        Ok(Self::hold(identity, pidfd, true))
+    }
+
+    fn hold(identity: ProcessIdentity, pidfd: OwnedFd, ours: bool) -> Arc<Self> {
+        Arc::new(Self { identity, pidfd, ours, ending: Mutex::new(None) })
+    }
+
+    /// Takes over the process that an earlier daemon knew as `identity`. Returns `None`
+    /// if it is gone, also if its number is another's now. `token` is in its command
+    /// line, which is looked at where the kernel has no pidfs to tell them apart.
+    ///
+    /// # Errors
+    /// Where the kernel does not let us look.
+    pub fn adopt(identity: &ProcessIdentity, token: &str) -> io::Result<Option<Arc<Self>>> {
+        let Some((seen, pidfd)) = open(identity.pid)? else {
+            return Ok(None);
+        };
+        let same = seen.boot_id == identity.boot_id
+            && match (identity.pidfs_inode, seen.pidfs_inode) {
+                (Some(known), Some(inode)) => known == inode,
+                (None, _) | (_, None) => {
+                    seen.start_ticks == identity.start_ticks
+                        && proc_files::has_argument(seen.pid, token)?
+                }
+            };
+        // Only of a process that is still there can it be said that its files in /proc,
+        // which go by number, were its own.
+        Ok((same && !has_ended(pidfd.as_fd())?).then(|| Self::hold(seen, pidfd, false)))
+    }
+
+    /// Finds all processes but our own of which an argument contains `token`.
+    ///
+    /// # Errors
+    /// Where `/proc` cannot be read.
+    pub fn find(token: &str) -> io::Result<Vec<Arc<Self>>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc")? {
+            let name = entry?.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            if pid == std::process::id() || !proc_files::has_argument(pid, token)? {
+                continue;
+            }
+            let Some((identity, pidfd)) = open(pid)? else {
+                continue;
+            };
+            // Between the look and the opening the number may have changed hands.
+            if proc_files::has_argument(pid, token)? && !has_ended(pidfd.as_fd())? {
+                found.push(Self::hold(identity, pidfd, false));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Returns what tells it from every other process.
+    #[must_use]
+    pub fn identity(&self) -> &ProcessIdentity {
+        &self.identity
+    }
+
+    /// Kills it with SIGKILL. It may be gone already.
+    pub fn kill(&self) {
+        // The only answer other than success that a SIGKILL of ours can get is that
+        // there is no such process any more.
+        let _gone = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Returns how it ended, or `None` while it has not. Never blocks.
+    pub fn exited(&self) -> Option<Exit> {
+        let mut ending = lock(&self.ending);
+        if ending.is_none() {
+            *ending = if self.ours {
+                exit::reap(self.pidfd.as_fd())
+            } else if has_ended(self.pidfd.as_fd()).unwrap_or(false) {
+                Some(exit::of_stranger(self.pidfd.as_fd(), &self.identity))
+            } else {
+                None
+            };
+        }
+        *ending
+    }
+
+    /// Waits until it has ended, for at most `limit`; `None` if it is still there.
+    pub fn wait(&self, limit: Duration) -> Option<Exit> {
+        let deadline = Deadline::after(limit);
+        loop {
+            let left = deadline.left();
+            // What goes wrong with a poll goes wrong again, or was a signal.
+            let _ready = poll_pidfd(self.pidfd.as_fd(), left);
+            let exit = self.exited();
+            if exit.is_some() || left.is_zero() {
+                return exit;
+            }
+        }
+    }
+
+    /// Returns how long it ran on CPUs, in user and in kernel mode, all threads
+    /// together, in steps of the kernel's tick of 10 ms.
+    ///
+    /// # Errors
+    /// `NotFound` once it has ended.
+    pub fn cpu_time(&self) -> io::Result<Duration> {
+        let stat = proc_files::stat(self.identity.pid);
+        // Once it has ended the file may have been another's.
+        if has_ended(self.pidfd.as_fd())? {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
+        }
+        Ok(stat?.cpu_time)
+    }
+
+    /// Returns how much memory its files in memory (`memfd_create(2)`) take, in bytes.
+    ///
+    /// # Errors
+    /// `NotFound` once it has ended; otherwise where the kernel does not let us look.
+    pub fn memfd_bytes(&self) -> io::Result<u64> {
+        let bytes = proc_files::memfd_bytes(self.identity.pid);
+        if has_ended(self.pidfd.as_fd())? {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
+        }
+        bytes
+    }
+}
+
+impl AsFd for Process {
+    /// Returns its pidfd, which is readable once it has ended.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // A child that nobody asked about would stay a zombie for as long as we live.
+        let _exit = self.exited();
+    }
+}
+
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {}", self.identity.pid)
+    }
+}
+
+/// Has the child close, when it becomes its program, whatever it inherited beyond its
+/// three standard files. All that we open closes itself; what whoever started us left
+/// open, such as a shell's hold on an `awake` file, does not.
+fn close_on_exec(command: &mut std::process::Command) {
+    let mark = || {
+        const FIRST_TO_CLOSE: libc::c_uint = 3;
+        // SAFETY: the call takes no pointers and changes nothing but the flags of our
+        // own descriptors; whoever owns them does not depend on what happens at exec.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_close_range,
+                FIRST_TO_CLOSE,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            )
+        };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // SAFETY: between fork and exec only what is safe in a signal handler is allowed.
+    // The closure makes one system call, and allocates and locks nothing.
+    unsafe { command.pre_exec(mark) };
+}
+
+/// Has the child keep these when it becomes its program, by the numbers that they have.
+fn keep_on_exec(command: &mut std::process::Command, inherited: &[OwnedFd]) {
+    let numbers: Vec<_> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
+    let unmark = move || {
+        for number in &numbers {
+            // SAFETY: the call takes no pointers and changes nothing but the flags of a
+            // descriptor that is open, as whoever called `spawn` keeps it until it returns.
+            let done = unsafe { libc::fcntl(*number, libc::F_SETFD, 0) };
+            if done == -1 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec only what is safe in a signal handler is allowed.
+    // The closure makes system calls; the list was allocated before the fork.
+    unsafe { command.pre_exec(unmark) };
+}
+
+/// Has the child give up all privileges before it becomes its program.
+fn give_up_privileges(command: &mut std::process::Command) {
+    let give_up = || {
+        // Becoming a program gives root all of its capabilities again, but not with this.
+        set_no_new_privs(true)?;
+        let none = CapabilitySet::empty();
+        let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+        set_capabilities(None, sets)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only what is safe in a signal handler is allowed.
+    // The closure makes two system calls, and allocates and locks nothing.
+    unsafe { command.pre_exec(give_up) };
+}
+
+/// Opens whatever process has the number now; `None` if there is none.
+fn open(pid: u32) -> io::Result<Option<(ProcessIdentity, OwnedFd)>> {
+    let pidfd = match pidfd_open(pid_of(pid)?, PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        // The last two say that the number is a thread's; which one depends on the kernel.
+        Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    match identify(pid, pidfd.as_fd()) {
+        Ok(identity) => Ok(Some((identity, pidfd))),
+        Err(error) if proc_files::is_gone(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn identify(pid: u32, pidfd: BorrowedFd<'_>) -> io::Result<ProcessIdentity> {
+    Ok(ProcessIdentity {
+        pid,
+        boot_id: clock::boot_id()?.into(),
+        pidfs_inode: pidfs_inode(pidfd)?,
+        start_ticks: proc_files::stat(pid)?.start_ticks,
+    })
+}
+
+fn pidfs_inode(pidfd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+    if u64::try_from(rustix::fs::fstatfs(pidfd)?.f_type) != Ok(PIDFS_MAGIC) {
+        return Ok(None);
+    }
+    Ok(Some(rustix::fs::fstat(pidfd)?.st_ino))
+}
+
+fn pid_of(pid: u32) -> io::Result<Pid> {
+    i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a process id"))
+}
+
+/// Says whether the process has ended, be it reaped or not.
+fn has_ended(pidfd: BorrowedFd<'_>) -> io::Result<bool> {
+    poll_pidfd(pidfd, Duration::ZERO)
+}
+
+fn poll_pidfd(pidfd: BorrowedFd<'_>, limit: Duration) -> io::Result<bool> {
+    let timeout = Timespec::try_from(limit).ok();
+    let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+    Ok(poll(&mut fds, timeout.as_ref())? > 0)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,321 @@
+//! With real children: `sleep` and small scripts of `sh`.
+
+use std::{
+    fs,
+    io::Write,
+    ops::Deref,
+    path::PathBuf,
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
+};
+
+use super::*;
+
+/// No wait of these tests is as long on any machine.
+const SOON: Duration = Duration::from_secs(20);
+
+/// A child that does not outlive its test, not even a failed one.
+struct Child(Arc<Process>);
+
+impl Deref for Child {
+    type Target = Arc<Process>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        self.kill();
+        self.wait(SOON);
+    }
+}
+
+fn null() -> File {
+    File::options().write(true).open("/dev/null").unwrap()
+}
+
+fn start(args: &[&str], stdin: Option<OwnedFd>) -> Arc<Process> {
+    let args: Vec<OsString> = args.iter().map(OsString::from).collect();
+    Process::spawn(Launch { stdin, ..Launch::new(Path::new("/bin/sh"), &args, null()) }).unwrap()
+}
+
+fn spawn(args: &[&str], stdin: Option<OwnedFd>) -> Child {
+    Child(start(args, stdin))
+}
+
+fn script(text: &str) -> Child {
+    spawn(&["-c", text], None)
+}
+
+/// A process that stays until it is killed.
+fn sleeper() -> Child {
+    script("exec /bin/sleep 1000")
+}
+
+/// A process with `word` as an argument, which stays until what comes with it is dropped,
+/// and then leaves with code 3.
+fn sleeper_called(word: &str) -> (Child, io::PipeWriter) {
+    let (read, write) = io::pipe().unwrap();
+    let child = spawn(&["-c", "read line; exit 3", word], Some(read.into()));
+    (child, write)
+}
+
+/// A word that no other process of this machine has in its command line.
+fn new_token() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    format!("dozed-test-{}-{count}-", std::process::id())
+}
+
+/// Waits for `found`, which looks at the world again each time.
+fn eventually<T>(mut found: impl FnMut() -> Option<T>) -> T {
+    let deadline = Deadline::after(SOON);
+    loop {
+        if let Some(it) = found() {
+            return it;
+        }
+        assert!(!deadline.passed(), "it does not come");
+        clock::pause_for(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_killed_child_is_told_from_one_that_left() {
+    let killed = sleeper();
+    assert_eq!(killed.exited(), None);
+    killed.kill();
+    assert_eq!(killed.wait(SOON), Some(Exit::Signal(9)));
+    assert_eq!(killed.exited(), Some(Exit::Signal(9)), "it is remembered");
+    killed.kill();
+    assert_eq!(script("exit 7").wait(SOON), Some(Exit::Code(7)));
+}
+
+#[test]
+fn a_wait_ends_at_its_limit() {
+    let child = sleeper();
+    assert_eq!(child.wait(Duration::from_millis(5)), None);
+    assert_eq!(child.wait(Duration::ZERO), None);
+}
+
+#[test]
+fn a_child_that_is_dropped_after_it_left_is_no_zombie() {
+    let child = start(&["-c", "exit 0"], None);
+    let pid = child.identity().pid;
+    eventually(|| has_ended(child.as_fd()).unwrap().then_some(()));
+    drop(child);
+    assert!(!PathBuf::from(format!("/proc/{pid}")).exists());
+}
+
+#[test]
+fn a_program_that_is_not_there_is_an_error() {
+    let error = Process::spawn(Launch::new(Path::new("/no/such"), &[], null())).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn a_child_inherits_no_file_and_no_environment_and_has_its_own_group() {
+    let leak = rustix::io::dup(io::stderr()).unwrap();
+    let child = sleeper();
+    let pid = child.identity().pid;
+    // While the program is being loaded it has files open that are its own.
+    eventually(|| {
+        let mut fds: Vec<_> = fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .collect();
+        fds.sort();
+        (fds == ["0", "1", "2"]).then_some(())
+    });
+    drop(leak);
+    let environ = fs::read_to_string(format!("/proc/{pid}/environ")).unwrap();
+    // The shell that became `sleep` sets this one by itself.
+    assert!(environ.is_empty() || environ == "PWD=/\0", "{environ:?}");
+    let group = rustix::process::getpgid(Some(pid_of(pid).unwrap())).unwrap();
+    assert_eq!(group, pid_of(pid).unwrap());
+    let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap();
+    assert_eq!(cwd, Path::new("/"));
+}
+
+#[test]
+fn a_child_reads_what_it_was_given_as_standard_input() {
+    let (read, mut write) = io::pipe().unwrap();
+    let child = spawn(&["-c", "read code; exit $code"], Some(read.into()));
+    write.write_all(b"5\n").unwrap();
+    assert_eq!(child.wait(SOON), Some(Exit::Code(5)));
+}
+
+#[test]
+fn a_process_is_adopted_by_its_identity_and_by_no_other() {
+    let token = new_token();
+    let (child, stay) = sleeper_called(&token);
+    let known = child.identity().clone();
+    assert!(known.pidfs_inode.is_some(), "this kernel has no pidfs");
+    let adopted = Process::adopt(&known, &token).unwrap().unwrap();
+    assert_eq!(adopted.identity(), &known);
+
+    let other_inode =
+        ProcessIdentity { pidfs_inode: known.pidfs_inode.map(|inode| inode + 1), ..known.clone() };
+    let other_boot = ProcessIdentity { boot_id: "another".into(), ..known.clone() };
+    for wrong in [other_inode, other_boot] {
+        assert!(Process::adopt(&wrong, &token).unwrap().is_none());
+    }
+
+    // As a kernel without pidfs left it.
+    let by_start = ProcessIdentity { pidfs_inode: None, ..known.clone() };
+    assert!(Process::adopt(&by_start, &token).unwrap().is_some());
+    assert!(Process::adopt(&by_start, "another").unwrap().is_none());
+    let other_start = ProcessIdentity { start_ticks: known.start_ticks + 1, ..by_start };
+    assert!(Process::adopt(&other_start, &token).unwrap().is_none());
+
+    drop(stay);
+    assert_eq!(adopted.wait(SOON), Some(Exit::Code(3)), "from a zombie");
+    assert!(Process::adopt(&known, &token).unwrap().is_none(), "a zombie");
+    assert_eq!(child.wait(SOON), Some(Exit::Code(3)));
+    assert!(Process::adopt(&known, &token).unwrap().is_none(), "nobody");
+}
+
+#[test]
+fn how_somebody_elses_child_ended_is_told_after_it_was_reaped() {
+    let token = new_token();
+    let (read, write) = io::pipe().unwrap();
+    let parent = spawn(
+        &[
+            "-c",
+            "exec 3<&0; /bin/sh -c 'read line; exit 7' \"$0\" <&3 & wait; exec sleep 1000",
+            &token,
+        ],
+        Some(read.into()),
+    );
+    let grandchild = eventually(|| {
+        Process::find(&token)
+            .unwrap()
+            .into_iter()
+            .find(|found| found.identity().pid != parent.identity().pid)
+    });
+    drop(write);
+    assert!(poll_pidfd(grandchild.as_fd(), SOON).unwrap());
+    let pid = grandchild.identity().pid;
+    eventually(|| (!PathBuf::from(format!("/proc/{pid}")).exists()).then_some(()));
+    assert_eq!(grandchild.exited(), Some(Exit::Code(7)));
+}
+
+#[test]
+fn a_process_is_found_by_its_token_while_it_lives() {
+    let token = new_token();
+    let (child, _stay) = sleeper_called(&format!("name={token},x=y"));
+    let found = Process::find(&token).unwrap();
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0].identity(), child.identity());
+    child.kill();
+    child.wait(SOON).unwrap();
+    assert!(Process::find(&token).unwrap().is_empty());
+}
+
+#[test]
+fn the_time_on_cpus_grows_and_ends_with_the_process() {
+    let child = script("while :; do :; done");
+    let before = child.cpu_time().unwrap();
+    eventually(|| (child.cpu_time().unwrap() > before).then_some(()));
+    child.kill();
+    child.wait(SOON).unwrap();
+    let error = child.cpu_time().unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn each_ending_is_told_once_with_its_tag() {
+    let (send, told) = mpsc::channel();
+    let watch = ExitWatch::start(move |tag, exit| send.send((tag, exit)).unwrap()).unwrap();
+    let left_before = script("exit 4");
+    left_before.wait(SOON).unwrap();
+    watch.watch(1, &left_before).unwrap();
+    assert_eq!(told.recv_timeout(SOON).unwrap(), (1, Exit::Code(4)));
+
+    let killed = sleeper();
+    let stays = sleeper();
+    watch.watch(2, &killed).unwrap();
+    watch.watch(3, &stays).unwrap();
+    killed.kill();
+    let since = clock::Stopwatch::start();
+    assert_eq!(told.recv_timeout(SOON).unwrap(), (2, Exit::Signal(9)));
+    assert!(since.elapsed() < Duration::from_secs(2));
+
+    assert_eq!(Arc::strong_count(&killed), 1, "it is forgotten");
+    drop(watch);
+    // The sender is dropped with the thread, so this is all that was ever told.
+    assert_eq!(told.iter().count(), 0);
+}
+
+#[test]
+fn a_child_inherits_what_it_is_given_by_its_number_and_no_more() {
+    let (reader, writer) = io::pipe().unwrap();
+    let kept = OwnedFd::from(writer);
+    let number = kept.as_raw_fd();
+    let args = ["-c", &format!("echo $0 >&{number}; ls /proc/self/fd >&2; exit 3")];
+    let args: Vec<OsString> = args.iter().map(OsString::from).collect();
+    let mut log = tempfile::tempfile().unwrap();
+    let launch = Launch {
+        name: Some(OsStr::new("a name")),
+        inherited: vec![kept],
+        stdout: Some(null()),
+        ..Launch::new(Path::new("/bin/sh"), &args, log.try_clone().unwrap())
+    };
+    let child = Child(Process::spawn(launch).unwrap());
+    assert_eq!(child.wait(SOON), Some(Exit::Code(3)));
+    // Our copy is closed too, so there is an end to what is said.
+    assert_eq!(io::read_to_string(reader).unwrap(), "a name\n");
+    io::Seek::rewind(&mut log).unwrap();
+    let numbers = io::read_to_string(log).unwrap();
+    // The last one is the directory itself.
+    assert_eq!(numbers.lines().count(), 5, "{numbers}");
+    assert!(numbers.lines().any(|line| line == number.to_string()), "{numbers}");
+}
+
+#[test]
+fn the_memory_of_files_in_memory_is_told_once_for_each_file() {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    let file = File::from(memfd_create("test", MemfdFlags::CLOEXEC).unwrap());
+    ftruncate(&file, 1 << 30).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[1; 100_000], 1 << 20).unwrap();
+    let inherited = vec![file.try_clone().unwrap().into(), file.into()];
+    let args = ["-c", "exec sleep 1000"].map(OsString::from);
+    let launch = Launch { inherited, ..Launch::new(Path::new("/bin/sh"), &args, null()) };
+    let child = Child(Process::spawn(launch).unwrap());
+    let bytes = child.memfd_bytes().unwrap();
+    // In whole pages, of whatever size.
+    assert!((100_000..(4 << 20)).contains(&bytes), "{bytes}");
+    child.kill();
+    child.wait(SOON).unwrap();
+    assert!(child.memfd_bytes().is_err());
+}
+
+#[test]
+fn a_child_without_privileges_has_no_capability_and_gets_none() {
+    let status = |privileges| {
+        let mut log = tempfile::tempfile().unwrap();
+        // It becomes a program twice.
+        let args = ["-c", "exec grep -e ^Cap -e ^NoNew /proc/self/status"].map(OsString::from);
+        let copy = log.try_clone().unwrap();
+        let launch = Launch { privileges, ..Launch::new(Path::new("/bin/sh"), &args, copy) };
+        let child = Child(Process::spawn(launch).unwrap());
+        assert_eq!(child.wait(SOON), Some(Exit::Code(0)));
+        io::Seek::rewind(&mut log).unwrap();
+        io::read_to_string(log).unwrap()
+    };
+    let of = |status: &str, name: &str| {
+        let (_, rest) = status.split_once(name).unwrap();
+        rest.split_whitespace().next().unwrap().to_owned()
+    };
+    let bare = status(Privileges::None);
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+        assert_eq!(of(&bare, set), "0000000000000000", "{bare}");
+    }
+    assert_eq!(of(&bare, "NoNewPrivs:"), "1");
+    // Root's are all there otherwise, so they were given up and not just absent.
+    let ours = status(Privileges::Ours);
+    assert_eq!(of(&ours, "CapEff:") == of(&bare, "CapEff:"), !crate::sys::host::is_root());
+}

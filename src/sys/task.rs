@@ -1,0 +1,71 @@
+//! What `/proc` tells of the threads that ask us for something.
+
+use std::fs;
+
+/// Returns the supplementary groups of a thread; none where it cannot be seen.
+#[must_use]
+pub fn groups_of(tid: u32) -> Vec<u32> {
+    let status = status_of(tid).unwrap_or_default();
+    let groups = field(&status, "Groups:").unwrap_or_default();
+    groups.split_whitespace().filter_map(|group| group.parse().ok()).collect()
+}
+
+/// Signals that are news and no wish to end anything. A shell has a handler for the end of
+/// its children, and Go sends SIGURG to its own threads; neither expects a write to fail.
+const NEWS: u64 = bit(libc::SIGCHLD) | bit(libc::SIGCONT) | bit(libc::SIGURG) | bit(libc::SIGWINCH);
+
+/// The place of a signal in the masks of `/proc`.
+const fn bit(signal: libc::c_int) -> u64 {
+    1 << (signal - 1)
+}
+
+/// Says whether a thread has a signal pending that would end a wait of its: one that it
+/// neither blocks nor ignores, and that is more than news. Also true where the thread is
+/// gone, for then nobody waits.
+///
+/// Source of the rule: the fields `SigPnd`, `ShdPnd`, `SigBlk` and `SigIgn` of
+/// `proc_pid_status(5)`. A signal that is left to its default and ignored by that, as
+/// SIGCHLD, is not kept pending by the kernel.
+#[must_use]
+pub fn has_signal(tid: u32) -> bool {
+    if tid == 0 {
+        return false; // Not visible from our pid namespace.
+    }
+    let Some(status) = status_of(tid) else {
+        return true;
+    };
+    let mask = |name| {
+        let hex = field(&status, name).unwrap_or_default();
+        u64::from_str_radix(hex.trim(), 16).unwrap_or(0)
+    };
+    let pending = mask("SigPnd:") | mask("ShdPnd:");
+    pending & !mask("SigBlk:") & !mask("SigIgn:") & !NEWS != 0
+}
+
+fn status_of(tid: u32) -> Option<String> {
+    fs::read_to_string(format!("/proc/{tid}/status")).ok()
+}
+
+fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+    status.lines().find_map(|line| line.strip_prefix(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_own_thread_has_no_signal_and_a_thread_that_is_gone_has() {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+        assert!(!has_signal(tid));
+        assert!(has_signal(u32::MAX / 2));
+        assert!(!has_signal(0));
+    }
+
+    #[test]
+    fn fields_are_found_by_their_names() {
+        let status = "Name:\tx\nGroups:\t4 24 1000 \nSigPnd:\t0000000000000002\n";
+        assert_eq!(field(status, "Groups:"), Some("\t4 24 1000 "));
+        assert_eq!(field(status, "SigIgn:"), None);
+    }
+}
