@@ -7,6 +7,8 @@
 //!
 //! The rooms, in reading order. Each uses only those below it; `tests/tidy` checks.
 
+pub mod lock;
+pub mod notify;
 pub mod sandbox;
 mod sync;
 pub mod sys;
