@@ -7,6 +7,7 @@
 //!
 //! The rooms, in reading order. Each uses only those below it; `tests/tidy` checks.
 
+pub mod index;
 pub mod lock;
 pub mod notify;
 pub mod sandbox;

@@ -1,0 +1,453 @@
+//! The memory of the daemon: one row for each sandbox, in SQLite and in RAM.
+//!
+//! Every row also is an [`Entry`] in RAM, from which everything is read: a look at a
+//! sandbox runs no SQL and waits for no disk. A change is one UPDATE that is durable
+//! before it shows in RAM, and that says which state and owner it expects to find. Only
+//! activity is the other way round: it shows at once and is written behind.
+//!
+//! ```text
+//!   create, advance, amend, remove ──▶ SQLite ──▶ RAM ──▶ every reader
+//!   touch ──▶ RAM ──▶ (flush_activity, at leisure) ──▶ SQLite
+//! ```
+//!
+//! It has no policy: which step leads where is `sandbox`'s, when a sandbox is due is
+//! `sandbox`'s and stored here as absolute times, and what to do then is the reaper's.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rusqlite::Connection;
+
+use crate::{
+    lock::Held,
+    sandbox::{Owner, Period, Record, Refused, RowId, SandboxId, Spec, State, Step, Timestamp},
+    sync::{Mutex, RwLock, lock, read, write},
+};
+
+mod due;
+mod entry;
+mod row;
+mod schema;
+mod spec;
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub use due::Due;
+use entry::Dirty;
+pub use entry::Entry;
+use spec::Specs;
+use table::Table;
+
+/// How many activities one transaction writes: some milliseconds of work, during which
+/// a change of state has to wait.
+const FLUSH_MAX: usize = 1000;
+
+/// All sandboxes that there are.
+#[derive(Debug)]
+pub struct Index {
+    path: PathBuf,
+    /// The one connection; `None` once closed. It is held for one transaction and until
+    /// that shows in RAM, so that RAM and disk change in the same order. Leaves are taken
+    /// under it.
+    connection: Mutex<Option<Connection>>,
+    /// The entries by row and by name. A leaf.
+    table: RwLock<Table>,
+    /// The rows whose activity is to be written. Has a leaf.
+    dirty: Arc<Dirty>,
+    /// Equal specs, once each. Has a leaf.
+    specs: Specs,
+    /// What a new entry's count of activity starts at.
+    first_count: u64,
+}
+
+/// A sandbox that is to be.
+#[derive(Debug, Clone)]
+pub struct NewSandbox {
+    /// Whose it is.
+    pub owner: Owner,
+    /// Its hardware and guest.
+    pub spec: Arc<Spec>,
+    /// How long without activity before the reaper puts it to sleep.
+    pub idle_after: Period,
+    /// How long asleep before the reaper deletes it.
+    pub delete_after: Period,
+}
+
+/// Why the index did not do what was asked. Nothing has changed then.
+#[derive(Debug, thiserror::Error)]
+#[allow(clippy::error_impl_error, reason = "it is written `index::Error` wherever it is used")]
+pub enum Error {
+    /// There is a sandbox of this name.
+    #[error("there is a sandbox {id} already")]
+    Exists {
+        /// The name.
+        id: SandboxId,
+    },
+    /// The step does not exist from the sandbox's state.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// The row is not what it was a moment ago, or is gone, though we have the lock.
+    #[error("{id} (row {row}) is not {state} in the index as it was: somebody else writes to it")]
+    Lost {
+        /// The name.
+        id: SandboxId,
+        /// The row.
+        row: RowId,
+        /// The state that was expected.
+        state: State,
+    },
+    /// SQLite refused.
+    #[error("{doing}")]
+    Sql {
+        /// Such as `writing web-1 to the index`.
+        doing: String,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
+    /// The file cannot be made.
+    #[error("making {}", .path.display())]
+    Make {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is damaged.
+    #[error(
+        "the index {} is damaged and was left as it is; restore it from a backup, or move it \
+         away to begin a new one: {why}",
+        .path.display()
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The file is some other program's.
+    #[error("{} is a database, but no index of dozed; it was left as it is", .path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file was written by a later version of this program.
+    #[error(
+        "the index {} has version {found}, and this dozed knows versions up to {known}: a newer \
+         one is needed",
+        .path.display()
+    )]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// The version that it has.
+        found: i64,
+        /// The latest that we know.
+        known: i64,
+    },
+    /// It has been closed.
+    #[error("the index is closed")]
+    Closed,
+}
+
+impl Index {
+    /// Opens the index in the file `path`, which is made if need be, and loads every row.
+    ///
+    /// # Errors
+    /// `Damaged`, `Foreign` or `Newer`: the file is then left as it is.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let mut connection = schema::open(path)?;
+        let first_count = schema::mark_open(&mut connection, path)?;
+        let specs = Specs::default();
+        let dirty = Arc::new(Dirty::default());
+        let mut table = Table::default();
+        row::load(&connection, path, &specs, |record, last_activity| {
+            let entry = Entry::new(record, last_activity, first_count, &dirty);
+            table.insert(Arc::new(entry));
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            connection: Mutex::new(Some(connection)),
+            table: RwLock::new(table),
+            dirty,
+            specs,
+            first_count,
+        })
+    }
+
+    /// Makes a sandbox, `stopped`, with the name whose lock is held.
+    ///
+    /// # Errors
+    /// `Exists`, or what SQLite says.
+    pub fn create(
+        &self,
+        held: &Held,
+        new: NewSandbox,
+        now: Timestamp,
+    ) -> Result<Arc<Entry>, Error> {
+        let id = held.id();
+        let connection = lock(&self.connection);
+        let open = connection.as_ref().ok_or(Error::Closed)?;
+        if self.by_id(id).is_some() {
+            return Err(Error::Exists { id: id.clone() });
+        }
+        let mut record = Record {
+            row: RowId(0),
+            id: id.clone(),
+            owner: new.owner,
+            state: State::Stopped,
+            since: now,
+            created_at: now,
+            generation: 0,
+            spec: self.specs.intern(new.spec),
+            idle_after: new.idle_after,
+            delete_after: new.delete_after,
+            pinned: false,
+            vmm: None,
+            process: None,
+            snapshot: None,
+            sleeps: 0,
+            wakes: 0,
+            last_sleep: None,
+            last_wake: None,
+            error: None,
+            retry_at: None,
+        };
+        record.row = row::insert(open, &record, now)
+            .map_err(Error::sql(&self.path, || format!("writing {id} to the index")))?;
+        let entry = Arc::new(Entry::new(record, now, self.first_count, &self.dirty));
+        write(&self.table).insert(Arc::clone(&entry));
+        Ok(entry)
+    }
+
+    /// Moves a sandbox to the state that `step` leads to, and sets with `change` what
+    /// goes with it. Every reader sees either all of it or nothing.
+    ///
+    /// # Errors
+    /// `Refused`, `Lost`, or what SQLite says.
+    ///
+    /// # Panics
+    /// Where `held` is another sandbox's lock, or `change` changes what no step changes.
+    pub fn advance(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        step: Step,
+        now: Timestamp,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<Arc<Record>, Error> {
+        let state = entry.record().state.after(step)?;
+        self.update(held, entry, state, |record| {
+            record.since = now;
+            change(record);
+        })
+    }
+
+    /// Changes what is known of a sandbox, but for its state.
+    ///
+    /// # Errors
+    /// `Lost`, or what SQLite says.
+    ///
+    /// # Panics
+    /// As [`Index::advance`].
+    pub fn amend(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<Arc<Record>, Error> {
+        self.update(held, entry, entry.record().state, change)
+    }
+
+    /// Removes a sandbox. Its number is never used again.
+    ///
+    /// # Errors
+    /// `Lost`, or what SQLite says.
+    ///
+    /// # Panics
+    /// Where `held` is another sandbox's lock.
+    pub fn remove(&self, held: &Held, entry: &Entry) -> Result<(), Error> {
+        assert_eq!(held.id(), entry.id(), "the lock is that of the sandbox");
+        let connection = lock(&self.connection);
+        let open = connection.as_ref().ok_or(Error::Closed)?;
+        let record = entry.record();
+        let gone = row::delete(open, &record)
+            .map_err(Error::sql(&self.path, || format!("removing {} from the index", record.id)))?;
+        if !gone {
+            return Err(Error::lost(&record));
+        }
+        write(&self.table).remove(entry);
+        Ok(())
+    }
+
+    /// Returns the sandbox of this name.
+    #[must_use]
+    pub fn by_id(&self, id: &SandboxId) -> Option<Arc<Entry>> {
+        read(&self.table).by_id(id)
+    }
+
+    /// Returns the sandbox of this number.
+    #[must_use]
+    pub fn by_row(&self, row: RowId) -> Option<Arc<Entry>> {
+        read(&self.table).by_row(row)
+    }
+
+    /// Returns up to `limit` sandboxes with numbers above `row`, ascending.
+    #[must_use]
+    pub fn rows_after(&self, row: RowId, limit: usize) -> Vec<Arc<Entry>> {
+        read(&self.table).rows_after(row, limit)
+    }
+
+    /// Returns how many sandboxes there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        read(&self.table).len()
+    }
+
+    /// Says whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Returns how many sandboxes are in each state, in the order of [`State::ALL`].
+    #[must_use]
+    pub fn count_by_state(&self) -> [(State, usize); State::ALL.len()] {
+        read(&self.table).count_by_state()
+    }
+
+    /// Writes activities that have not been written, up to a thousand, and returns how many
+    /// it was. The deadlines to sleep that follow from them are written with them, so a
+    /// sweep that must not see stale ones flushes first, until nought is returned.
+    ///
+    /// # Errors
+    /// What SQLite says; the activities then wait for the next time.
+    pub fn flush_activity(&self) -> Result<usize, Error> {
+        let mut connection = lock(&self.connection);
+        self.flush_into(connection.as_mut().ok_or(Error::Closed)?)
+    }
+
+    /// Returns the text that was stored for `key`.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn meta(&self, key: &str) -> Result<Option<String>, Error> {
+        let connection = lock(&self.connection);
+        schema::meta(connection.as_ref().ok_or(Error::Closed)?, key)
+            .map_err(Error::sql(&self.path, || format!("reading `{key}` from the index")))
+    }
+
+    /// Stores a text for `key`, durably. Keys that begin with `index.` are the index's own.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn set_meta(&self, key: &str, value: &str) -> Result<(), Error> {
+        let connection = lock(&self.connection);
+        schema::set_meta(connection.as_ref().ok_or(Error::Closed)?, key, value)
+            .map_err(Error::sql(&self.path, || format!("writing `{key}` to the index")))
+    }
+
+    /// Returns every key that begins with `prefix`, with its text.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn metas(&self, prefix: &str) -> Result<Vec<(String, String)>, Error> {
+        let connection = lock(&self.connection);
+        schema::metas(connection.as_ref().ok_or(Error::Closed)?, prefix)
+            .map_err(Error::sql(&self.path, || format!("reading `{prefix}…` from the index")))
+    }
+
+    /// Removes a key, if it is there.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn remove_meta(&self, key: &str) -> Result<(), Error> {
+        let connection = lock(&self.connection);
+        schema::remove_meta(connection.as_ref().ok_or(Error::Closed)?, key)
+            .map_err(Error::sql(&self.path, || format!("removing `{key}` from the index")))
+    }
+
+    /// Writes what is left to write, and notes that all is well, so that the next opening
+    /// need not look. What is asked of the index from now on is refused, but for reads
+    /// of entries.
+    ///
+    /// # Errors
+    /// What SQLite says; the index is closed all the same.
+    pub fn close(&self) -> Result<(), Error> {
+        let mut connection = lock(&self.connection).take().ok_or(Error::Closed)?;
+        while self.flush_into(&mut connection)? > 0 {}
+        schema::mark_closed(&connection)
+            .and_then(|()| connection.close().map_err(|(_, error)| error))
+            .map_err(Error::sql(&self.path, || "closing the index".to_owned()))
+    }
+
+    fn update(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        state: State,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<Arc<Record>, Error> {
+        assert_eq!(held.id(), entry.id(), "the lock is that of the sandbox");
+        let connection = lock(&self.connection);
+        let open = connection.as_ref().ok_or(Error::Closed)?;
+        let old = entry.record();
+        let mut new = Record { state, ..Record::clone(&old) };
+        change(&mut new);
+        let fixed = |record: &Record| (record.row, record.id.clone(), record.created_at);
+        assert_eq!(fixed(&new), fixed(&old), "a change keeps what is fixed");
+        assert_eq!(new.state, state, "the state is changed by steps only");
+        new.spec = self.specs.intern(new.spec);
+        let found = row::update(open, &old, &new, entry.last_activity())
+            .map_err(Error::sql(&self.path, || format!("writing {} to the index", old.id)))?;
+        if !found {
+            return Err(Error::lost(&old));
+        }
+        let new = Arc::new(new);
+        entry.publish(Arc::clone(&new));
+        write(&self.table).moved(old.state, new.state);
+        Ok(new)
+    }
+
+    fn flush_into(&self, connection: &mut Connection) -> Result<usize, Error> {
+        let rows = self.dirty.take(FLUSH_MAX);
+        if rows.is_empty() {
+            return Ok(0);
+        }
+        // One that has been removed meanwhile has nothing to write.
+        let entries: Vec<_> = rows.iter().filter_map(|row| self.by_row(*row)).collect();
+        let written = connection.transaction().and_then(|transaction| {
+            for entry in &entries {
+                let last_activity = entry.activity_to_write();
+                row::update_activity(&transaction, &entry.record(), last_activity)?;
+            }
+            transaction.commit()
+        });
+        if written.is_err() {
+            for entry in &entries {
+                entry.mark_dirty();
+            }
+        }
+        written.map_err(Error::sql(&self.path, || "writing activities to the index".to_owned()))?;
+        Ok(rows.len())
+    }
+}
+
+impl Error {
+    /// Makes the function that turns what SQLite said while `doing` into an error.
+    fn sql(path: &Path, doing: impl FnOnce() -> String) -> impl FnOnce(rusqlite::Error) -> Self {
+        use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+        move |source| match source.sqlite_error_code() {
+            Some(DatabaseCorrupt | NotADatabase) => {
+                Self::Damaged { path: path.to_owned(), why: source.to_string() }
+            }
+            Some(_) | None => Self::Sql { doing: doing(), source },
+        }
+    }
+
+    fn lost(record: &Record) -> Self {
+        Self::Lost { id: record.id.clone(), row: record.row, state: record.state }
+    }
+}

@@ -1,0 +1,308 @@
+//! A record as the columns of a row, and back.
+
+use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
+
+use rusqlite::{Connection, Row, params_from_iter, types::FromSql, types::Value};
+
+use super::{Error, spec::Specs};
+use crate::sandbox::{
+    Owner, Period, ProcessIdentity, Record, RowId, SandboxId, SnapshotFacts, Spec, State, Timestamp,
+};
+
+/// The columns that change, in the order in which [`values`] and [`read`] have them.
+const COLUMNS: [&str; 27] = [
+    "uid",
+    "gid",
+    "state",
+    "since",
+    "created_at",
+    "generation",
+    "spec",
+    "idle_after",
+    "delete_after",
+    "pinned",
+    "vmm",
+    "pid",
+    "boot_id",
+    "pidfs_inode",
+    "start_ticks",
+    "snapshot_generation",
+    "snapshot_bytes",
+    "snapshotted_at",
+    "sleeps",
+    "wakes",
+    "last_sleep_ns",
+    "last_wake_ns",
+    "error",
+    "retry_at",
+    "last_activity_at",
+    "sleep_at",
+    "delete_at",
+];
+
+/// Inserts a record, whose `row` does not matter, and returns the row it was given.
+pub(super) fn insert(
+    connection: &Connection,
+    record: &Record,
+    last_activity: Timestamp,
+) -> rusqlite::Result<RowId> {
+    let columns = COLUMNS.join(", ");
+    let places = ", ?".repeat(COLUMNS.len());
+    let id = Value::from(record.id.to_string());
+    connection
+        .prepare_cached(&format!("INSERT INTO sandbox (id, {columns}) VALUES (?{places})"))?
+        .insert(params_from_iter([id].into_iter().chain(values(record, last_activity))))
+        .map(|row| RowId(row.cast_unsigned()))
+}
+
+/// Replaces the record `old` by `new`. Returns false, and has done nothing, where the row
+/// has another name, owner or state than `old`.
+pub(super) fn update(
+    connection: &Connection,
+    old: &Record,
+    new: &Record,
+    last_activity: Timestamp,
+) -> rusqlite::Result<bool> {
+    let columns = COLUMNS.join(" = ?, ");
+    let changed = connection
+        .prepare_cached(&format!("UPDATE sandbox SET {columns} = ? WHERE {GUARD}"))?
+        .execute(params_from_iter(values(new, last_activity).into_iter().chain(guard(old))))?;
+    Ok(changed == 1)
+}
+
+/// Deletes the row of a record, under the same conditions as [`update`].
+pub(super) fn delete(connection: &Connection, record: &Record) -> rusqlite::Result<bool> {
+    let changed = connection
+        .prepare_cached(&format!("DELETE FROM sandbox WHERE {GUARD}"))?
+        .execute(params_from_iter(guard(record)))?;
+    Ok(changed == 1)
+}
+
+/// Writes an activity, and the deadline that follows from it.
+pub(super) fn update_activity(
+    connection: &Connection,
+    record: &Record,
+    last_activity: Timestamp,
+) -> rusqlite::Result<()> {
+    let sleep_at = record.sleep_at(last_activity);
+    connection
+        .prepare_cached("UPDATE sandbox SET last_activity_at = ?, sleep_at = ? WHERE row = ?")?
+        .execute((
+            last_activity.as_millis(),
+            sleep_at.map(Timestamp::as_millis),
+            record.row.0.cast_signed(),
+        ))?;
+    Ok(())
+}
+
+/// Hands over every record, with its last activity, by ascending number.
+pub(super) fn load(
+    connection: &Connection,
+    path: &Path,
+    specs: &Specs,
+    mut each: impl FnMut(Record, Timestamp),
+) -> Result<(), Error> {
+    let reading = || Error::sql(path, || format!("reading the index {}", path.display()));
+    // Most rows have the same text, and to parse it takes longer than all the rest.
+    let mut parsed: HashMap<String, Arc<Spec>> = HashMap::new();
+    let columns = COLUMNS.join(", ");
+    let mut statement = connection
+        .prepare(&format!("SELECT row, id, {columns} FROM sandbox ORDER BY row"))
+        .map_err(reading())?;
+    let mut rows = statement.query([]).map_err(reading())?;
+    while let Some(row) = rows.next().map_err(reading())? {
+        let spec = |text: String| -> Result<Arc<Spec>, String> {
+            if let Some(spec) = parsed.get(&text) {
+                return Ok(Arc::clone(spec));
+            }
+            let spec = Spec::parse(&text, &Spec::default(), &|_| None)
+                .map_err(|error| format!("its spec: {error}"))?;
+            let spec = specs.intern(Arc::new(spec));
+            parsed.insert(text, Arc::clone(&spec));
+            Ok(spec)
+        };
+        let (record, last_activity) = read(row, spec).map_err(|Senseless(why)| {
+            let number = row.get::<_, i64>(0).unwrap_or_default();
+            Error::Damaged { path: path.to_owned(), why: format!("row {number}: {why}") }
+        })?;
+        each(record, last_activity);
+    }
+    Ok(())
+}
+
+/// What a row has to be for [`update`] and [`delete`] to touch it.
+const GUARD: &str = "row = ? AND id = ? AND uid = ? AND state = ?";
+
+fn guard(record: &Record) -> [Value; 4] {
+    [
+        unsigned(record.row.0),
+        record.id.to_string().into(),
+        record.owner.uid.into(),
+        record.state.word().to_owned().into(),
+    ]
+}
+
+fn values(record: &Record, last_activity: Timestamp) -> [Value; COLUMNS.len()] {
+    let process = record.process.as_ref();
+    let snapshot = record.snapshot;
+    [
+        record.owner.uid.into(),
+        record.owner.gid.into(),
+        record.state.word().to_owned().into(),
+        moment(record.since),
+        moment(record.created_at),
+        unsigned(record.generation),
+        record.spec.to_toml().into(),
+        seconds(record.idle_after),
+        seconds(record.delete_after),
+        record.pinned.into(),
+        text(record.vmm.as_deref()),
+        process.map(|process| process.pid).into(),
+        text(process.map(|process| &*process.boot_id)),
+        process.and_then(|process| process.pidfs_inode).map(unsigned).into(),
+        process.map(|process| unsigned(process.start_ticks)).into(),
+        snapshot.map(|snapshot| unsigned(snapshot.generation)).into(),
+        snapshot.map(|snapshot| unsigned(snapshot.bytes)).into(),
+        snapshot.map(|snapshot| moment(snapshot.at)).into(),
+        unsigned(record.sleeps),
+        unsigned(record.wakes),
+        record.last_sleep.map(nanos).into(),
+        record.last_wake.map(nanos).into(),
+        text(record.error.as_deref()),
+        record.retry_at.map(moment).into(),
+        moment(last_activity),
+        record.sleep_at(last_activity).map(moment).into(),
+        record.delete_at().map(moment).into(),
+    ]
+}
+
+/// Why a row makes no sense.
+struct Senseless(String);
+
+impl From<rusqlite::Error> for Senseless {
+    fn from(error: rusqlite::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl From<String> for Senseless {
+    fn from(why: String) -> Self {
+        Self(why)
+    }
+}
+
+/// The columns of a row, one after the other.
+struct Columns<'a> {
+    row: &'a Row<'a>,
+    next: usize,
+}
+
+impl Columns<'_> {
+    fn next<T: FromSql>(&mut self) -> rusqlite::Result<T> {
+        self.next += 1;
+        self.row.get(self.next - 1)
+    }
+
+    fn number(&mut self) -> rusqlite::Result<u64> {
+        Ok(self.next::<i64>()?.cast_unsigned())
+    }
+
+    fn number_or_none(&mut self) -> rusqlite::Result<Option<u64>> {
+        Ok(self.next::<Option<i64>>()?.map(i64::cast_unsigned))
+    }
+
+    fn moment(&mut self) -> rusqlite::Result<Timestamp> {
+        self.next().map(Timestamp::from_millis)
+    }
+
+    fn period(&mut self) -> rusqlite::Result<Period> {
+        let seconds = self.number_or_none()?;
+        Ok(seconds.map_or(Period::Never, |seconds| Period::After(Duration::from_secs(seconds))))
+    }
+}
+
+fn read(
+    row: &Row<'_>,
+    spec: impl FnOnce(String) -> Result<Arc<Spec>, String>,
+) -> Result<(Record, Timestamp), Senseless> {
+    let mut columns = Columns { row, next: 0 };
+    let c = &mut columns;
+    // The fields stand in the order of the columns, as that is the order of evaluation.
+    let record = Record {
+        row: RowId(c.number()?),
+        id: id(&c.next::<String>()?)?,
+        owner: Owner { uid: c.next()?, gid: c.next()? },
+        state: state(&c.next::<String>()?)?,
+        since: c.moment()?,
+        created_at: c.moment()?,
+        generation: c.number()?,
+        spec: spec(c.next()?)?,
+        idle_after: c.period()?,
+        delete_after: c.period()?,
+        pinned: c.next()?,
+        vmm: c.next()?,
+        process: process(c)?,
+        snapshot: snapshot(c)?,
+        sleeps: c.number()?,
+        wakes: c.number()?,
+        last_sleep: c.number_or_none()?.map(Duration::from_nanos),
+        last_wake: c.number_or_none()?.map(Duration::from_nanos),
+        error: c.next()?,
+        retry_at: c.next::<Option<i64>>()?.map(Timestamp::from_millis),
+    };
+    Ok((record, c.moment()?))
+}
+
+fn id(text: &str) -> Result<SandboxId, String> {
+    text.parse().map_err(|error| format!("`{text}`: {error}"))
+}
+
+fn state(word: &str) -> Result<State, String> {
+    State::from_word(word).ok_or_else(|| format!("`{word}` is no state"))
+}
+
+fn process(c: &mut Columns<'_>) -> Result<Option<ProcessIdentity>, Senseless> {
+    let (pid, boot_id) = (c.next::<Option<u32>>()?, c.next()?);
+    let (pidfs_inode, start_ticks) = (c.number_or_none()?, c.number_or_none()?);
+    match (pid, boot_id, start_ticks) {
+        (None, None, None) => Ok(None),
+        (Some(pid), Some(boot_id), Some(start_ticks)) => {
+            Ok(Some(ProcessIdentity { pid, boot_id, pidfs_inode, start_ticks }))
+        }
+        _ => Err("half a process".to_owned().into()),
+    }
+}
+
+fn snapshot(c: &mut Columns<'_>) -> Result<Option<SnapshotFacts>, Senseless> {
+    let (generation, bytes) = (c.number_or_none()?, c.number_or_none()?);
+    let at = c.next::<Option<i64>>()?.map(Timestamp::from_millis);
+    match (generation, bytes, at) {
+        (None, None, None) => Ok(None),
+        (Some(generation), Some(bytes), Some(at)) => {
+            Ok(Some(SnapshotFacts { generation, bytes, at }))
+        }
+        _ => Err("half a snapshot".to_owned().into()),
+    }
+}
+
+/// SQLite's integers are signed; the bits are ours.
+fn unsigned(number: u64) -> Value {
+    number.cast_signed().into()
+}
+
+fn moment(at: Timestamp) -> Value {
+    at.as_millis().into()
+}
+
+fn seconds(period: Period) -> Value {
+    period.duration().map(|duration| unsigned(duration.as_secs())).into()
+}
+
+fn nanos(duration: Duration) -> Value {
+    // Three centuries fit.
+    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX).into()
+}
+
+fn text(text: Option<&str>) -> Value {
+    text.map(str::to_owned).into()
+}

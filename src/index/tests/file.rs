@@ -1,0 +1,87 @@
+//! Files that are older, newer, somebody else's or damaged.
+
+use super::*;
+
+#[test]
+fn a_file_of_a_later_version_is_refused() {
+    let host = Host::new();
+    host.index.close().unwrap();
+    host.meddle("PRAGMA user_version = 2");
+    let error = Index::open(&host.path()).unwrap_err().to_string();
+    assert!(error.contains("has version 2, and this dozed knows versions up to 1"), "{error}");
+}
+
+#[test]
+fn a_database_of_something_else_is_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("index.db");
+    let other = Connection::open(&path).unwrap();
+    other.execute_batch("CREATE TABLE t (x)").unwrap();
+    drop(other);
+    let before = fs::read(&path).unwrap();
+    let error = Index::open(&path).unwrap_err().to_string();
+    assert!(error.contains("is a database, but no index of dozed"), "{error}");
+    assert_eq!(fs::read(&path).unwrap(), before);
+}
+
+#[test]
+fn migrations_go_forward_from_any_version_and_a_failed_one_changes_nothing() {
+    let mut connection = Connection::open_in_memory().unwrap();
+    let version = |connection: &Connection| -> i64 {
+        connection.query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap()
+    };
+    schema::migrate(&mut connection, 0, &schema::MIGRATIONS).unwrap();
+    assert_eq!(version(&connection), 1);
+    let broken = [schema::MIGRATIONS[0], "CREATE TABLE a (x); CREATE TABLE meta (x);"];
+    schema::migrate(&mut connection, 1, &broken).unwrap_err();
+    assert_eq!(version(&connection), 1);
+    let mended = [schema::MIGRATIONS[0], "CREATE TABLE a (x)"];
+    schema::migrate(&mut connection, 1, &mended).unwrap();
+    assert_eq!(version(&connection), 2);
+}
+
+#[test]
+fn a_damaged_file_is_refused_and_left() {
+    let damages: [fn(&mut Vec<u8>); 3] = [
+        |bytes| bytes[..16].fill(b'x'),
+        // The root pages of the tables and their indexes.
+        |bytes| bytes[2 * 4096..].fill(0xff),
+        |bytes| bytes.truncate(3 * 4096),
+    ];
+    for damage in damages {
+        let mut host = Host::new();
+        for number in 0..200 {
+            host.create(&format!("s{number}"), 0);
+        }
+        host.index.close().unwrap();
+        // It is opened and not closed, so that the next opening has to look.
+        host = host.reopened_after_a_crash();
+        drop(host.index);
+        let path = host.temp.path().join("index.db");
+        let mut bytes = fs::read(&path).unwrap();
+        fs::remove_file(host.temp.path().join("index.db-wal")).unwrap();
+        damage(&mut bytes);
+        fs::write(&path, &bytes).unwrap();
+        let error = Index::open(&path).unwrap_err();
+        assert!(matches!(error, Error::Damaged { .. }), "{error:?}");
+        assert!(error.to_string().contains("restore it from a backup"), "{error}");
+        assert!(fs::read(&path).unwrap() == bytes);
+    }
+}
+
+#[test]
+fn a_row_that_makes_no_sense_is_told_by_its_number() {
+    for (sql, says) in [
+        ("UPDATE sandbox SET id = 'Web.1'", "row 1: `Web.1`: an id is lower-case"),
+        ("UPDATE sandbox SET spec = 'vcpus = 0'", "row 1: its spec: line 1: `vcpus`"),
+        ("UPDATE sandbox SET pid = 7", "row 1: half a process"),
+        ("UPDATE sandbox SET snapshot_bytes = 7", "row 1: half a snapshot"),
+    ] {
+        let host = Host::new();
+        host.create("web-1", 0);
+        host.index.close().unwrap();
+        host.meddle(sql);
+        let error = Index::open(&host.path()).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+}
