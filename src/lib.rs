@@ -11,5 +11,6 @@ pub mod index;
 pub mod lock;
 pub mod notify;
 pub mod sandbox;
+pub mod snapshot;
 mod sync;
 pub mod sys;

@@ -1,0 +1,183 @@
+//! A committed snapshot, on its way to being woken.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _},
+    path::PathBuf,
+};
+
+use super::{
+    Error, FileFacts, Home, MANIFEST, MEMORY, Manifest, SMALL_FILE_MAX_BYTES, digest,
+    manifest::{MANIFEST_MAX_BYTES, Unreadable},
+};
+use crate::{
+    sandbox::SandboxId,
+    sys::{cancel::Cancel, files},
+};
+
+/// A committed snapshot whose manifest and small files have been checked.
+#[derive(Debug)]
+pub struct Snapshot {
+    home: Home,
+    manifest: Manifest,
+}
+
+impl Snapshot {
+    pub(super) fn open(home: Home, id: &SandboxId, generation: u64) -> Result<Self, Error> {
+        let manifest = read_manifest(&home, generation)?;
+        let snapshot = Self { home, manifest };
+        snapshot.check_identity(id, generation)?;
+        snapshot.check_names()?;
+        for file in &snapshot.manifest.files {
+            snapshot.check_file(file)?;
+        }
+        Ok(snapshot)
+    }
+
+    /// Returns what the snapshot is of.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Returns its directory, for the VMM to load from.
+    #[must_use]
+    pub fn dir(&self) -> PathBuf {
+        self.home.snapshot_dir(self.manifest.generation)
+    }
+
+    /// Returns its memory file.
+    #[must_use]
+    pub fn memory(&self) -> PathBuf {
+        self.dir().join(MEMORY)
+    }
+
+    /// Reads the whole memory and compares it with its digest. It may run while the VMM
+    /// loads the snapshot, and must be through before the guest does.
+    ///
+    /// # Errors
+    /// `Damaged` where they differ; `CalledOff`.
+    pub fn check_memory(&self, cancel: &Cancel) -> Result<(), Error> {
+        let path = self.memory();
+        let reading = || format!("reading {}", path.display());
+        let file = File::open(&path).map_err(Error::io(reading))?;
+        // One thread: the VMM starts at the same time.
+        let found = digest::of_blocks(&file, cancel, 1).map_err(Error::piece(reading))?;
+        let want = self.manifest.memory().map(|memory| memory.digest.as_str());
+        if want == Some(found.as_str()) {
+            return Ok(());
+        }
+        Err(self.damaged(format!(
+            "its memory has the digest {found}, and had {} when it fell asleep",
+            want.unwrap_or("none")
+        )))
+    }
+
+    /// Marks the snapshot consumed, by making it the directory of a life, and returns that.
+    /// When it returns this is on the disk: the guest may run, and nobody will ever wake
+    /// it from here again. The directories of earlier lives are removed before.
+    ///
+    /// # Errors
+    /// The snapshot is then still the truth.
+    pub fn consume(self) -> Result<PathBuf, Error> {
+        self.home.remove_lives()?;
+        let dir = self.dir();
+        let live = self.home.live_dir(self.manifest.generation);
+        files::rename_durably(&dir, &live)
+            .map_err(Error::io(|| format!("marking {} consumed", dir.display())))?;
+        Ok(live)
+    }
+
+    fn damaged(&self, why: String) -> Error {
+        let dir = self.dir();
+        Error::Damaged { dir, why }
+    }
+
+    fn check_identity(&self, id: &SandboxId, generation: u64) -> Result<(), Error> {
+        let found = &self.manifest;
+        let row = self.home.row();
+        if (&found.id, found.row, found.generation) == (id, row.0, generation) {
+            return Ok(());
+        }
+        Err(Error::Foreign {
+            dir: self.home.snapshot_dir(generation),
+            why: format!(
+                "its manifest is of {} (row {}, generation {}), not of {id} (row {row}, \
+                 generation {generation})",
+                found.id, found.row, found.generation
+            ),
+        })
+    }
+
+    /// Looks that there is no file that the manifest does not know.
+    fn check_names(&self) -> Result<(), Error> {
+        let dir = self.dir();
+        let reading = || Error::io(|| format!("reading {}", self.dir().display()));
+        for entry in fs::read_dir(&dir).map_err(reading())? {
+            let name = entry.map_err(reading())?.file_name();
+            let known = |file: &FileFacts| name == *file.name;
+            if name != MANIFEST && !self.manifest.files.iter().any(known) {
+                let name = name.to_string_lossy();
+                return Err(self.damaged(format!("it has a file `{name}` that is not its own")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks that a file is there with its size and, but for the memory, its content.
+    fn check_file(&self, want: &FileFacts) -> Result<(), Error> {
+        let name = &want.name;
+        let path = self.dir().join(name);
+        let reading = || Error::io(|| format!("reading {}", path.display()));
+        let mut file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(self.damaged(format!("`{name}` is missing")));
+            }
+            other => other.map_err(reading())?,
+        };
+        let meta = file.metadata().map_err(reading())?;
+        if !meta.is_file() || meta.len() != want.bytes {
+            let (bytes, found) = (want.bytes, meta.len());
+            return Err(self.damaged(format!("`{name}` has {found} bytes, and had {bytes}")));
+        }
+        if name == MEMORY {
+            return Ok(());
+        }
+        if want.bytes > SMALL_FILE_MAX_BYTES {
+            return Err(self.damaged(format!("`{name}` is larger than any that we write")));
+        }
+        if digest::of_small(&mut file).map_err(reading())? != want.digest {
+            return Err(self.damaged(format!("`{name}` does not match its digest")));
+        }
+        Ok(())
+    }
+}
+
+fn read_manifest(home: &Home, generation: u64) -> Result<Manifest, Error> {
+    let dir = home.snapshot_dir(generation);
+    let path = dir.join(MANIFEST);
+    let reading = || Error::io(|| format!("reading {}", path.display()));
+    let mut bytes = Vec::new();
+    match File::open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(if dir.is_dir() {
+                let why = "it has no manifest".to_owned();
+                Error::Damaged { dir, why }
+            } else {
+                Error::Absent { dir }
+            });
+        }
+        other => other
+            .and_then(|file| file.take(MANIFEST_MAX_BYTES + 1).read_to_end(&mut bytes))
+            .map_err(reading())?,
+    };
+    if u64::try_from(bytes.len()).is_ok_and(|len| len > MANIFEST_MAX_BYTES) {
+        let why = format!("its manifest has more than {MANIFEST_MAX_BYTES} bytes");
+        return Err(Error::Damaged { dir, why });
+    }
+    Manifest::decode(&bytes).map_err(|unreadable| match unreadable {
+        Unreadable::Damaged(why) => Error::Damaged { dir, why },
+        Unreadable::Foreign(why) => Error::Foreign { dir, why },
+        Unreadable::Newer(found) => Error::Newer { dir, found, known: super::manifest::FORMAT },
+    })
+}

@@ -1,0 +1,351 @@
+//! The directory of one sandbox in the store.
+
+use std::{
+    fs::{self, OpenOptions},
+    io,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use super::{Error, MEMORY, Memory, Snapshot, Staged};
+use crate::{
+    sandbox::{RowId, SandboxId},
+    sys::{cancel::Cancel, files},
+};
+
+/// The directory of one sandbox, `STORE/sandboxes/ROW`. It may not be there yet.
+#[derive(Debug, Clone)]
+pub struct Home {
+    dir: PathBuf,
+    row: RowId,
+}
+
+/// What a sandbox has on disk, by the names of its directories.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Survey {
+    /// The generation at which the machine was booted or woken. Beside a committed
+    /// snapshot that is not older it is what a sleep had no time to clear away.
+    pub live: Option<u64>,
+    /// The generations of sleeps that came to no end, ascending.
+    pub partials: Vec<u64>,
+    /// The generation of the snapshot.
+    pub committed: Option<u64>,
+}
+
+/// The numbers of the directories of each kind, ascending.
+#[derive(Default)]
+struct Listing {
+    lives: Vec<u64>,
+    partials: Vec<u64>,
+    committed: Vec<u64>,
+}
+
+impl Home {
+    /// Names the directory of the sandbox `row`.
+    #[must_use]
+    pub fn new(store: &Path, row: RowId) -> Self {
+        let dir = store.join("sandboxes").join(row.to_string());
+        Self { dir, row }
+    }
+
+    /// Makes it, durably. It may be there.
+    ///
+    /// # Errors
+    /// Where the store cannot be written.
+    pub fn create(&self) -> Result<(), Error> {
+        let above = self.dir.parent().unwrap_or(&self.dir);
+        files::make_private_dir(&self.dir)
+            .and_then(|()| files::sync_dir(above))
+            .map_err(Error::io(|| format!("making {}", self.dir.display())))
+    }
+
+    /// Returns its path.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Returns the row that it is named by.
+    #[must_use]
+    pub fn row(&self) -> RowId {
+        self.row
+    }
+
+    /// Returns the directory of the machine that came to life at `generation`.
+    #[must_use]
+    pub fn live_dir(&self, generation: u64) -> PathBuf {
+        self.dir.join(format!("{generation}.live"))
+    }
+
+    /// Returns the memory file of that machine.
+    #[must_use]
+    pub fn live_memory(&self, generation: u64) -> PathBuf {
+        self.live_dir(generation).join(MEMORY)
+    }
+
+    /// Returns the directory of the committed snapshot `generation`.
+    #[must_use]
+    pub fn snapshot_dir(&self, generation: u64) -> PathBuf {
+        self.dir.join(generation.to_string())
+    }
+
+    /// Returns the sandbox's own copy of the disk with this number, from 0.
+    #[must_use]
+    pub fn disk(&self, number: usize) -> PathBuf {
+        self.dir.join(format!("disk-{number}.img"))
+    }
+
+    /// Returns the log of the guest's serial console.
+    #[must_use]
+    pub fn console_log(&self) -> PathBuf {
+        self.dir.join("console.log")
+    }
+
+    /// Returns the log of the VMM's own messages.
+    #[must_use]
+    pub fn vmm_log(&self) -> PathBuf {
+        self.dir.join("vmm.log")
+    }
+
+    /// Tells what is there. No directory at all is nothing.
+    ///
+    /// # Errors
+    /// `Ambiguous` where there are two lives or two snapshots, which no crash leaves.
+    pub fn survey(&self) -> Result<Survey, Error> {
+        let listing = self.list()?;
+        Ok(Survey {
+            live: self.only(&listing.lives, ".live")?,
+            committed: self.only(&listing.committed, "")?,
+            partials: listing.partials,
+        })
+    }
+
+    /// Makes the directory of a new life, with an empty memory file if its VMM is to map
+    /// one, and returns it. Every earlier life is over and its directory is removed.
+    ///
+    /// # Errors
+    /// Where the store cannot be written.
+    pub fn begin_life(&self, generation: u64, memory: Memory) -> Result<PathBuf, Error> {
+        self.remove_lives()?;
+        let dir = self.live_dir(generation);
+        files::make_private_dir(&dir)
+            .and_then(|()| match memory {
+                Memory::Copied => Ok(()),
+                Memory::Mapped => OpenOptions::new()
+                    .write(true)
+                    .create_new(true)
+                    .mode(0o600)
+                    .open(dir.join(MEMORY))
+                    .map(drop),
+            })
+            .map_err(Error::io(|| format!("making {}", dir.display())))?;
+        Ok(dir)
+    }
+
+    /// Makes the directory that a sleep collects the snapshot `generation` in. What an
+    /// earlier sleep left behind is taken back as by [`Home::recover_partials`].
+    ///
+    /// # Errors
+    /// `Ambiguous` while there is a snapshot that nobody consumed, since this one would
+    /// be a second truth; otherwise where the store cannot be written.
+    pub fn stage(&self, generation: u64, memory: Memory) -> Result<Staged, Error> {
+        let survey = self.survey()?;
+        if let Some(committed) = survey.committed {
+            return Err(Error::Ambiguous {
+                dir: self.dir.clone(),
+                names: format!("{committed} and soon {generation}"),
+            });
+        }
+        for partial in survey.partials {
+            self.clear_partial(partial, survey.live, memory)?;
+        }
+        let dir = self.partial_dir(generation);
+        files::make_private_dir(&dir).map_err(Error::io(|| format!("making {}", dir.display())))?;
+        Ok(Staged::new(self.clone(), generation))
+    }
+
+    /// Takes back each sleep that was cut before its commit point while the VMM is alive:
+    /// memory that it maps goes back to where its life has it, and the rest is removed.
+    ///
+    /// # Errors
+    /// Where the store cannot be written, or where there is no life that the memory
+    /// could belong to; memory that is mapped is never removed.
+    pub fn recover_partials(&self, memory: Memory) -> Result<(), Error> {
+        let survey = self.survey()?;
+        for generation in survey.partials {
+            self.clear_partial(generation, survey.live, memory)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the memory in the partial `generation` back to `live`, and removes the rest.
+    fn clear_partial(&self, generation: u64, live: Option<u64>, kind: Memory) -> Result<(), Error> {
+        if kind == Memory::Copied {
+            return self.remove_partial(generation);
+        }
+        let dir = self.partial_dir(generation);
+        let memory = dir.join(MEMORY);
+        let is_there = |path: &Path| {
+            path.try_exists().map_err(Error::io(|| format!("looking for {}", path.display())))
+        };
+        if is_there(&memory)? {
+            let Some(live) = live else {
+                let why = "it holds the memory of a life that has no directory".to_owned();
+                return Err(Error::Damaged { dir, why });
+            };
+            // Where the life still has its memory this one is a copy.
+            let home = self.live_memory(live);
+            if !is_there(&home)? {
+                files::rename(&memory, &home)
+                    .map_err(Error::io(|| format!("moving {} back", memory.display())))?;
+            }
+        }
+        self.remove_partial(generation)
+    }
+
+    pub(super) fn remove_partial(&self, generation: u64) -> Result<(), Error> {
+        let dir = self.partial_dir(generation);
+        files::remove_tree(&dir).map_err(Error::io(|| format!("removing {}", dir.display())))
+    }
+
+    /// Reads and checks the snapshot `generation` of the sandbox `id`, all but its memory.
+    ///
+    /// # Errors
+    /// `Absent`, `Damaged`, `Foreign` or `Newer`: the snapshot stays as it is.
+    pub fn open(&self, id: &SandboxId, generation: u64) -> Result<Snapshot, Error> {
+        Snapshot::open(self.clone(), id, generation)
+    }
+
+    /// Makes the snapshot that the life `generation` was woken from the truth again, if its
+    /// memory is as it was. The VMM must be gone.
+    ///
+    /// Memory that was mapped proves by this that the guest has not run: one that executes
+    /// anything changes it. Memory that was copied is as it was whatever the guest did
+    /// since, so the caller must know by other means.
+    ///
+    /// # Errors
+    /// As [`Home::open`] and [`Snapshot::check_memory`]; the life is then as it was.
+    pub fn unconsume(&self, id: &SandboxId, generation: u64, cancel: &Cancel) -> Result<(), Error> {
+        let (live, dir) = (self.live_dir(generation), self.snapshot_dir(generation));
+        let renaming = || format!("taking back {}", live.display());
+        files::rename_durably(&live, &dir).map_err(Error::io(renaming))?;
+        let unchanged = self.open(id, generation).and_then(|found| found.check_memory(cancel));
+        if unchanged.is_err() {
+            files::rename_durably(&dir, &live).map_err(Error::io(renaming))?;
+        }
+        unchanged
+    }
+
+    /// Removes the files of the snapshot that the life `generation` was woken from, when
+    /// they are copies of what the VMM has and the guest runs. The life stays. It may be
+    /// over already, or its sandbox deleted.
+    ///
+    /// # Errors
+    /// Where something cannot be removed. It is then removed with the life.
+    pub fn drop_copy(&self, generation: u64) -> Result<(), Error> {
+        let dir = self.live_dir(generation);
+        let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+        let emptied = fs::read_dir(&dir).and_then(|entries| {
+            entries.into_iter().try_for_each(|entry| match fs::remove_file(entry?.path()) {
+                Err(error) if !gone(&error) => Err(error),
+                Ok(()) | Err(_) => Ok(()),
+            })
+        });
+        match emptied {
+            Err(error) if !gone(&error) => {
+                Err(Error::io(|| format!("emptying {}", dir.display()))(error))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Returns the bytes that the snapshot `generation` takes on disk.
+    ///
+    /// # Errors
+    /// As [`Home::open`].
+    pub fn snapshot_bytes(&self, id: &SandboxId, generation: u64) -> Result<u64, Error> {
+        let snapshot = self.open(id, generation)?;
+        Ok(snapshot.manifest().files.iter().map(|file| file.stored_bytes).sum())
+    }
+
+    /// Removes the directories of lives and of sleeps that came to no end. Its VMM is gone
+    /// for good. A committed snapshot stays.
+    ///
+    /// # Errors
+    /// Where something cannot be removed.
+    pub fn end_life(&self) -> Result<(), Error> {
+        self.remove_lives()?;
+        for generation in self.list()?.partials {
+            self.remove_partial(generation)?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that a sleep can be written, before the guest is paused for it.
+    /// `reserve_bytes` is [`super::SLEEP_RESERVE_BYTES`], and more where memory is copied.
+    ///
+    /// # Errors
+    /// `NoSpace` where it cannot.
+    pub fn check_space(&self, reserve_bytes: u64) -> Result<(), Error> {
+        let free = files::free_bytes(&self.dir)
+            .map_err(Error::io(|| format!("measuring {}", self.dir.display())))?;
+        if free < reserve_bytes {
+            let dir = self.dir.clone();
+            let needed = reserve_bytes;
+            return Err(Error::NoSpace { dir, needed, free });
+        }
+        Ok(())
+    }
+
+    pub(super) fn partial_dir(&self, generation: u64) -> PathBuf {
+        self.dir.join(format!("{generation}.partial"))
+    }
+
+    pub(super) fn remove_lives(&self) -> Result<(), Error> {
+        for generation in self.list()?.lives {
+            let dir = self.live_dir(generation);
+            files::remove_tree(&dir)
+                .map_err(Error::io(|| format!("removing {}", dir.display())))?;
+        }
+        Ok(())
+    }
+
+    fn list(&self) -> Result<Listing, Error> {
+        let doing = || Error::io(|| format!("reading {}", self.dir.display()));
+        let mut listing = Listing::default();
+        let entries = match fs::read_dir(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(listing),
+            other => other.map_err(doing())?,
+        };
+        for entry in entries {
+            let name = entry.map_err(doing())?.file_name();
+            let Some(name) = name.to_str() else { continue };
+            let (number, kind) = match name.split_once('.') {
+                None => (name, &mut listing.committed),
+                Some((number, "live")) => (number, &mut listing.lives),
+                Some((number, "partial")) => (number, &mut listing.partials),
+                Some(_) => continue,
+            };
+            // Only the form that we write is ours: `7`, and neither `07` nor `+7`.
+            match number.parse::<u64>() {
+                Ok(generation) if generation.to_string() == number => kind.push(generation),
+                Ok(_) | Err(_) => {}
+            }
+        }
+        for kind in [&mut listing.lives, &mut listing.partials, &mut listing.committed] {
+            kind.sort_unstable();
+        }
+        Ok(listing)
+    }
+
+    fn only(&self, generations: &[u64], suffix: &str) -> Result<Option<u64>, Error> {
+        match generations {
+            [] => Ok(None),
+            [only] => Ok(Some(*only)),
+            several => {
+                let names: Vec<_> = several.iter().map(|n| format!("{n}{suffix}")).collect();
+                Err(Error::Ambiguous { dir: self.dir.clone(), names: names.join(" and ") })
+            }
+        }
+    }
+}

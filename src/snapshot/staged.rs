@@ -1,0 +1,227 @@
+//! A sleep under way, up to its commit point.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use super::{
+    Error, FileFacts, Home, MANIFEST, MEMORY, Manifest, ManifestFacts, SMALL_FILE_MAX_BYTES, digest,
+};
+use crate::sys::{cancel::Cancel, files};
+
+/// How many threads take the digest of a memory while it is synced. The guest is paused
+/// and its writer waits, so two; more would take CPU from the guests that run.
+const DIGEST_THREADS: usize = 2;
+
+/// The directory of a sleep under way. It ends by `commit` or by `discard`; one that is
+/// dropped is found by [`Home::survey`], as after a crash.
+#[must_use = "a sleep is committed or discarded"]
+#[derive(Debug)]
+pub struct Staged {
+    home: Home,
+    generation: u64,
+    /// The life that the memory was taken from, while it is here.
+    taken_from: Option<u64>,
+}
+
+/// A snapshot that is committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Committed {
+    /// Its number.
+    pub generation: u64,
+    /// The bytes that it takes on disk.
+    pub bytes: u64,
+}
+
+/// Why a snapshot was not committed. It is as staged as before.
+#[derive(Debug, thiserror::Error)]
+#[error("committing the snapshot {}", .staged.generation)]
+pub struct CommitError {
+    /// To be discarded, or committed once more.
+    pub staged: Staged,
+    /// What went wrong.
+    pub source: Error,
+}
+
+impl Staged {
+    pub(super) fn new(home: Home, generation: u64) -> Self {
+        Self { home, generation, taken_from: None }
+    }
+
+    /// Returns the directory, for the VMM to save into.
+    #[must_use]
+    pub fn dir(&self) -> PathBuf {
+        self.home.partial_dir(self.generation)
+    }
+
+    /// Moves the memory here from the life that began at `live`. The VMM keeps its mapping.
+    ///
+    /// # Errors
+    /// Where it is not there; it then stays where it was.
+    pub fn take_memory(&mut self, live: u64) -> Result<(), Error> {
+        let from = self.home.live_memory(live);
+        files::rename(&from, &self.dir().join(MEMORY))
+            .map_err(Error::io(|| format!("moving {}", from.display())))?;
+        self.taken_from = Some(live);
+        Ok(())
+    }
+
+    /// Moves the memory back to where it was taken from, if it was.
+    ///
+    /// # Errors
+    /// Where it cannot be moved; it then stays here.
+    pub fn give_back_memory(&mut self) -> Result<(), Error> {
+        if let Some(live) = self.taken_from {
+            let from = self.dir().join(MEMORY);
+            files::rename(&from, &self.home.live_memory(live))
+                .map_err(Error::io(|| format!("moving {} back", from.display())))?;
+            self.taken_from = None;
+        }
+        Ok(())
+    }
+
+    /// Takes the sleep back: the memory goes home and the rest is removed.
+    ///
+    /// # Errors
+    /// Where that cannot be done. [`Home::recover_partials`] does what is left to do.
+    pub fn discard(mut self) -> Result<(), Error> {
+        self.give_back_memory()?;
+        self.home.remove_partial(self.generation)
+    }
+
+    /// Makes the snapshot the truth: when it returns, it is on the disk, whole. The
+    /// machine must not run, nor anything write to the files. The life that the memory was
+    /// taken from is empty then, and goes with [`Home::end_life`] or at the next wake.
+    ///
+    /// # Errors
+    /// Before the commit point, for whatever reason or because it was called off: the
+    /// staged sleep is handed back. After the commit point there is no error.
+    pub fn commit(self, facts: ManifestFacts, cancel: &Cancel) -> Result<Committed, CommitError> {
+        match self.seal(facts, cancel) {
+            Ok(bytes) => Ok(Committed { generation: self.generation, bytes }),
+            Err(source) => Err(CommitError { staged: self, source }),
+        }
+    }
+
+    /// Does everything up to and with the commit point; returns the bytes on disk.
+    fn seal(&self, facts: ManifestFacts, cancel: &Cancel) -> Result<u64, Error> {
+        let dir = self.dir();
+        let small = self.small_files(facts.hardware.memory_bytes)?;
+        let files = sync_and_digest(&dir, &small, cancel)?;
+        let mut bytes: u64 = files.iter().map(|file| file.stored_bytes).sum();
+        let manifest = Manifest {
+            id: facts.id,
+            row: self.home.row().0,
+            generation: self.generation,
+            created_at: facts.created_at,
+            vmm: facts.vmm,
+            hardware: facts.hardware,
+            host: facts.host,
+            files,
+        };
+        let path = dir.join(MANIFEST);
+        // This also waits for the entries of the directory.
+        files::write_durably(&path, &manifest.encode())
+            .map_err(Error::io(|| format!("writing {}", path.display())))?;
+        bytes += files::allocated_bytes(&path)
+            .map_err(Error::io(|| format!("measuring {}", path.display())))?;
+        cancel.check()?;
+        // The commit point. If the disk does not confirm it the rename is taken back. Should
+        // the host lose power before the disk has even that, and the guest have run
+        // on, then the memory's digest tells that this is no snapshot any more.
+        let target = self.home.snapshot_dir(self.generation);
+        files::rename_durably(&dir, &target)
+            .map_err(Error::io(|| format!("renaming {} into place", dir.display())))?;
+        Ok(bytes)
+    }
+
+    /// Lists the files beside the memory, having looked that all is there that must be.
+    fn small_files(&self, memory_bytes: u64) -> Result<Vec<String>, Error> {
+        let dir = self.dir();
+        let incomplete = |why: String| Error::Incomplete { dir: dir.clone(), why };
+        let reading = || Error::io(|| format!("reading {}", self.dir().display()));
+        let (mut small, mut memory) = (Vec::new(), None);
+        for entry in fs::read_dir(&dir).map_err(reading())? {
+            let entry = entry.map_err(reading())?;
+            let meta = entry.metadata().map_err(reading())?;
+            let Ok(name) = entry.file_name().into_string() else {
+                return Err(incomplete("the VMM left a file with no name in UTF-8".to_owned()));
+            };
+            if !meta.is_file() {
+                return Err(incomplete(format!("`{name}` is no file")));
+            } else if name == MEMORY {
+                memory = Some(meta.len());
+            } else if meta.len() > SMALL_FILE_MAX_BYTES {
+                return Err(incomplete(format!(
+                    "`{name}` has {} bytes, and {SMALL_FILE_MAX_BYTES} are the most",
+                    meta.len()
+                )));
+            } else if !name.starts_with(MANIFEST) {
+                // A manifest is what an earlier try to commit has left.
+                small.push(name);
+            }
+        }
+        match memory {
+            None => Err(incomplete("it has no memory".to_owned())),
+            Some(bytes) if bytes != memory_bytes => Err(incomplete(format!(
+                "its memory has {bytes} bytes, and the machine has {memory_bytes}"
+            ))),
+            Some(_) if small.is_empty() => Err(incomplete("the VMM saved nothing".to_owned())),
+            Some(_) => {
+                small.sort_unstable();
+                Ok(small)
+            }
+        }
+    }
+}
+
+/// Brings all files to the disk and says what they are. While this thread waits for the
+/// disk, another one reads the memory, which is in the page cache.
+fn sync_and_digest(dir: &Path, small: &[String], cancel: &Cancel) -> Result<Vec<FileFacts>, Error> {
+    let path = dir.join(MEMORY);
+    let syncing = || format!("syncing {}", path.display());
+    let reading = || format!("reading {}", path.display());
+    std::thread::scope(|scope| {
+        let digest = std::thread::Builder::new()
+            .name("memory-digest".to_owned())
+            .spawn_scoped(scope, || {
+                // A descriptor has one offset, so each thread has its own.
+                let memory = File::open(&path).map_err(Error::io(reading))?;
+                digest::of_blocks(&memory, cancel, DIGEST_THREADS).map_err(Error::piece(reading))
+            })
+            .map_err(Error::io(|| "starting a thread".to_owned()))?;
+        let mut facts = Vec::with_capacity(small.len() + 1);
+        for name in small {
+            facts.push(sync_small(dir, name)?);
+        }
+        let memory = File::open(&path).map_err(Error::io(syncing))?;
+        files::sync_in_pieces(&memory, cancel).map_err(Error::piece(syncing))?;
+        let digest = match digest.join() {
+            Ok(digest) => digest?,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        facts.push(facts_of(&path, MEMORY, digest).map_err(Error::io(reading))?);
+        Ok(facts)
+    })
+}
+
+fn sync_small(dir: &Path, name: &str) -> Result<FileFacts, Error> {
+    let path = dir.join(name);
+    let synced = || -> std::io::Result<FileFacts> {
+        let mut file = File::open(&path)?;
+        file.sync_all()?;
+        let digest = digest::of_small(&mut file)?;
+        facts_of(&path, name, digest)
+    };
+    synced().map_err(Error::io(|| format!("syncing {}", path.display())))
+}
+
+fn facts_of(path: &Path, name: &str, digest: String) -> std::io::Result<FileFacts> {
+    Ok(FileFacts {
+        name: name.to_owned(),
+        bytes: fs::metadata(path)?.len(),
+        stored_bytes: files::allocated_bytes(path)?,
+        digest,
+    })
+}
