@@ -14,3 +14,4 @@ pub mod sandbox;
 pub mod snapshot;
 mod sync;
 pub mod sys;
+pub mod vmm;

@@ -1,0 +1,201 @@
+//! What Cloud Hypervisor is told and says, as types: the part of its API that is used.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::version::Version;
+use crate::vmm::Plan;
+
+/// The answer to `vmm.ping`.
+#[derive(Debug, Deserialize)]
+pub(super) struct Ping {
+    /// Such as `53.0.0`.
+    pub(super) version: String,
+}
+
+/// The answer to `vm.info`, as far as it matters.
+#[derive(Debug, Deserialize)]
+pub(super) struct Info {
+    /// How it is with the machine.
+    pub(super) state: State,
+}
+
+/// How it is with a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub(super) enum State {
+    /// It has a configuration, and nothing more.
+    Created,
+    /// Its vCPUs run.
+    Running,
+    /// The guest has switched it off.
+    Shutdown,
+    /// Its vCPUs are stopped.
+    Paused,
+    /// A debugger has stopped it.
+    BreakPoint,
+}
+
+/// The body of `vm.create`.
+#[derive(Debug, Serialize)]
+pub(super) struct VmConfig<'a> {
+    cpus: Cpus,
+    memory: Memory,
+    payload: Payload<'a>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    disks: Vec<Disk<'a>>,
+    rng: Rng,
+    balloon: Balloon,
+    serial: ConsoleMode,
+    console: ConsoleMode,
+    landlock_enable: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    landlock_rules: Vec<LandlockRule>,
+}
+
+#[derive(Debug, Serialize)]
+struct Cpus {
+    boot_vcpus: u8,
+    max_vcpus: u8,
+}
+
+#[derive(Debug, Serialize)]
+struct Memory {
+    size: u64,
+    shared: bool,
+    thp: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Payload<'a> {
+    kernel: &'a Path,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    initramfs: Option<&'a Path>,
+    cmdline: &'a str,
+}
+
+#[derive(Debug, Serialize)]
+struct Disk<'a> {
+    path: &'a Path,
+    readonly: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image_type: Option<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
+struct Rng {
+    src: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct Balloon {
+    size: u64,
+    deflate_on_oom: bool,
+    free_page_reporting: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct ConsoleMode {
+    mode: &'static str,
+}
+
+/// A path that Cloud Hypervisor may use once it has shut itself in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct LandlockRule {
+    pub(super) path: PathBuf,
+    /// `r` or `rw`.
+    pub(super) access: &'static str,
+}
+
+/// The body of `vm.snapshot`.
+#[derive(Debug, Serialize)]
+pub(super) struct SnapshotTarget {
+    pub(super) destination_url: String,
+}
+
+/// The body of `vm.restore`.
+#[derive(Debug, Serialize)]
+pub(super) struct RestoreSource {
+    source_url: String,
+    prefault: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_restore_mode: Option<&'static str>,
+}
+
+impl<'a> VmConfig<'a> {
+    /// Returns the machine of `plan` that boots `kernel`. It is shut in to the paths of
+    /// `rules`, and those that the plan names, if there are any.
+    pub(super) fn new(
+        plan: &'a Plan,
+        kernel: &'a Path,
+        version: Version,
+        rules: Option<Vec<LandlockRule>>,
+    ) -> Self {
+        let image_type = version.is_told_image_types().then_some("Raw");
+        let disks = plan.disks.iter().map(|disk| Disk {
+            path: &disk.path,
+            readonly: disk.readonly,
+            image_type,
+        });
+        Self {
+            cpus: Cpus { boot_vcpus: plan.vcpus, max_vcpus: plan.vcpus },
+            // Shared memory is a file in memory, of which only what the guest has touched
+            // is saved. A huge page would be saved whole for any byte of it.
+            memory: Memory { size: plan.memory_bytes, shared: true, thp: false },
+            payload: Payload {
+                kernel,
+                initramfs: plan.initramfs.as_deref(),
+                cmdline: &plan.cmdline,
+            },
+            disks: disks.collect(),
+            rng: Rng { src: "/dev/urandom" },
+            // What the guest frees leaves the host's memory, and so the snapshot.
+            balloon: Balloon { size: 0, deflate_on_oom: true, free_page_reporting: true },
+            serial: ConsoleMode { mode: "Tty" },
+            // The other one would be a second writer to the same terminal.
+            console: ConsoleMode { mode: "Off" },
+            landlock_enable: rules.is_some(),
+            landlock_rules: rules.unwrap_or_default(),
+        }
+    }
+}
+
+impl RestoreSource {
+    /// Has the memory copied, and the machine left paused.
+    pub(super) fn copying(source_url: String, version: Version) -> Self {
+        // Loading it page by page would fill all of the memory in the background, holes
+        // too, and refuse the next snapshot until that is done.
+        let memory_restore_mode = version.has_restore_modes().then_some("Copy");
+        Self { source_url, prefault: false, memory_restore_mode }
+    }
+}
+
+/// Has the configuration in a snapshot name what is to be used now: the disks where
+/// they are, and the paths that the VMM may use.
+///
+/// # Errors
+/// Says what does not fit.
+pub(super) fn adapt(
+    config: &mut Value,
+    plan: &Plan,
+    rules: Option<&[LandlockRule]>,
+) -> Result<(), String> {
+    let none = Vec::new();
+    let count = config["disks"].as_array().unwrap_or(&none).len();
+    if count != plan.disks.len() {
+        return Err(format!(
+            "the snapshot has {count} disks, and the sandbox has {}",
+            plan.disks.len()
+        ));
+    }
+    for (number, disk) in plan.disks.iter().enumerate() {
+        config["disks"][number]["path"] = json!(disk.path);
+    }
+    let Some(config) = config.as_object_mut() else {
+        return Err("its config.json is no object".to_owned());
+    };
+    config.insert("landlock_enable".to_owned(), json!(rules.is_some()));
+    config.insert("landlock_rules".to_owned(), json!(rules));
+    Ok(())
+}

@@ -1,0 +1,339 @@
+//! One Cloud Hypervisor, and what it can be asked to do.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs::{self, File, OpenOptions},
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::de::IgnoredAny;
+
+use super::{
+    allowance::Allowance,
+    api::{self, ANSWER_LIMIT, Call, Failed},
+    body::{Info, Ping, RestoreSource, SnapshotTarget, State, VmConfig},
+    confinement,
+    console::{self, Console},
+    version::{OLDEST, Version},
+    view,
+};
+use crate::{
+    sync::Arc,
+    sys::{
+        clock::{self, Deadline, Stopwatch},
+        files::{self, Use, is_image_locked},
+        process::{Launch, Privileges, Process},
+    },
+    vmm::{
+        Error, Machine, Plan, SAVED_MEMORY,
+        log::{self, LastWords},
+        peer::{Peer, begin, host, listen},
+    },
+};
+
+/// The file that it writes memory to, which we call as all drivers do.
+pub(super) const MEMORY_FILE: &str = "memory-ranges";
+/// The file that it writes its configuration to.
+pub(super) const CONFIG_FILE: &str = "config.json";
+/// The file that it writes the state of CPUs and devices to.
+pub(super) const STATE_FILE: &str = "state.json";
+
+/// For a process that is starting, which takes 4 ms alone on a CPU. With a hundred wakes at
+/// once on two it is seconds.
+const START_LIMIT: Duration = Duration::from_secs(15);
+/// A pause waits for the disks to be through with what they do.
+const PAUSE_LIMIT: Duration = Duration::from_secs(30);
+/// A boot reads kernel and initial RAM file system; a resume waits for each vCPU, and for
+/// whatever the VMM is still busy with.
+const RUN_LIMIT: Duration = Duration::from_secs(30);
+/// How fast memory is written and read at the least: a disk that is slower is not well.
+const MEMORY_MIN_BYTES_PER_SECOND: u64 = 32 << 20;
+/// A process that has just ended gives up the locks on its disks when its last I/O is
+/// through, some milliseconds later. How long we wait for it, and how often we look.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+const LOCK_LOOK: Duration = Duration::from_millis(5);
+
+/// A Cloud Hypervisor that runs one sandbox, or is about to.
+#[derive(Debug)]
+pub(super) struct CloudMachine {
+    peer: Peer,
+    runtime_dir: PathBuf,
+    console_log: PathBuf,
+    typing: Allowance,
+    known_for: Stopwatch,
+    memory_bytes: u64,
+    /// The disks that the guest may write to.
+    disks: Vec<PathBuf>,
+    version: Version,
+    /// Whether the guest may have run in this process.
+    may_have_run: bool,
+}
+
+impl CloudMachine {
+    /// Starts one that has the machine's configuration and has not made it.
+    pub(super) fn boot(program: &Path, plan: &Plan, kernel: &Path) -> Result<Self, Error> {
+        begin(
+            plan,
+            "starting",
+            || Self::spawn(program, plan),
+            |machine| machine.create(plan, kernel),
+        )
+    }
+
+    /// Starts one that has loaded the snapshot in `dir`, and is paused.
+    pub(super) fn restore(program: &Path, plan: &Plan, dir: &Path) -> Result<Self, Error> {
+        let spawn = || Self::spawn(program, plan);
+        begin(plan, "loading the snapshot", spawn, |machine| machine.load(plan, dir))
+    }
+
+    /// Takes over one that is there already. If it is busy with a snapshot that nobody
+    /// wants any more, that is waited for.
+    pub(super) fn adopt(plan: &Plan, process: Arc<Process>) -> Result<Self, Error> {
+        let last_words = LastWords::from_now_on(&plan.vmm_log);
+        let mut machine = Self::over(process, last_words, plan);
+        machine.may_have_run = true;
+        let limit = memory_limit(plan.memory_bytes);
+        machine.version = machine.ping("being adopted", limit)?;
+        Ok(machine)
+    }
+
+    fn over(process: Arc<Process>, last_words: LastWords, plan: &Plan) -> Self {
+        let writable = plan.disks.iter().filter(|disk| !disk.readonly);
+        Self {
+            peer: Peer { process, socket: socket_path(&plan.runtime_dir), last_words },
+            runtime_dir: plan.runtime_dir.clone(),
+            console_log: plan.console_log.clone(),
+            typing: Allowance::new(len_of(&plan.console_log)),
+            known_for: Stopwatch::start(),
+            memory_bytes: plan.memory_bytes,
+            disks: writable.map(|disk| disk.path.clone()).collect(),
+            version: OLDEST,
+            may_have_run: false,
+        }
+    }
+
+    fn spawn(program: &Path, plan: &Plan) -> Result<Self, Error> {
+        let (log, last_words) = log::open(&plan.vmm_log)
+            .map_err(host(format!("opening {}", plan.vmm_log.display())))?;
+        let stdout = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&plan.console_log)
+            .map_err(host(format!("opening {}", plan.console_log.display())))?;
+        let Console { master, terminal } = console::prepare(&plan.runtime_dir)
+            .map_err(host("making a terminal for the console".to_owned()))?;
+        let listener = OwnedFd::from(listen(&socket_path(&plan.runtime_dir))?);
+        let args = [
+            "--api-socket".to_owned(),
+            format!("fd={}", listener.as_raw_fd()),
+            "--seccomp".to_owned(),
+            "true".to_owned(),
+        ]
+        .map(OsString::from);
+        let process = Process::spawn(Launch {
+            // Its arguments have no room for a word of ours, so its name is the token.
+            name: Some(OsStr::new(&plan.token)),
+            stdin: Some(master),
+            stdout: Some(stdout),
+            inherited: vec![terminal, listener],
+            privileges: Privileges::None,
+            ..Launch::new(program, &args, log)
+        })
+        .map_err(host(format!("starting {}", program.display())))?;
+        Ok(Self::over(process, last_words, plan))
+    }
+
+    /// Waits until it answers, and learns what it can do.
+    fn greet(&mut self) -> Result<(), Error> {
+        self.version = self.ping("starting", START_LIMIT)?;
+        Ok(())
+    }
+
+    fn ping(&self, doing: &'static str, limit: Duration) -> Result<Version, Error> {
+        let call = Call { name: "vmm.ping", doing, limit };
+        let ping: Ping = api::get(&self.peer, call)?;
+        let version = Version::parse(&ping.version);
+        version
+            .filter(|version| *version >= OLDEST)
+            .ok_or_else(|| api::nonsense(call, &format!("it is version {}", ping.version)))
+    }
+
+    fn create(&mut self, plan: &Plan, kernel: &Path) -> Result<(), Error> {
+        wait_for_disks(plan)?;
+        self.greet()?;
+        let rules = confinement::rules(plan);
+        let config = VmConfig::new(plan, kernel, self.version, rules);
+        let call = Call { name: "vm.create", doing: "starting", limit: ANSWER_LIMIT };
+        Ok(api::put_with(&self.peer, call, &config)?)
+    }
+
+    /// Loads the snapshot in `dir`. What a restore needs of the host is looked at before
+    /// memory is read, which takes its time.
+    fn load(&mut self, plan: &Plan, dir: &Path) -> Result<(), Error> {
+        wait_for_disks(plan)?;
+        self.greet()?;
+        let view = view::make(plan, dir)?;
+        let source = RestoreSource::copying(url(&view)?, self.version);
+        let limit = memory_limit(self.memory_bytes);
+        let call = Call { name: "vm.restore", doing: "loading the snapshot", limit };
+        api::put_with(&self.peer, call, &source)?;
+        view::remove(plan)
+    }
+
+    fn state(&self, doing: &'static str) -> Result<State, Error> {
+        let info: Info = api::get(&self.peer, Call { name: "vm.info", doing, limit: RUN_LIMIT })?;
+        Ok(info.state)
+    }
+
+    /// Lets the vCPUs run, which are in `state`.
+    fn run_from(&self, state: State) -> Result<(), Failed> {
+        let call = |name| Call { name, doing: "resuming", limit: RUN_LIMIT };
+        match state {
+            State::Running => Ok(()),
+            State::Created => api::put(&self.peer, call("vm.boot")),
+            State::Paused | State::Shutdown | State::BreakPoint => {
+                api::put(&self.peer, call("vm.resume"))
+            }
+        }
+    }
+
+    fn save_files(&self, dir: &Path) -> Result<(), Error> {
+        for disk in &self.disks {
+            // It writes through the page cache. What the guest's memory counts on as
+            // written has to be there as long as the memory is.
+            File::open(disk)
+                .and_then(|disk| disk.sync_data())
+                .map_err(host(format!("syncing {}", disk.display())))?;
+        }
+        for name in [CONFIG_FILE, STATE_FILE] {
+            // They are written by one call each, which writes as much as it can.
+            let path = dir.join(name);
+            let text = fs::read(&path).map_err(host(format!("reading {}", path.display())))?;
+            if serde_json::from_slice::<IgnoredAny>(&text).is_err() {
+                return Err(Error::Nonsense {
+                    command: "vm.snapshot".to_owned(),
+                    said: format!("it wrote {} bytes of {name} and no more", text.len()),
+                });
+            }
+        }
+        files::rename(&dir.join(MEMORY_FILE), &dir.join(SAVED_MEMORY))
+            .map_err(host(format!("naming the memory in {}", dir.display())))
+    }
+}
+
+impl Machine for CloudMachine {
+    fn process(&self) -> &Arc<Process> {
+        &self.peer.process
+    }
+
+    fn running(&mut self) -> Result<bool, Error> {
+        Ok(self.state("telling its state")? == State::Running)
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        let call = Call { name: "vm.pause", doing: "pausing", limit: PAUSE_LIMIT };
+        match api::put(&self.peer, call) {
+            Err(Failed { error: error @ Error::Refused { .. }, .. }) => {
+                if self.state("pausing")? == State::Paused { Ok(()) } else { Err(error) }
+            }
+            done => Ok(done?),
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        let had_run = self.may_have_run;
+        let state = self.state("resuming")?;
+        self.may_have_run = true;
+        let Err(Failed { error, sent }) = self.run_from(state) else {
+            return Ok(());
+        };
+        let refused = matches!(error, Error::Refused { .. });
+        if !sent || (refused && self.version.resumes_vcpus_last()) {
+            self.may_have_run = had_run;
+        }
+        Err(error)
+    }
+
+    fn never_ran(&self) -> bool {
+        !self.may_have_run
+    }
+
+    fn save_bytes(&self) -> u64 {
+        if !self.version.saves_sparsely() {
+            return self.memory_bytes;
+        }
+        // All that it has of such files is the guest's memory.
+        self.peer.process.memfd_bytes().unwrap_or(self.memory_bytes)
+    }
+
+    fn save(&mut self, dir: &Path) -> Result<(), Error> {
+        let target = SnapshotTarget { destination_url: url(dir)? };
+        let limit = memory_limit(self.memory_bytes);
+        let call = Call { name: "vm.snapshot", doing: "saving its state", limit };
+        // It refuses to, unless it is paused.
+        api::put_with(&self.peer, call, &target)?;
+        self.save_files(dir)
+    }
+
+    fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error> {
+        let (printed, lived) = (len_of(&self.console_log), self.known_for.elapsed());
+        let allowed = self.typing.take(bytes.len(), printed, lived);
+        let bytes = bytes.get(..allowed).unwrap_or(bytes);
+        let taken = console::type_in(&self.peer.process, &self.runtime_dir, bytes)
+            .map_err(host("typing on the console".to_owned()))?;
+        self.typing.give_back(allowed - taken);
+        Ok(taken)
+    }
+}
+
+/// Returns the length of a file; none is as good as an empty one.
+fn len_of(file: &Path) -> u64 {
+    file.metadata().map_or(0, |meta| meta.len())
+}
+
+fn socket_path(runtime_dir: &Path) -> PathBuf {
+    runtime_dir.join("api.sock")
+}
+
+/// Returns how long it may take to write or read so much memory.
+fn memory_limit(bytes: u64) -> Duration {
+    RUN_LIMIT + Duration::from_secs(bytes / MEMORY_MIN_BYTES_PER_SECOND)
+}
+
+/// Names a directory as Cloud Hypervisor wants it: it takes off the `file://`, and what
+/// is left is the path, whatever is in it.
+fn url(dir: &Path) -> Result<String, Error> {
+    dir.to_str().map(|dir| format!("file://{dir}")).ok_or_else(|| Error::Refused {
+        command: "vm.snapshot".to_owned(),
+        said: format!("{} cannot be written in UTF-8", dir.display()),
+    })
+}
+
+/// Makes sure that the disks are there, and waits until nobody has them who is about to
+/// end. Of a boot that failed for a lock the VMM cannot be rid of, and a restore reads all
+/// of the memory before it looks.
+fn wait_for_disks(plan: &Plan) -> Result<(), Error> {
+    let deadline = Deadline::after(LOCK_LIMIT);
+    for disk in &plan.disks {
+        let wanted = if disk.readonly { Use::Read } else { Use::Write };
+        let locked = || {
+            is_image_locked(&disk.path, wanted)
+                .map_err(host(format!("looking at the disk {}", disk.path.display())))
+        };
+        while locked()? {
+            if deadline.passed() {
+                let error = io::Error::new(io::ErrorKind::WouldBlock, "another VMM has it");
+                return Err(host(format!("taking the disk {}", disk.path.display()))(error));
+            }
+            clock::pause_for(LOCK_LOOK);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! Cloud Hypervisor: the VMM for hosts with hardware virtualisation.
+//!
+//! The guest's memory is shared memory of the VMM's process. A sleep writes what the guest
+//! has touched of it beside the state of the devices; a wake copies it back, and the
+//! snapshot is then of no more use to the guest that runs.
+//!
+//! It is started with an API socket that it inherits, and obeys by HTTP on that. It has
+//! no way to make a machine and not let it run, so until its first `resume` a machine
+//! that boots is only a configuration. `docs/cloud-hypervisor.md` has what was found out
+//! about its releases.
+//!
+//! Nothing here runs a shell, and nothing here decides when.
+
+mod allowance;
+mod api;
+mod body;
+mod confinement;
+mod console;
+mod machine;
+mod version;
+mod view;
+
+use std::path::{Path, PathBuf};
+
+use self::{
+    machine::CloudMachine,
+    version::{OLDEST, Version},
+};
+use super::{
+    Error, Machine, Plan, Vmm, VmmIdentity,
+    program::{Program, host_cpu},
+};
+use crate::{
+    sandbox::VmmChoice,
+    sync::Arc,
+    sys::{command, process::Process},
+};
+
+const PROGRAM: &str = "cloud-hypervisor";
+/// The number of the machine's layout: which devices there are, and in which order. A
+/// snapshot loads only into the layout that it was saved from, so a change of it gets the
+/// next number, and sleepers of the old one are refused with a sentence.
+const LAYOUT: u32 = 1;
+
+/// A Cloud Hypervisor that this host has.
+#[derive(Debug)]
+pub struct CloudHypervisor {
+    program: Program,
+}
+
+impl CloudHypervisor {
+    /// Finds Cloud Hypervisor where the system keeps its programs.
+    ///
+    /// # Errors
+    /// `Missing` if there is none, or none that works.
+    pub fn find() -> Result<Self, Error> {
+        let program = command::find(PROGRAM).ok_or_else(|| Error::Missing {
+            program: PROGRAM.to_owned(),
+            why: "it is not there; install it, or set [vmm] cloud_hypervisor to where it is"
+                .to_owned(),
+        })?;
+        Self::at(program)
+    }
+
+    /// Takes the Cloud Hypervisor that is at `program`, an absolute path. That has to be the
+    /// program itself: a script that starts it has another name and another digest.
+    ///
+    /// # Errors
+    /// `Missing` if there is none, or none that works, or it is too old.
+    pub fn at(program: PathBuf) -> Result<Self, Error> {
+        let found = Self { program: Program::new(program, parse_version) };
+        let identity = found.identity()?;
+        if Version::parse(&identity.version).is_none_or(|version| version < OLDEST) {
+            let why =
+                format!("it is version {}, and {OLDEST} is the oldest known", identity.version);
+            return Err(found.program.missing(&why));
+        }
+        Ok(found)
+    }
+
+    /// Returns a sentence for each thing that this one lacks, on this host.
+    #[must_use]
+    pub fn lacks(&self) -> Vec<&'static str> {
+        let version = self.identity().ok().and_then(|is| Version::parse(&is.version));
+        let mut lacks = version.map(Version::lacks).unwrap_or_default();
+        if !confinement::is_possible() {
+            lacks.push(
+                "it is not shut in to its own files, as the kernel has no Landlock of version 3 \
+                 (Linux 6.2), or it is off (see the kernel's option `lsm=`)",
+            );
+        }
+        lacks
+    }
+}
+
+impl CloudHypervisor {
+    /// Says what this VMM is, given what its program says and is.
+    fn describe(&self, version: String, digest: String) -> Result<VmmIdentity, Error> {
+        Ok(VmmIdentity {
+            name: self.name(),
+            version,
+            digest,
+            accelerator: "kvm",
+            machine: format!("pci, layout {LAYOUT}"),
+            cpu: host_cpu()?,
+        })
+    }
+}
+
+impl Vmm for CloudHypervisor {
+    fn choice(&self) -> VmmChoice {
+        VmmChoice::CloudHypervisor
+    }
+
+    fn name(&self) -> &'static str {
+        PROGRAM
+    }
+
+    fn identity(&self) -> Result<Arc<VmmIdentity>, Error> {
+        self.program.identity(|version, digest| self.describe(version, digest))
+    }
+
+    fn identity_of(&self, process: &Process) -> Result<Arc<VmmIdentity>, Error> {
+        let running = self.program.running_as(process);
+        running.identity(|version, digest| self.describe(version, digest))
+    }
+
+    fn keeps_memory_in_file(&self) -> bool {
+        false
+    }
+
+    fn boot(&self, plan: &Plan) -> Result<Box<dyn Machine>, Error> {
+        let kernel = plan.kernel.as_deref().ok_or_else(|| Error::Refused {
+            command: "boot".to_owned(),
+            said: "no kernel is configured".to_owned(),
+        })?;
+        Ok(Box::new(CloudMachine::boot(self.program.path(), plan, kernel)?))
+    }
+
+    fn restore(&self, plan: &Plan, dir: &Path) -> Result<Box<dyn Machine>, Error> {
+        Ok(Box::new(CloudMachine::restore(self.program.path(), plan, dir)?))
+    }
+
+    fn adopt(&self, plan: &Plan, process: Arc<Process>) -> Result<Box<dyn Machine>, Error> {
+        Ok(Box::new(CloudMachine::adopt(plan, process)?))
+    }
+}
+
+/// Reads `cloud-hypervisor v53.0`.
+fn parse_version(text: &str) -> Option<&str> {
+    let version = text.lines().next()?.split_once(" v")?.1.trim();
+    version.starts_with(|c: char| c.is_ascii_digit()).then_some(version)
+}
+
+#[cfg(test)]
+mod tests;

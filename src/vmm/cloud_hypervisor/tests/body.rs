@@ -1,0 +1,94 @@
+//! What is said to the program, by its version.
+
+use serde_json::{Value, json};
+
+use super::{
+    super::body::{LandlockRule, RestoreSource, VmConfig, adapt},
+    *,
+};
+
+fn version(text: &str) -> Version {
+    Version::parse(text).unwrap()
+}
+
+fn rules() -> Vec<LandlockRule> {
+    vec![LandlockRule { path: "/store/7".into(), access: "rw" }]
+}
+
+#[test]
+fn a_machine_is_described_by_what_its_plan_says_and_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let plan = plan(&dir);
+    let config = VmConfig::new(&plan, Path::new("/k"), version("53.0"), Some(rules()));
+    assert_eq!(
+        serde_json::to_value(&config).unwrap(),
+        json!({
+            "cpus": { "boot_vcpus": 2, "max_vcpus": 2 },
+            "memory": { "size": 256 << 20, "shared": true, "thp": false },
+            "payload": { "kernel": "/k", "cmdline": "console=ttyS0" },
+            "disks": [
+                { "path": dir.path().join("disk-0.img"), "readonly": false, "image_type": "Raw" },
+                { "path": dir.path().join("shared.img"), "readonly": true, "image_type": "Raw" },
+            ],
+            "rng": { "src": "/dev/urandom" },
+            "balloon": { "size": 0, "deflate_on_oom": true, "free_page_reporting": true },
+            "serial": { "mode": "Tty" },
+            "console": { "mode": "Off" },
+            "landlock_enable": true,
+            "landlock_rules": [{ "path": "/store/7", "access": "rw" }],
+        })
+    );
+}
+
+#[test]
+fn an_old_version_is_not_told_what_it_would_ignore() {
+    let dir = tempfile::tempdir().unwrap();
+    let plan = plan(&dir);
+    let disk = |text| {
+        let config = VmConfig::new(&plan, Path::new("/k"), version(text), None);
+        serde_json::to_value(&config).unwrap()["disks"][0].clone()
+    };
+    assert_eq!(disk("50.0").get("image_type"), None);
+    assert_eq!(disk("50.1")["image_type"], "Raw");
+    let restore = |text| {
+        let source = RestoreSource::copying("file:///s".to_owned(), version(text));
+        serde_json::to_value(&source).unwrap()
+    };
+    assert_eq!(restore("51.1"), json!({ "source_url": "file:///s", "prefault": false }));
+    assert_eq!(restore("52.0")["memory_restore_mode"], "Copy");
+}
+
+#[test]
+fn a_snapshot_is_loaded_with_the_disks_and_the_rules_of_today() {
+    let dir = tempfile::tempdir().unwrap();
+    let plan = plan(&dir);
+    let saved = json!({
+        "disks": [{ "id": "_disk0", "path": "/old/0" }, { "id": "_disk1", "path": "/old/1" }],
+        "landlock_rules": [{ "path": "/old", "access": "rw" }],
+        "cpus": { "boot_vcpus": 2 },
+    });
+    let mut config = saved.clone();
+    adapt(&mut config, &plan, Some(&rules())).unwrap();
+    assert_eq!(config["disks"][0], json!({ "id": "_disk0", "path": plan.disks[0].path }));
+    assert_eq!(config["disks"][1]["path"], json!(plan.disks[1].path));
+    assert_eq!(config["landlock_rules"], json!([{ "path": "/store/7", "access": "rw" }]));
+    assert_eq!(config["landlock_enable"], true);
+    assert_eq!(config["cpus"], saved["cpus"]);
+
+    adapt(&mut config, &plan, None).unwrap();
+    assert_eq!(
+        (&config["landlock_enable"], &config["landlock_rules"]),
+        (&json!(false), &Value::Null)
+    );
+
+    for (wrong, says) in [
+        (json!({ "disks": null }), "the snapshot has 0 disks, and the sandbox has 2"),
+        (json!([]), "the snapshot has 0 disks, and the sandbox has 2"),
+    ] {
+        let mut config = wrong;
+        assert_eq!(adapt(&mut config, &plan, None), Err(says.to_owned()));
+    }
+    let plan = Plan { disks: Vec::new(), ..plan };
+    assert_eq!(adapt(&mut json!([]), &plan, None), Err("its config.json is no object".to_owned()));
+    adapt(&mut json!({}), &plan, None).unwrap();
+}

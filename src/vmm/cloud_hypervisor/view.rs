@@ -1,0 +1,65 @@
+//! A snapshot as Cloud Hypervisor wants to see it.
+//!
+//! It reads three files of fixed names from one directory, and one of them says which disks
+//! to open. The snapshot itself must stay as it is until it is consumed, so the directory
+//! is made anew for each wake, of links and one small file, on the tmpfs of the sockets.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{OpenOptionsExt, symlink},
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
+use super::{
+    body::adapt,
+    confinement,
+    machine::{CONFIG_FILE, MEMORY_FILE, STATE_FILE},
+};
+use crate::{
+    sys::files::{make_private_dir, remove_tree},
+    vmm::{Error, Plan, SAVED_MEMORY, peer::host},
+};
+
+/// Returns where the view of a sandbox's snapshot is, while it is loaded.
+fn path(plan: &Plan) -> PathBuf {
+    plan.runtime_dir.join("snapshot")
+}
+
+/// Makes the view of the snapshot in `dir`, with the disks of today, and returns it.
+pub(super) fn make(plan: &Plan, dir: &Path) -> Result<PathBuf, Error> {
+    let config = adapted(plan, dir)?;
+    let view = path(plan);
+    let made = || -> io::Result<()> {
+        remove_tree(&view)?;
+        make_private_dir(&view)?;
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(view.join(CONFIG_FILE))?
+            .write_all(config.to_string().as_bytes())?;
+        symlink(dir.join(STATE_FILE), view.join(STATE_FILE))?;
+        symlink(dir.join(SAVED_MEMORY), view.join(MEMORY_FILE))
+    };
+    made().map_err(host(format!("making {}", view.display())))?;
+    Ok(view)
+}
+
+/// Removes the view. The snapshot stays.
+pub(super) fn remove(plan: &Plan) -> Result<(), Error> {
+    let view = path(plan);
+    remove_tree(&view).map_err(host(format!("removing {}", view.display())))
+}
+
+fn adapted(plan: &Plan, dir: &Path) -> Result<Value, Error> {
+    let path = dir.join(CONFIG_FILE);
+    let text = fs::read(&path).map_err(host(format!("reading {}", path.display())))?;
+    let mut config: Value = serde_json::from_slice(&text)
+        .map_err(|error| host(format!("reading {}", path.display()))(error.into()))?;
+    adapt(&mut config, plan, confinement::rules(plan).as_deref())
+        .map_err(|said| Error::Refused { command: "vm.restore".to_owned(), said })?;
+    Ok(config)
+}

@@ -1,0 +1,356 @@
+//! A VMM whose faults are planned, for the model tests of `lifecycle`.
+//!
+//! Its machines are real processes that sleep, so that killing, adopting and exits are
+//! real too; what the guest would do is a count in the memory file, which grows by one
+//! at each `resume`, as a guest that runs changes its memory. It refuses what a real
+//! VMM refuses.
+
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    fs::{self, File},
+    io,
+    os::unix::{
+        fs::{FileExt, OpenOptionsExt},
+        net::UnixStream,
+    },
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use super::{Error, Machine, Plan, SAVED_MEMORY, Vmm, VmmIdentity};
+use crate::{
+    sandbox::VmmChoice,
+    sync::{Arc, Mutex, lock},
+    sys::{
+        cancel::Cancel,
+        clock::{Deadline, pause_for},
+        process::{Launch, Process},
+    },
+};
+
+/// How long a call hangs whose plan says so, unless it is called off.
+const HANG_MAX: Duration = Duration::from_secs(30);
+
+/// A call of a VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Call {
+    Boot,
+    Restore,
+    Adopt,
+    Pause,
+    Resume,
+    Save,
+}
+
+/// What happens at a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// It is refused.
+    Refuse,
+    /// The disk is full.
+    NoSpace,
+    /// The VMM dies.
+    Die,
+    /// It takes until it is called off, or its process ends.
+    Hang,
+    /// The driver has a bug.
+    Panic,
+}
+
+/// The machines of a host. It outlives the daemons of a test.
+#[derive(Debug, Default)]
+pub(crate) struct FakeHost {
+    /// The machines, by their process. A leaf lock.
+    machines: Mutex<HashMap<u32, Arc<Mutex<Board>>>>,
+    faults: Mutex<Vec<(Call, Fault)>>,
+    calls: Mutex<Vec<Call>>,
+    version: Mutex<Option<&'static str>>,
+    /// Whether memory is the process's own rather than a file that it maps.
+    copies_memory: AtomicBool,
+}
+
+/// A machine as it is, whoever drives it.
+#[derive(Debug)]
+struct Board {
+    running: bool,
+    /// Whether a later caller cannot know that it has not run.
+    may_have_run: bool,
+    memory: File,
+    /// Keeps its process alive.
+    _input: UnixStream,
+}
+
+impl FakeHost {
+    /// Plans a fault for the next call of that kind.
+    pub(crate) fn fail_next(&self, call: Call, fault: Fault) {
+        lock(&self.faults).push((call, fault));
+    }
+
+    /// Returns how often something was called.
+    pub(crate) fn count(&self, call: Call) -> usize {
+        lock(&self.calls).iter().filter(|made| **made == call).count()
+    }
+
+    /// Has the program be of another version from now on.
+    pub(crate) fn upgrade(&self, version: &'static str) {
+        *lock(&self.version) = Some(version);
+    }
+
+    /// Has it keep the memory of its machines to itself from now on.
+    pub(crate) fn copy_memory(&self) {
+        self.copies_memory.store(true, Ordering::SeqCst);
+    }
+
+    fn copies_memory(&self) -> bool {
+        self.copies_memory.load(Ordering::SeqCst)
+    }
+
+    /// Returns how often the guest of a process was let run, if it is known by that.
+    pub(crate) fn runs_of(&self, pid: u32) -> Option<u64> {
+        let machines = lock(&self.machines);
+        Some(runs_of_memory(&lock(machines.get(&pid)?).memory))
+    }
+
+    /// Says whether the machine of a process runs.
+    pub(crate) fn runs(&self, pid: u32) -> bool {
+        lock(&self.machines).get(&pid).is_some_and(|board| lock(board).running)
+    }
+
+    fn call(&self, call: Call, process: Option<&Process>, cancel: &Cancel) -> Result<(), Error> {
+        lock(&self.calls).push(call);
+        let fault = {
+            let mut faults = lock(&self.faults);
+            let planned = faults.iter().position(|(planned, _)| *planned == call);
+            planned.map(|planned| faults.remove(planned).1)
+        };
+        let command = format!("{call:?}");
+        match fault {
+            None => Ok(()),
+            Some(Fault::Refuse) => Err(Error::Refused { command, said: "as planned".into() }),
+            Some(Fault::NoSpace) => Err(Error::Host {
+                doing: "writing as planned".to_owned(),
+                source: io::ErrorKind::StorageFull.into(),
+            }),
+            Some(Fault::Die) => {
+                let exit = process.and_then(|process| {
+                    process.kill();
+                    process.wait(HANG_MAX)
+                });
+                let exit = exit.unwrap_or(crate::sys::process::Exit::Unknown);
+                Err(Error::Died { doing: command, exit, said: String::new() })
+            }
+            Some(Fault::Hang) => {
+                let deadline = Deadline::after(HANG_MAX);
+                let ended = || process.is_some_and(|process| process.exited().is_some());
+                while cancel.check().is_ok() && !ended() && !deadline.passed() {
+                    pause_for(Duration::from_millis(5));
+                }
+                Err(Error::Cancelled { doing: command })
+            }
+            Some(Fault::Panic) => panic!("a bug of the driver, as planned"),
+        }
+    }
+}
+
+/// The driver of one daemon.
+#[derive(Debug)]
+pub(crate) struct FakeVmm(pub(crate) Arc<FakeHost>);
+
+#[derive(Debug)]
+struct FakeMachine {
+    host: Arc<FakeHost>,
+    board: Arc<Mutex<Board>>,
+    process: Arc<Process>,
+    cancel: Arc<Cancel>,
+}
+
+/// Returns how often the guest of a memory file was let run.
+pub(crate) fn runs_in(memory: &Path) -> u64 {
+    File::open(memory).map_or(0, |memory| runs_of_memory(&memory))
+}
+
+fn runs_of_memory(memory: &File) -> u64 {
+    let mut count = [0; 8];
+    memory.read_exact_at(&mut count, 0).map_or(0, |()| u64::from_le_bytes(count))
+}
+
+impl FakeVmm {
+    fn start(&self, plan: &Plan) -> Result<FakeMachine, Error> {
+        let failed = |source| Error::Host { doing: "starting a fake".to_owned(), source };
+        let log = File::options().append(true).create(true).mode(0o600).open(&plan.vmm_log);
+        // A shell that waits for a line, with the token as its name. It ends by itself when
+        // the host of the test is gone, and with it the other end.
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        let args = ["-c", "read line", &plan.token].map(OsString::from);
+        let log = log.map_err(failed)?;
+        let stdin = Some(theirs.into());
+        let process =
+            Process::spawn(Launch { stdin, ..Launch::new(Path::new("/bin/sh"), &args, log) })
+                .map_err(failed)?;
+        plan.cancel.ends_with(&process);
+        let memory = if self.0.copies_memory() {
+            tempfile::tempfile()
+        } else {
+            File::options().read(true).write(true).open(&plan.memory)
+        };
+        let memory = memory.map_err(failed)?;
+        memory.set_len(plan.memory_bytes).map_err(failed)?;
+        let board = Arc::new(Mutex::new(Board {
+            running: false,
+            may_have_run: false,
+            memory,
+            _input: ours,
+        }));
+        lock(&self.0.machines).insert(process.identity().pid, Arc::clone(&board));
+        Ok(FakeMachine {
+            host: Arc::clone(&self.0),
+            board,
+            process,
+            cancel: Arc::clone(&plan.cancel),
+        })
+    }
+
+    fn end(machine: &FakeMachine, error: Error) -> Error {
+        machine.process.kill();
+        machine.process.wait(HANG_MAX);
+        error
+    }
+}
+
+impl Vmm for FakeVmm {
+    fn choice(&self) -> VmmChoice {
+        VmmChoice::Qemu
+    }
+
+    fn identity(&self) -> Result<Arc<VmmIdentity>, Error> {
+        Ok(Arc::new(VmmIdentity {
+            name: self.name(),
+            version: lock(&self.0.version).unwrap_or("1.0").to_owned(),
+            digest: "blake3:0".to_owned(),
+            accelerator: "tcg",
+            machine: "none".to_owned(),
+            cpu: "none".to_owned(),
+        }))
+    }
+
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    fn keeps_memory_in_file(&self) -> bool {
+        !self.0.copies_memory()
+    }
+
+    fn identity_of(&self, _: &Process) -> Result<Arc<VmmIdentity>, Error> {
+        self.identity()
+    }
+
+    fn boot(&self, plan: &Plan) -> Result<Box<dyn Machine>, Error> {
+        let machine = self.start(plan)?;
+        self.0
+            .call(Call::Boot, Some(&machine.process), &plan.cancel)
+            .map_err(|error| Self::end(&machine, error))?;
+        Ok(Box::new(machine))
+    }
+
+    fn restore(&self, plan: &Plan, dir: &Path) -> Result<Box<dyn Machine>, Error> {
+        let machine = self.start(plan)?;
+        let load = || {
+            self.0.call(Call::Restore, Some(&machine.process), &plan.cancel)?;
+            let state = fs::read_to_string(dir.join("vmstate")).unwrap_or_default();
+            let runs = runs_in(&dir.join(SAVED_MEMORY));
+            if self.0.copies_memory() {
+                let failed = |source| Error::Host { doing: "loading".to_owned(), source };
+                let board = lock(&machine.board);
+                board.memory.write_all_at(&runs.to_le_bytes(), 0).map_err(failed)?;
+            }
+            let runs = runs.to_string();
+            if state == runs {
+                Ok(())
+            } else {
+                let said = format!("devices are of run {state:?} and memory of run {runs}");
+                Err(Error::Refused { command: "restore".to_owned(), said })
+            }
+        };
+        load().map_err(|error| Self::end(&machine, error))?;
+        Ok(Box::new(machine))
+    }
+
+    fn adopt(&self, plan: &Plan, process: Arc<Process>) -> Result<Box<dyn Machine>, Error> {
+        self.0.call(Call::Adopt, Some(&process), &plan.cancel)?;
+        let board = lock(&self.0.machines).get(&process.identity().pid).map(Arc::clone);
+        let board = board.expect("the host knows all of its machines");
+        lock(&board).may_have_run = true;
+        let (host, cancel) = (Arc::clone(&self.0), Arc::clone(&plan.cancel));
+        Ok(Box::new(FakeMachine { host, board, process, cancel }))
+    }
+}
+
+impl Machine for FakeMachine {
+    fn process(&self) -> &Arc<Process> {
+        &self.process
+    }
+
+    fn running(&mut self) -> Result<bool, Error> {
+        Ok(lock(&self.board).running)
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        self.host.call(Call::Pause, Some(&self.process), &self.cancel)?;
+        lock(&self.board).running = false;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        let told = self.host.call(Call::Resume, Some(&self.process), &self.cancel);
+        let mut board = lock(&self.board);
+        // What did not answer may have obeyed.
+        board.may_have_run |= !matches!(told, Err(Error::Refused { .. } | Error::Host { .. }));
+        told?;
+        if !board.running {
+            board.running = true;
+            let failed = |source| Error::Host { doing: "running".to_owned(), source };
+            let mut count = [0; 8];
+            board.memory.read_exact_at(&mut count, 0).map_err(failed)?;
+            let count = u64::from_le_bytes(count) + 1;
+            board.memory.write_all_at(&count.to_le_bytes(), 0).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    fn never_ran(&self) -> bool {
+        !lock(&self.board).may_have_run
+    }
+
+    fn save_bytes(&self) -> u64 {
+        0
+    }
+
+    fn save(&mut self, dir: &Path) -> Result<(), Error> {
+        let board = lock(&self.board);
+        if board.running {
+            let said = "it is not paused".to_owned();
+            return Err(Error::Refused { command: "save".to_owned(), said });
+        }
+        let mut count = [0; 8];
+        let read = board.memory.read_exact_at(&mut count, 0);
+        let failed = |source| Error::Host { doing: "saving".to_owned(), source };
+        read.map_err(failed)?;
+        // What is written before a fault stays: partial files are for the caller to remove.
+        fs::write(dir.join("vmstate"), u64::from_le_bytes(count).to_string()).map_err(failed)?;
+        if self.host.copies_memory() {
+            let copied = File::create_new(dir.join(SAVED_MEMORY)).and_then(|copy| {
+                copy.set_len(board.memory.metadata()?.len())?;
+                copy.write_all_at(&count, 0)
+            });
+            copied.map_err(failed)?;
+        }
+        self.host.call(Call::Save, Some(&self.process), &self.cancel)
+    }
+
+    fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error> {
+        Ok(bytes.len())
+    }
+}

@@ -1,0 +1,258 @@
+//! What runs a sandbox's vCPUs: one small trait, one driver for each VMM.
+//!
+//! A driver knows processes, sockets and its VMM's language. It knows nothing of
+//! records, states, locks or policy, and decides nothing: `lifecycle` says when.
+//!
+//! A machine comes to life inert. `boot` and `restore` return with a process that
+//! has not run one guest instruction, and after a boot may have no more than its
+//! settings, so that a daemon that dies in between leaves nothing that could harm:
+//! such a process is found by its token and ended.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::{
+    sandbox::{SandboxId, VmmChoice},
+    sync::Arc,
+    sys::{
+        cancel::Cancel,
+        process::{Exit, Process},
+    },
+};
+
+pub mod cloud_hypervisor;
+#[cfg(test)]
+pub(crate) mod fake;
+mod log;
+mod peer;
+mod program;
+pub mod qemu;
+mod typing;
+
+/// The file of a snapshot that has the guest's memory, whichever VMM saved it.
+pub const SAVED_MEMORY: &str = "memory";
+
+/// A VMM that this host has.
+pub trait Vmm: fmt::Debug + Send + Sync {
+    /// Returns which of the VMMs this is.
+    fn choice(&self) -> VmmChoice;
+
+    /// Returns its name, which manifests and records know it by.
+    fn name(&self) -> &'static str;
+
+    /// Returns what the VMM is right now; a package upgrade changes it under us.
+    ///
+    /// # Errors
+    /// Where the program is gone or does not tell its version.
+    fn identity(&self) -> Result<Arc<VmmIdentity>, Error>;
+
+    /// Returns what the VMM is that runs as `process`, which an upgrade leaves as it was.
+    ///
+    /// # Errors
+    /// As for [`Vmm::identity`].
+    fn identity_of(&self, process: &Process) -> Result<Arc<VmmIdentity>, Error>;
+
+    /// Says whether the guest's memory is the file [`Plan::memory`], which the VMM maps.
+    ///
+    /// If not, it is memory of the process: `save` writes it to [`SAVED_MEMORY`] in its
+    /// directory, and `restore` copies it from there, so that the file is the same before
+    /// and after the guest has run. Only [`Machine::never_ran`] can tell then.
+    fn keeps_memory_in_file(&self) -> bool;
+
+    /// Starts a machine up to just before its first instruction. It need not have been
+    /// made yet: whatever the first `resume` of it says may be about that.
+    ///
+    /// # Errors
+    /// After an error no process is left.
+    fn boot(&self, plan: &Plan) -> Result<Box<dyn Machine>, Error>;
+
+    /// Loads a machine from the snapshot in `dir`, paused. The memory file may be
+    /// changed from the moment of `resume` on, and not before. No file in `dir` is needed
+    /// after it, but for the memory where that is mapped.
+    ///
+    /// # Errors
+    /// After an error no process is left, and the snapshot is as it was.
+    fn restore(&self, plan: &Plan, dir: &Path) -> Result<Box<dyn Machine>, Error>;
+
+    /// Takes over a machine that an earlier daemon left behind.
+    ///
+    /// # Errors
+    /// Where the VMM does not answer; the process is left as it is.
+    fn adopt(&self, plan: &Plan, process: Arc<Process>) -> Result<Box<dyn Machine>, Error>;
+}
+
+/// One sandbox's machine. Dropping it leaves its process alone.
+pub trait Machine: fmt::Debug + Send {
+    /// Returns the VMM's process.
+    fn process(&self) -> &Arc<Process>;
+
+    /// Says whether vCPUs run.
+    ///
+    /// # Errors
+    /// Where the VMM does not answer in time.
+    fn running(&mut self) -> Result<bool, Error>;
+
+    /// Stops the vCPUs. When it returns the guest does no more I/O. Doing it again is no error.
+    ///
+    /// # Errors
+    /// Where the VMM refuses or does not answer in time.
+    fn pause(&mut self) -> Result<(), Error>;
+
+    /// Lets the vCPUs run: the first instruction after a boot, or on from a pause.
+    ///
+    /// # Errors
+    /// Where the VMM refuses or does not answer in time.
+    fn resume(&mut self) -> Result<(), Error>;
+
+    /// Says whether the guest has provably not run one instruction since `boot` or
+    /// `restore`, also after a `resume` that failed. Of a machine that was adopted, or
+    /// whose memory is a file that proves it better, nothing is known.
+    fn never_ran(&self) -> bool;
+
+    /// Returns about how many bytes of memory `save` is going to write: none where the
+    /// memory is a file.
+    fn save_bytes(&self) -> u64;
+
+    /// Writes the devices' state, and the memory unless it already is a file, of the
+    /// paused machine into `dir`, which is empty. Nothing is synced. The machine
+    /// stays paused, and may be resumed as if nothing had been.
+    ///
+    /// # Errors
+    /// Where it cannot be written; `dir` may then hold anything.
+    fn save(&mut self, dir: &Path) -> Result<(), Error>;
+
+    /// Types `bytes` on the guest's serial console; returns how many were taken.
+    ///
+    /// # Errors
+    /// Where the console cannot be reached.
+    fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error>;
+}
+
+/// What a VMM is, in so far as a snapshot depends on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmmIdentity {
+    /// Such as `qemu`.
+    pub name: &'static str,
+    /// Such as `7.2.22`.
+    pub version: String,
+    /// `blake3:` and the digest of the program's file, in hexadecimal.
+    pub digest: String,
+    /// What guests are run by: `kvm` or `tcg`.
+    pub accelerator: &'static str,
+    /// The machine type, such as `microvm`.
+    pub machine: String,
+    /// The CPU model that guests see. For `kvm` it names the host's.
+    pub cpu: String,
+}
+
+/// Everything that a driver has to know to make a machine.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The sandbox, for messages.
+    pub id: SandboxId,
+    /// A word in the command line of the process that no other process has, by which
+    /// a later daemon finds it. It has no comma and no blank.
+    pub token: String,
+    /// The count of vCPUs.
+    pub vcpus: u8,
+    /// The size of memory.
+    pub memory_bytes: u64,
+    /// The kernel; needed to boot, not to restore.
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM file system.
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The disks, as the machine is to open them.
+    pub disks: Vec<PlannedDisk>,
+    /// The file that the memory is mapped from, shared, by a VMM that does so. `boot` finds
+    /// an empty file here, `restore` the memory of the snapshot.
+    pub memory: PathBuf,
+    /// A directory for sockets, this sandbox's own, on a tmpfs. It exists.
+    pub runtime_dir: PathBuf,
+    /// The file to append the serial console's output to. It is in the sandbox's own
+    /// directory, in which its disks and the directories of its snapshots are too.
+    pub console_log: PathBuf,
+    /// The file to append the VMM's own messages to.
+    pub vmm_log: PathBuf,
+    /// Ends the work, and the process once there is one.
+    pub cancel: Arc<Cancel>,
+}
+
+/// A disk of a planned machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedDisk {
+    /// The raw image.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub readonly: bool,
+}
+
+/// Why a VMM did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[allow(clippy::error_impl_error, reason = "it is written `vmm::Error` wherever it is used")]
+pub enum Error {
+    /// There is no such program, or it is not usable.
+    #[error("{program} is not usable: {why}")]
+    Missing {
+        /// Such as `qemu-system-x86_64`.
+        program: String,
+        /// What to do about it.
+        why: String,
+    },
+    /// Something of the host failed.
+    #[error("{doing}")]
+    Host {
+        /// Such as `starting qemu-system-x86_64`.
+        doing: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The VMM said no.
+    #[error("the VMM refused {command}: {said}")]
+    Refused {
+        /// The command in the VMM's language.
+        command: String,
+        /// The VMM's words.
+        said: String,
+    },
+    /// The VMM said something that we do not understand.
+    #[error("the VMM's answer to {command} makes no sense: {said}")]
+    Nonsense {
+        /// The command in the VMM's language.
+        command: String,
+        /// What came.
+        said: String,
+    },
+    /// The VMM's process ended.
+    #[error("the VMM ended while {doing}: {exit}{}", last_words(.said))]
+    Died {
+        /// Such as `loading the snapshot`.
+        doing: String,
+        /// How it ended.
+        exit: Exit,
+        /// The end of what it wrote to its log.
+        said: String,
+    },
+    /// A bounded wait ran out.
+    #[error("the VMM did not finish {command} within {} ms", .limit.as_millis())]
+    TimedOut {
+        /// The command in the VMM's language.
+        command: String,
+        /// How long we waited.
+        limit: Duration,
+    },
+    /// The operation was called off.
+    #[error("called off while {doing}")]
+    Cancelled {
+        /// Such as `loading the snapshot`.
+        doing: String,
+    },
+}
+
+fn last_words(said: &str) -> String {
+    if said.is_empty() { String::new() } else { format!(": {said}") }
+}

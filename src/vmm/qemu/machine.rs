@@ -1,0 +1,327 @@
+//! One QEMU, and what it can be asked to do.
+
+use std::{
+    fs::{File, OpenOptions},
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use super::{
+    Accelerator,
+    command_line::{self, Beginning},
+    console, firmware,
+    qmp::{ANSWER_LIMIT, CONNECT_LIMIT, Migration, Qmp},
+};
+use crate::{
+    sync::Arc,
+    sys::{
+        clock::{self, Deadline},
+        process::{Launch, Process},
+    },
+    vmm::{
+        Error, Machine, Plan,
+        log::{self, LastWords},
+        peer::{Peer, begin, host, listen},
+    },
+};
+
+/// The file in a snapshot's directory that the devices' state is in. Memory is in none:
+/// its file is the guest's memory itself.
+const STATE_FILE: &str = "vmstate";
+/// The name by which QEMU knows the descriptor of that file.
+const STATE_FD: &str = "vmstate";
+
+/// A pause ends with the disks flushed, and a disk may have much to write.
+const PAUSE_LIMIT: Duration = Duration::from_secs(30);
+/// A save flushes the disks once more, and writes some hundred KiB; a load reads them.
+const STATE_LIMIT: Duration = Duration::from_secs(30);
+/// How long a save that is over, or was called off, may take to be tidied up.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
+/// How often to look meanwhile; QEMU tells nobody.
+const SETTLE_LOOK: Duration = Duration::from_millis(1);
+
+/// How long a guest that has just begun may be in its firmware, which takes some 10 ms.
+/// One that is there for longer has nothing to boot, and nothing to lose.
+const FIRMWARE_LIMIT: Duration = Duration::from_secs(2);
+/// How long it is left to run before it is looked at again.
+const FIRMWARE_LOOK: Duration = Duration::from_millis(2);
+
+/// A QEMU that runs one sandbox, or is about to.
+#[derive(Debug)]
+pub(super) struct QemuMachine {
+    peer: Peer,
+    runtime_dir: PathBuf,
+    /// Whether it was told to save since it last ran, as far as we know.
+    saved: bool,
+}
+
+/// What QEMU says of itself.
+struct Status {
+    running: bool,
+    word: String,
+}
+
+impl QemuMachine {
+    /// Starts a QEMU that waits for commands, and hands it to `then`. If anything goes
+    /// wrong, also there, the process is ended.
+    pub(super) fn start(
+        program: &Path,
+        accelerator: Accelerator,
+        plan: &Plan,
+        beginning: Beginning<'_>,
+        then: impl FnOnce(&Self) -> Result<(), Error>,
+    ) -> Result<Self, Error> {
+        let doing = match beginning {
+            Beginning::Boot { .. } => "starting",
+            Beginning::Restore => "loading the snapshot",
+        };
+        let spawn = || Self::spawn(program, accelerator, plan, beginning);
+        begin(plan, doing, spawn, |machine| then(machine))
+    }
+
+    fn spawn(
+        program: &Path,
+        accelerator: Accelerator,
+        plan: &Plan,
+        beginning: Beginning<'_>,
+    ) -> Result<Self, Error> {
+        let socket = socket_path(&plan.runtime_dir);
+        let args = command_line::arguments(plan, accelerator, beginning);
+        let (log, last_words) = log::open(&plan.vmm_log)
+            .map_err(host(format!("opening {}", plan.vmm_log.display())))?;
+        console::prepare(&plan.runtime_dir)
+            .map_err(host(format!("making {}", console::path(&plan.runtime_dir).display())))?;
+        let stdin = Some(listen(&socket)?.into());
+        let process = Process::spawn(Launch { stdin, ..Launch::new(program, &args, log) })
+            .map_err(host(format!("starting {}", program.display())))?;
+        Ok(Self {
+            peer: Peer { process, socket, last_words },
+            runtime_dir: plan.runtime_dir.clone(),
+            saved: false,
+        })
+    }
+
+    /// Takes over a QEMU that is there already.
+    ///
+    /// # Errors
+    /// Where it does not answer.
+    pub(super) fn adopt(plan: &Plan, process: Arc<Process>) -> Result<Self, Error> {
+        let peer = Peer {
+            process,
+            socket: socket_path(&plan.runtime_dir),
+            last_words: LastWords::from_now_on(&plan.vmm_log),
+        };
+        Qmp::open(&peer, "being adopted", CONNECT_LIMIT)?;
+        // An earlier daemon may have died in the middle of a save.
+        Ok(Self { peer, runtime_dir: plan.runtime_dir.clone(), saved: true })
+    }
+
+    /// Waits until QEMU has made the machine and takes commands.
+    pub(super) fn greet(&self) -> Result<(), Error> {
+        set_up_migration(&mut Qmp::open(&self.peer, "starting", CONNECT_LIMIT)?)
+    }
+
+    /// Loads the snapshot in `dir`. The machine is paused then.
+    pub(super) fn load(&self, dir: &Path) -> Result<(), Error> {
+        const COMMAND: &str = "migrate-incoming";
+        let state = dir.join(STATE_FILE);
+        let file = File::open(&state).map_err(host(format!("opening {}", state.display())))?;
+        let mut qmp = Qmp::open(&self.peer, "loading the snapshot", CONNECT_LIMIT)?;
+        set_up_migration(&mut qmp)?;
+        qmp.hand_over(STATE_FD, file.as_fd())?;
+        let uri = json!({ "uri": format!("fd:{STATE_FD}") });
+        qmp.run(COMMAND, &uri, ANSWER_LIMIT)?;
+        match qmp.wait_for_migration(COMMAND, STATE_LIMIT)? {
+            Migration::Completed => Ok(()),
+            Migration::Failed | Migration::Underway => Err(refusal(&mut qmp, COMMAND)),
+        }
+    }
+
+    fn open(&self, doing: &'static str) -> Result<Qmp<'_>, Error> {
+        Qmp::open(&self.peer, doing, CONNECT_LIMIT)
+    }
+
+    fn status(&self, qmp: &mut Qmp<'_>) -> Result<Status, Error> {
+        const COMMAND: &str = "query-status";
+        let answer = qmp.run(COMMAND, &Value::Null, ANSWER_LIMIT)?;
+        match (answer["running"].as_bool(), answer["status"].as_str()) {
+            (Some(running), Some(word)) => Ok(Status { running, word: word.to_owned() }),
+            (None, _) | (_, None) => {
+                Err(Error::Nonsense { command: COMMAND.to_owned(), said: answer.to_string() })
+            }
+        }
+    }
+
+    /// Writes the state to a new file in `dir`.
+    fn write_state(&self, dir: &Path) -> Result<(), Error> {
+        const COMMAND: &str = "migrate";
+        let mut qmp = self.open("saving its state")?;
+        // QEMU would pause it itself, and let it run again afterwards.
+        if self.status(&mut qmp)?.running {
+            return Err(Error::Refused {
+                command: COMMAND.to_owned(),
+                said: "the machine is not paused".to_owned(),
+            });
+        }
+        let path = dir.join(STATE_FILE);
+        let state = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(host(format!("making {}", path.display())))?;
+        qmp.hand_over(STATE_FD, state.as_fd())?;
+        let uri = json!({ "uri": format!("fd:{STATE_FD}") });
+        qmp.run(COMMAND, &uri, ANSWER_LIMIT)?;
+        match qmp.wait_for_migration(COMMAND, STATE_LIMIT)? {
+            Migration::Completed => Ok(()),
+            Migration::Failed | Migration::Underway => Err(refusal(&mut qmp, COMMAND)),
+        }
+    }
+
+    /// Waits until QEMU is done with a save. It says so a moment before it changes its
+    /// status. A resume in between would be overtaken by that, and vCPUs run that QEMU
+    /// takes for paused.
+    fn end_save(&self, qmp: &mut Qmp<'_>) -> Result<(), Error> {
+        let deadline = Deadline::after(SETTLE_LIMIT);
+        while self.status(qmp)?.word == "finish-migrate" {
+            if deadline.passed() {
+                let command = "migrate".to_owned();
+                return Err(Error::TimedOut { command, limit: SETTLE_LIMIT });
+            }
+            clock::pause_for(SETTLE_LOOK);
+        }
+        Ok(())
+    }
+
+    /// Has QEMU forget a save that failed, where it has not done so by itself.
+    fn take_back_save(&self) {
+        if self.peer.process.exited().is_some() {
+            return;
+        }
+        let done = self.open("taking back a save").and_then(|mut qmp| call_off_migration(&mut qmp));
+        if let Err(error) = done {
+            // Why the save failed is told by the caller. A resume tries this again.
+            tracing::warn!(process = %self.peer.process, %error, "a failed save is not tidied up");
+        }
+    }
+}
+
+impl Machine for QemuMachine {
+    fn process(&self) -> &Arc<Process> {
+        &self.peer.process
+    }
+
+    fn running(&mut self) -> Result<bool, Error> {
+        Ok(self.status(&mut self.open("telling its status")?)?.running)
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        let mut qmp = self.open("pausing")?;
+        let was_running = self.status(&mut qmp)?.running;
+        let deadline = Deadline::after(FIRMWARE_LIMIT);
+        loop {
+            qmp.run("stop", &Value::Null, PAUSE_LIMIT)?;
+            if !was_running || deadline.passed() || !is_in_firmware(&mut qmp)? {
+                return Ok(());
+            }
+            qmp.run("cont", &Value::Null, ANSWER_LIMIT)?;
+            clock::pause_for(FIRMWARE_LOOK);
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        let mut qmp = self.open("resuming")?;
+        if self.saved {
+            self.end_save(&mut qmp)?;
+        }
+        match qmp.run("cont", &Value::Null, ANSWER_LIMIT) {
+            // As when a daemon died while it saved.
+            Err(Error::Refused { .. }) => {
+                call_off_migration(&mut qmp)?;
+                qmp.run("cont", &Value::Null, ANSWER_LIMIT)?;
+            }
+            answer => {
+                answer?;
+            }
+        }
+        self.saved = false;
+        Ok(())
+    }
+
+    fn never_ran(&self) -> bool {
+        false
+    }
+
+    fn save_bytes(&self) -> u64 {
+        0
+    }
+
+    fn save(&mut self, dir: &Path) -> Result<(), Error> {
+        self.saved = true;
+        // QEMU talks to one client at a time, so by now the connection is closed.
+        self.write_state(dir).inspect_err(|_| self.take_back_save())
+    }
+
+    fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error> {
+        console::type_in(&self.runtime_dir, bytes).map_err(host("typing on the console".to_owned()))
+    }
+}
+
+fn socket_path(runtime_dir: &Path) -> PathBuf {
+    runtime_dir.join("qmp.sock")
+}
+
+/// Has memory left where it is, its state told by events, and no limit to its speed,
+/// which is otherwise 128 MiB/s. QEMU keeps to it for as long as it lives, so a save
+/// need not say it again.
+fn set_up_migration(qmp: &mut Qmp<'_>) -> Result<(), Error> {
+    let capabilities = json!({ "capabilities": [
+        { "capability": "x-ignore-shared", "state": true },
+        { "capability": "events", "state": true },
+    ] });
+    qmp.run("migrate-set-capabilities", &capabilities, ANSWER_LIMIT)?;
+    let parameters = json!({ "max-bandwidth": 1_u64 << 50 });
+    qmp.run("migrate-set-parameters", &parameters, ANSWER_LIMIT)?;
+    Ok(())
+}
+
+/// Returns the error for a migration that failed, with QEMU's reason.
+fn refusal(qmp: &mut Qmp<'_>, command: &str) -> Error {
+    let said = qmp
+        .run("query-migrate", &Value::Null, ANSWER_LIMIT)
+        .map(|answer| answer["error-desc"].as_str().unwrap_or("it gives no reason").to_owned());
+    match said {
+        Ok(said) => Error::Refused { command: command.to_owned(), said },
+        Err(error) => error,
+    }
+}
+
+/// Ends a migration that is still under way, so that the machine can be resumed.
+/// Says whether the first CPU of a paused machine executes firmware.
+fn is_in_firmware(qmp: &mut Qmp<'_>) -> Result<bool, Error> {
+    let command = json!({ "command-line": "info registers" });
+    let told = qmp.run("human-monitor-command", &command, ANSWER_LIMIT)?;
+    Ok(told.as_str().and_then(firmware::is_firmware).unwrap_or(false))
+}
+
+fn call_off_migration(qmp: &mut Qmp<'_>) -> Result<(), Error> {
+    const COMMAND: &str = "migrate_cancel";
+    let deadline = Deadline::after(SETTLE_LIMIT);
+    loop {
+        let answer = qmp.run("query-migrate", &Value::Null, ANSWER_LIMIT)?;
+        // There is no status if there never was a migration.
+        let status = answer["status"].as_str().unwrap_or("none");
+        if Migration::from_word(status) != Migration::Underway {
+            return Ok(());
+        }
+        if deadline.passed() {
+            return Err(Error::TimedOut { command: COMMAND.to_owned(), limit: SETTLE_LIMIT });
+        }
+        qmp.run(COMMAND, &Value::Null, ANSWER_LIMIT)?;
+        clock::pause_for(SETTLE_LOOK);
+    }
+}
