@@ -8,6 +8,7 @@
 //! The rooms, in reading order. Each uses only those below it; `tests/tidy` checks.
 
 pub mod index;
+pub mod lifecycle;
 pub mod lock;
 pub mod notify;
 pub mod sandbox;

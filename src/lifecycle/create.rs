@@ -1,0 +1,84 @@
+//! Making a sandbox: a row, and nothing more until its first wake.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use super::{Entry, Error, Lifecycle};
+use crate::{
+    index::{self, NewSandbox},
+    sandbox::{Owner, RowId, SandboxId},
+    sync::Arc,
+    sys::files::{make_private_dir, rename_durably},
+};
+
+/// How long a create waits for the lock of its name, which only the end of an earlier
+/// sandbox of that name can have. `mkdir` holds up its directory meanwhile.
+const NAME_WAIT: Duration = Duration::from_secs(2);
+
+impl Lifecycle {
+    /// Makes a `stopped` sandbox from the template, owned by `owner`.
+    ///
+    /// # Errors
+    /// `Exists`, `TooMany`, or the index's.
+    pub fn create(&self, id: &SandboxId, owner: Owner) -> Result<Arc<Entry>, Error> {
+        let held = self
+            .locks
+            .lock_within(id, NAME_WAIT)
+            .ok_or_else(|| Error::Locked { id: id.clone() })?;
+        if self.operations.is_closing() {
+            return Err(Error::ShuttingDown);
+        }
+        let limit = self.settings.sandboxes_max;
+        if self.index.len() as u64 >= limit && self.index.by_id(id).is_none() {
+            return Err(Error::TooMany { limit });
+        }
+        let new = NewSandbox {
+            owner,
+            spec: Arc::clone(&self.settings.template),
+            idle_after: self.settings.idle_after,
+            delete_after: self.settings.delete_after,
+        };
+        let entry = self.index.create(&held, new, self.now()).map_err(|source| {
+            let id = id.clone();
+            if matches!(source, index::Error::Exists { .. }) {
+                Error::Exists { id }
+            } else {
+                Error::Index { id, source }
+            }
+        })?;
+        if let Err(source) = self.keep_strangers_files(entry.row()) {
+            self.index
+                .remove(&held, &entry)
+                .map_err(|source| Error::Index { id: id.clone(), source })?;
+            return Err(Error::Host { doing: "making room for", id: id.clone(), source });
+        }
+        tracing::info!(%id, uid = owner.uid, "created");
+        Ok(entry)
+    }
+
+    /// Moves away what already has the directory of a new row. The rows of one index are
+    /// never used twice, so it is from before the index was lost or replaced: somebody's
+    /// disks and snapshots, which must neither be lost nor become another's.
+    fn keep_strangers_files(&self, row: RowId) -> io::Result<()> {
+        let dir = self.settings.store.join("sandboxes").join(row.to_string());
+        if !dir.try_exists()? {
+            return Ok(());
+        }
+        let lost = self.settings.store.join("lost");
+        make_private_dir(&lost)?;
+        let kept = free_name(&lost.join(row.to_string()));
+        tracing::warn!(kept = %kept.display(), "kept the files of a sandbox that no index knows");
+        rename_durably(&dir, &kept)
+    }
+}
+
+/// Returns the first of `PATH.1`, `PATH.2`, … that does not exist.
+pub(super) fn free_name(path: &Path) -> PathBuf {
+    (1u64..)
+        .map(|number| path.with_added_extension(number.to_string()))
+        .find(|candidate| !candidate.exists())
+        .expect("no directory has 2^64 files")
+}

@@ -1,0 +1,277 @@
+//! Why an operation on a sandbox failed.
+
+use std::{io, time::Duration};
+
+use crate::{
+    index,
+    sandbox::{Refused, SandboxId, State},
+    snapshot, vmm,
+};
+
+/// Why an operation failed. The caller is told which errno by `tree::errno`.
+#[derive(Debug, thiserror::Error)]
+#[allow(clippy::error_impl_error, reason = "it is written `lifecycle::Error` wherever it is used")]
+pub enum Error {
+    /// The sandbox was deleted, or is just being.
+    #[error("{id} was deleted")]
+    Gone {
+        /// The sandbox.
+        id: SandboxId,
+    },
+    /// Another operation has the sandbox's lock and the caller does not wait.
+    #[error("another operation on {id} is under way")]
+    Locked {
+        /// The sandbox.
+        id: SandboxId,
+    },
+    /// There is a sandbox of that name.
+    #[error("{id} exists")]
+    Exists {
+        /// The sandbox.
+        id: SandboxId,
+    },
+    /// The step does not exist from the state that it is in.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// It is pinned.
+    #[error("{id} is pinned; write 0 to its file `pinned` before deleting it")]
+    Pinned {
+        /// The sandbox.
+        id: SandboxId,
+    },
+    /// Hardware changes only while stopped.
+    #[error("the hardware of {id} cannot change while it is {state}, only while it is stopped")]
+    NotStopped {
+        /// The sandbox.
+        id: SandboxId,
+        /// Where it is.
+        state: State,
+    },
+    /// Only what runs can be typed at.
+    #[error("{id} is {state}; wake it first")]
+    NotRunning {
+        /// The sandbox.
+        id: SandboxId,
+        /// Where it is.
+        state: State,
+    },
+    /// Nothing to boot.
+    #[error("{id} has no kernel; set `kernel` in its file `config`, or in [template]")]
+    NoKernel {
+        /// The sandbox.
+        id: SandboxId,
+    },
+    /// There was activity since the caller looked.
+    #[error("{id} was active since: its count is {count} now")]
+    Active {
+        /// The sandbox.
+        id: SandboxId,
+        /// What the count is now.
+        count: u64,
+    },
+    /// The memory budget is used up.
+    #[error(
+        "waking {id} takes {needed_mib} MiB, and of the budget ([limits] memory) {left_mib} MiB \
+         are left"
+    )]
+    NoMemory {
+        /// The sandbox.
+        id: SandboxId,
+        /// The memory of its machine.
+        needed_mib: u64,
+        /// What is left of the budget.
+        left_mib: u64,
+    },
+    /// There are as many sandboxes as there may be.
+    #[error("there are {limit} sandboxes, which is the limit ([limits] sandboxes)")]
+    TooMany {
+        /// The limit.
+        limit: u64,
+    },
+    /// Too many operations of that kind for too long.
+    #[error("no slot to {what} {id} within {} s ([limits] {what}s)", .limit.as_secs())]
+    NoSlot {
+        /// `wake` or `sleep`.
+        what: &'static str,
+        /// The sandbox.
+        id: SandboxId,
+        /// How long we waited.
+        limit: Duration,
+    },
+    /// The daemon is about to end.
+    #[error("dozed is shutting down")]
+    ShuttingDown,
+    /// No VMM of the kind that `config` asks for.
+    #[error("{id} cannot run here: {why}")]
+    NoVmm {
+        /// The sandbox.
+        id: SandboxId,
+        /// What is missing.
+        why: String,
+    },
+    /// The snapshot was made by something else than what would load it.
+    #[error("the snapshot of {id} does not fit this host: {why}")]
+    Foreign {
+        /// The sandbox.
+        id: SandboxId,
+        /// What differs, and what to do.
+        why: String,
+    },
+    /// A wake failed so late that its snapshot may be used up.
+    #[error("the guest of {id} may have run, so it cannot be woken from its snapshot again")]
+    MayHaveRun {
+        /// The sandbox.
+        id: SandboxId,
+    },
+    /// The VMM did not do its part.
+    #[error("{doing} {id}")]
+    Vmm {
+        /// Such as `pausing`.
+        doing: &'static str,
+        /// The sandbox.
+        id: SandboxId,
+        /// What the driver says.
+        source: vmm::Error,
+    },
+    /// The snapshot's directory did not do its part.
+    #[error("{doing} {id}")]
+    Snapshot {
+        /// Such as `committing the snapshot of`.
+        doing: &'static str,
+        /// The sandbox.
+        id: SandboxId,
+        /// What is wrong with it.
+        source: snapshot::Error,
+    },
+    /// Something of the host failed.
+    #[error("{doing} {id}")]
+    Host {
+        /// Such as `copying a disk of`.
+        doing: &'static str,
+        /// The sandbox.
+        id: SandboxId,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A killed VMM did not go away.
+    #[error("the VMM of {id} was killed but is still there after {} s", .limit.as_secs())]
+    Undead {
+        /// The sandbox.
+        id: SandboxId,
+        /// How long we waited.
+        limit: Duration,
+    },
+    /// The index failed.
+    #[error("recording the state of {id}")]
+    Index {
+        /// The sandbox.
+        id: SandboxId,
+        /// What it says.
+        source: index::Error,
+    },
+    /// An operation failed, and taking it back failed too.
+    #[error("taking it back failed too ({failures})")]
+    Undo {
+        /// What failed while undoing, in the order tried.
+        failures: String,
+        /// What failed first.
+        source: Box<Error>,
+    },
+    /// A bug of ours.
+    #[error("an operation on {id} panicked, which is a bug of dozed; the log has the details")]
+    Panicked {
+        /// The sandbox.
+        id: SandboxId,
+    },
+}
+
+/// What a failure of a VMM, a file or a directory comes down to, for whoever answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The disk is full.
+    NoSpace,
+    /// The owner's quota of the disk is used up.
+    Quota,
+    /// A bounded wait ran out.
+    TimedOut,
+    /// The operation was called off, which only deleting does.
+    CalledOff,
+    /// Anything else.
+    Other,
+}
+
+impl Error {
+    /// Returns what an error of the host's, a VMM's or a snapshot's comes down to.
+    #[must_use]
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Vmm { source, .. } => match source {
+                vmm::Error::Host { source, .. } => fault_of_io(source),
+                vmm::Error::TimedOut { .. } => Fault::TimedOut,
+                vmm::Error::Cancelled { .. } => Fault::CalledOff,
+                vmm::Error::Missing { .. }
+                | vmm::Error::Refused { .. }
+                | vmm::Error::Nonsense { .. }
+                | vmm::Error::Died { .. } => Fault::Other,
+            },
+            Self::Snapshot { source, .. } => match source {
+                snapshot::Error::NoSpace { .. } => Fault::NoSpace,
+                snapshot::Error::CalledOff(_) => Fault::CalledOff,
+                snapshot::Error::Io { source, .. } => fault_of_io(source),
+                snapshot::Error::Absent { .. }
+                | snapshot::Error::Damaged { .. }
+                | snapshot::Error::Foreign { .. }
+                | snapshot::Error::Newer { .. }
+                | snapshot::Error::Ambiguous { .. }
+                | snapshot::Error::Incomplete { .. } => Fault::Other,
+            },
+            Self::Host { source, .. } => fault_of_io(source),
+            Self::Undo { source, .. } => source.fault(),
+            Self::Undead { .. } => Fault::TimedOut,
+            Self::Gone { .. }
+            | Self::Locked { .. }
+            | Self::Exists { .. }
+            | Self::Refused(_)
+            | Self::Pinned { .. }
+            | Self::NotStopped { .. }
+            | Self::NotRunning { .. }
+            | Self::NoKernel { .. }
+            | Self::Active { .. }
+            | Self::NoMemory { .. }
+            | Self::TooMany { .. }
+            | Self::NoSlot { .. }
+            | Self::ShuttingDown
+            | Self::NoVmm { .. }
+            | Self::MayHaveRun { .. }
+            | Self::Foreign { .. }
+            | Self::Index { .. }
+            | Self::Panicked { .. } => Fault::Other,
+        }
+    }
+}
+
+/// Of all that a system can say, only a full disk is something that a caller can tell
+/// from the rest and do something about.
+fn fault_of_io(error: &io::Error) -> Fault {
+    if error.kind() == io::ErrorKind::StorageFull {
+        Fault::NoSpace
+    } else if error.kind() == io::ErrorKind::QuotaExceeded {
+        Fault::Quota
+    } else {
+        Fault::Other
+    }
+}
+
+/// Returns the whole chain of an error as one line, the outermost first.
+#[must_use]
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut line = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    // One line is the contract; VMMs and file systems do not know of it.
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
+}

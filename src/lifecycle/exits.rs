@@ -1,0 +1,117 @@
+//! Guests that end by themselves, and VMMs that die.
+
+use std::{io, time::Duration};
+
+use super::{Entry, Error, Lifecycle, chain, machines::Ended};
+use crate::{
+    lock::Held,
+    sandbox::Step,
+    sync::Arc,
+    sys::process::{Exit, Process},
+};
+
+/// How long a killed VMM may take to go. The kernel has to free its memory, which for
+/// hundreds of GiB takes seconds.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
+
+impl Lifecycle {
+    /// Starts the thread that hears of VMMs that ended. Each end is then attended to
+    /// on a thread of its own, as it may have to wait for the sandbox's lock.
+    pub(super) fn attend_exits(self: &Arc<Self>) -> io::Result<()> {
+        let Some(ended) = self.machines.ended() else {
+            return Ok(());
+        };
+        let this = Arc::downgrade(self);
+        std::thread::Builder::new().name("dozed-exits".to_owned()).spawn(move || {
+            while let Ok(ended) = ended.recv() {
+                let Some(lifecycle) = this.upgrade() else {
+                    break;
+                };
+                let attend = Arc::clone(&lifecycle);
+                if lifecycle.pool.run(move || attend.attend_exit(ended)).is_err() {
+                    // The pool is full of writers that wait; this one cannot be put off.
+                    lifecycle.attend_exit(ended);
+                }
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Brings a sandbox whose VMM ended to `stopped`.
+    fn attend_exit(&self, ended: Ended) {
+        let Some(entry) = self.by_row(ended.row) else {
+            return;
+        };
+        let held = self.locks.lock(entry.id());
+        // An operation that found out by itself has struck the machine off, and
+        // perhaps another lives by now.
+        let Some(live) = self.machines.get(ended.row) else {
+            return;
+        };
+        if live.process.exited().is_none() || self.by_row(ended.row).is_none() {
+            return;
+        }
+        let why = self.reason(&entry, ended.exit);
+        tracing::info!(id = %entry.id(), "{why}");
+        if let Err(error) = self.lose(&held, &entry, &why) {
+            tracing::error!(id = %entry.id(), error = chain(&error), "attending to an end");
+        }
+    }
+
+    /// Records that the guest is no more: no VMM, no memory, `stopped`, and why.
+    pub(super) fn lose(&self, held: &Held, entry: &Arc<Entry>, why: &str) -> Result<(), Error> {
+        self.release(entry)?;
+        let home = self.home(&entry.record());
+        home.end_life().map_err(|source| Error::Snapshot {
+            doing: "clearing up after",
+            id: entry.id().clone(),
+            source,
+        })?;
+        self.step(held, entry, Step::Lost, |record| {
+            record.process = None;
+            record.snapshot = None;
+            record.error = Some(why.into());
+        })?;
+        Ok(())
+    }
+
+    /// Says in one line why a sandbox stopped by itself.
+    pub(super) fn reason(&self, entry: &Entry, exit: Exit) -> String {
+        match exit {
+            Exit::Code(0) => "the guest shut down".to_owned(),
+            Exit::Code(code) => format!(
+                "the VMM failed with exit code {code}; its words are in {}",
+                self.home(&entry.record()).vmm_log().display()
+            ),
+            Exit::Signal(signal) => format!("the VMM was killed by signal {signal}"),
+            Exit::Unknown => "the VMM ended, and the kernel does not tell how".to_owned(),
+        }
+    }
+
+    /// Gives back what only an awake sandbox needs: the process, sockets, memory.
+    pub(super) fn release(&self, entry: &Entry) -> Result<(), Error> {
+        let live = self.machines.strike(entry.row());
+        if let Some(live) = &live {
+            live.process.kill();
+        }
+        // It takes a moment to go, and has no use for its sockets any more.
+        let removed = crate::sys::files::remove_tree(&self.runtime_dir(entry.row()));
+        if let Some(live) = live {
+            end(entry, &live.process)?;
+        }
+        self.admission.give_back(entry.row());
+        removed.map_err(|source| Error::Host {
+            doing: "removing the sockets of",
+            id: entry.id().clone(),
+            source,
+        })
+    }
+}
+
+/// Kills a VMM and waits until it is gone.
+pub(super) fn end(entry: &Entry, process: &Process) -> Result<Exit, Error> {
+    process.kill();
+    process
+        .wait(KILL_LIMIT)
+        .ok_or_else(|| Error::Undead { id: entry.id().clone(), limit: KILL_LIMIT })
+}

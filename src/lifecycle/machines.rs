@@ -1,0 +1,83 @@
+//! The machines that live, and the thread that sees them die.
+
+use std::{collections::HashMap, io, sync::mpsc};
+
+use super::activity::CpuSample;
+use crate::{
+    sandbox::RowId,
+    sync::{Arc, Mutex, lock},
+    sys::process::{Exit, ExitWatch, Process},
+    vmm::Machine,
+};
+
+/// A machine that lives.
+#[derive(Debug)]
+pub(super) struct Live {
+    /// Held for the length of a VMM command. Taken inside the sandbox's own lock or,
+    /// by typing on the console, without it; nothing is locked inside.
+    pub(super) machine: Mutex<Box<dyn Machine>>,
+    pub(super) process: Arc<Process>,
+    /// The last look at its CPU time. A leaf lock.
+    pub(super) cpu: Mutex<Option<CpuSample>>,
+}
+
+/// A VMM that ended by itself.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ended {
+    pub(super) row: RowId,
+    pub(super) exit: Exit,
+}
+
+/// The table of machines.
+#[derive(Debug)]
+pub(super) struct Machines {
+    /// A leaf lock.
+    table: Mutex<HashMap<RowId, Arc<Live>>>,
+    watch: ExitWatch,
+    ended: Mutex<Option<mpsc::Receiver<Ended>>>,
+}
+
+impl Machines {
+    /// Starts with no machines.
+    pub(super) fn start() -> io::Result<Self> {
+        let (tell, ended) = mpsc::channel();
+        let watch = ExitWatch::start(move |row, exit| {
+            // With nobody left to hear it, the daemon is ending.
+            tell.send(Ended { row: RowId(row), exit }).ok();
+        })?;
+        Ok(Self { table: Mutex::default(), watch, ended: Mutex::new(Some(ended)) })
+    }
+
+    /// Returns where ends are told. Only the first caller gets it.
+    pub(super) fn ended(&self) -> Option<mpsc::Receiver<Ended>> {
+        lock(&self.ended).take()
+    }
+
+    /// Enters a machine, and has its end watched.
+    pub(super) fn enter(&self, row: RowId, machine: Box<dyn Machine>) -> io::Result<Arc<Live>> {
+        let process = Arc::clone(machine.process());
+        let live = Arc::new(Live {
+            machine: Mutex::new(machine),
+            process: Arc::clone(&process),
+            cpu: Mutex::new(None),
+        });
+        lock(&self.table).insert(row, Arc::clone(&live));
+        self.watch.watch(row.0, &process)?;
+        Ok(live)
+    }
+
+    /// Returns the machine of a sandbox.
+    pub(super) fn get(&self, row: RowId) -> Option<Arc<Live>> {
+        lock(&self.table).get(&row).map(Arc::clone)
+    }
+
+    /// Strikes a machine off, so that its end is nobody's news.
+    pub(super) fn strike(&self, row: RowId) -> Option<Arc<Live>> {
+        lock(&self.table).remove(&row)
+    }
+
+    /// Returns all of them.
+    pub(super) fn all(&self) -> Vec<(RowId, Arc<Live>)> {
+        lock(&self.table).iter().map(|(row, live)| (*row, Arc::clone(live))).collect()
+    }
+}

@@ -1,0 +1,455 @@
+//! Creating, waking, putting to sleep and destroying: the only owner of the order of steps.
+//!
+//! Whoever changes a sandbox (a writer, the reaper, start-up, a guest that ends)
+//! takes its lock and comes through here. Each operation reads down the page: look
+//! again, intent, act, commit, record, tell. Nothing here knows what a file or an
+//! errno is, nor a VMM's language, nor SQL.
+//!
+//! ```text
+//! sleep: space → snapshotting → pause → save → COMMIT → kill → snapshotted → tell
+//! wake:  admit → manifest → restoring → restore paused → CONSUME → resume → running → tell
+//! boot:  admit → disks → booting → VMM, inert → its identity recorded → resume → running → tell
+//! ```
+//!
+//! An operation that fails before its commit point is taken back. One that is cut
+//! off, by a crash of the daemon or a panic, leaves one of the three states in the
+//! middle, and `reconcile` brings that to an end from what is on disk and what runs.
+
+mod activity;
+mod admission;
+mod console;
+mod cooling;
+mod create;
+mod destroy;
+mod error;
+mod exits;
+mod machines;
+mod operation;
+mod policy;
+mod reconcile;
+mod sleep;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+mod undo;
+mod wake;
+
+use std::{
+    fmt, io,
+    path::PathBuf,
+    sync::atomic::{AtomicI64, Ordering},
+    time::Duration,
+};
+
+use activity::Activities;
+pub use activity::{Signal, Signals};
+use admission::Admission;
+pub use console::ConsoleLog;
+use cooling::Cooling;
+pub use error::{Error, Fault, chain};
+use machines::Machines;
+use operation::Operations;
+pub use policy::Policy;
+
+pub use crate::{
+    index::{Due, Entry, Error as IndexError, Index},
+    lock::Held,
+};
+use crate::{
+    lock::Locks,
+    notify::Bell,
+    sandbox::{Period, Record, RowId, SandboxId, Spec, State, Step, Timestamp, VmmChoice},
+    snapshot::{self, Home, VmmFacts},
+    sync::Arc,
+    sys::{clock::Clock, pool::Pool},
+    vmm::Vmm,
+};
+
+/// What the operations have to know of the configuration.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where sandboxes are kept.
+    pub store: PathBuf,
+    /// Where their sockets are; a tmpfs.
+    pub runtime: PathBuf,
+    /// The hardware of a new sandbox.
+    pub template: Arc<Spec>,
+    /// `idle_after` of a new sandbox.
+    pub idle_after: Period,
+    /// `delete_after` of a new sandbox.
+    pub delete_after: Period,
+    /// How many sandboxes there may be.
+    pub sandboxes_max: u64,
+    /// How many may be waking or booting at once.
+    pub wakes_max: usize,
+    /// How many may be going to sleep at once.
+    pub sleeps_max: usize,
+    /// How much memory all that are awake may have together.
+    pub memory_budget_bytes: Option<u64>,
+    /// Guest CPU in percent of one host CPU from which on a guest counts as active.
+    pub active_cpu_percent: u32,
+    /// Whether a wake checks the whole memory against its digest.
+    pub verify_memory: bool,
+}
+
+/// Why a sandbox is put to sleep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// Somebody asked for it.
+    Asked,
+    /// Somebody asked for it, if this is still the count of its activity.
+    AskedAt(u64),
+    /// It has been idle for too long, which is looked at again under the lock.
+    Idle,
+}
+
+/// How an operation that succeeded went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was done.
+    Done,
+    /// It was so already.
+    Already,
+    /// The reason had gone by the time the lock was had.
+    Spared,
+}
+
+/// All sandboxes, and all that can be done with them.
+pub struct Lifecycle {
+    index: Index,
+    locks: Arc<Locks>,
+    vmms: Vec<Arc<dyn Vmm>>,
+    auto: VmmChoice,
+    clock: Arc<dyn Clock>,
+    settings: Settings,
+    /// Names this store in the command line of its VMMs.
+    store_name: String,
+    machines: Machines,
+    operations: Operations,
+    admission: Arc<Admission>,
+    activities: Activities,
+    cooling: Cooling,
+    /// For the work that nobody waits for: guests that end, trash.
+    pool: Arc<Pool>,
+    /// Rung when something may be due earlier than the reaper thinks.
+    bell: Bell,
+    /// When the reaper last looked; 0 before that.
+    last_tick: AtomicI64,
+    #[cfg(test)]
+    crash: testing::CrashPlan,
+}
+
+/// What the operations stand on.
+#[derive(Debug)]
+pub struct Parts {
+    /// The index, open.
+    pub index: Index,
+    /// The VMMs of this host.
+    pub vmms: Vec<Arc<dyn Vmm>>,
+    /// The one that `auto` means, which this host may have or not.
+    pub auto: VmmChoice,
+    /// The time line of the index.
+    pub clock: Arc<dyn Clock>,
+    /// Threads for what nobody waits for.
+    pub pool: Arc<Pool>,
+}
+
+/// The key of the store's name in the index.
+const STORE_NAME_KEY: &str = "store_name";
+
+impl Lifecycle {
+    /// Puts the parts together. Nothing is looked at or changed yet: see `reconcile`.
+    ///
+    /// # Errors
+    /// Where directories of the store cannot be made, or the index not be read.
+    pub fn new(parts: Parts, settings: Settings) -> Result<Arc<Self>, io::Error> {
+        for dir in ["sandboxes", "trash"] {
+            crate::sys::files::make_private_dir(&settings.store.join(dir))?;
+        }
+        crate::sys::files::make_private_dir(&settings.runtime)?;
+        let store_name = match parts.index.meta(STORE_NAME_KEY).map_err(io::Error::other)? {
+            Some(name) => name,
+            None => {
+                let name = crate::sys::host::random_name()?;
+                parts.index.set_meta(STORE_NAME_KEY, &name).map_err(io::Error::other)?;
+                name
+            }
+        };
+        let Settings { sleeps_max, wakes_max, memory_budget_bytes, .. } = settings;
+        let admission = Admission::new(sleeps_max, wakes_max, memory_budget_bytes);
+        let lifecycle = Arc::new(Self {
+            index: parts.index,
+            locks: Locks::new(),
+            vmms: parts.vmms,
+            auto: parts.auto,
+            clock: parts.clock,
+            settings,
+            store_name,
+            machines: Machines::start()?,
+            operations: Operations::default(),
+            admission,
+            activities: Activities::default(),
+            cooling: Cooling::default(),
+            pool: parts.pool,
+            bell: Bell::default(),
+            last_tick: AtomicI64::new(0),
+            #[cfg(test)]
+            crash: testing::CrashPlan::default(),
+        });
+        lifecycle.attend_exits()?;
+        Ok(lifecycle)
+    }
+
+    /// Returns the sandbox of that name, unless it is being deleted.
+    #[must_use]
+    pub fn by_id(&self, id: &SandboxId) -> Option<Arc<Entry>> {
+        self.index.by_id(id).filter(|entry| !self.operations.is_doomed(entry.row()))
+    }
+
+    /// Returns the sandbox of that row, unless it is being deleted.
+    #[must_use]
+    pub fn by_row(&self, row: RowId) -> Option<Arc<Entry>> {
+        self.index.by_row(row).filter(|entry| !self.operations.is_doomed(entry.row()))
+    }
+
+    /// Returns at most `limit` sandboxes whose rows come after `row`, in their order.
+    #[must_use]
+    pub fn rows_after(&self, row: RowId, limit: usize) -> Vec<Arc<Entry>> {
+        let mut entries = self.index.rows_after(row, limit);
+        entries.retain(|entry| !self.operations.is_doomed(entry.row()));
+        entries
+    }
+
+    /// Waits for the sandbox's lock, or only looks whether it is free.
+    ///
+    /// # Errors
+    /// `Locked` where it is taken and `wait` is `Wait::Never`.
+    pub fn lock(&self, entry: &Entry, wait: Wait) -> Result<Held, Error> {
+        match wait {
+            Wait::ForIt => Ok(self.locks.lock(entry.id())),
+            Wait::Never => self
+                .locks
+                .try_lock(entry.id())
+                .ok_or_else(|| Error::Locked { id: entry.id().clone() }),
+        }
+    }
+
+    /// Returns how many ids are locked or waited for.
+    #[must_use]
+    pub fn locks_in_use(&self) -> usize {
+        self.locks.len()
+    }
+
+    /// Returns the index, for queries.
+    #[must_use]
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// Returns the daemon's time line.
+    #[must_use]
+    pub fn clock(&self) -> &dyn Clock {
+        self.clock.as_ref()
+    }
+
+    /// Returns the settings.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Returns the memory of all that are awake, and the budget for it, in bytes.
+    #[must_use]
+    pub fn memory(&self) -> (u64, Option<u64>) {
+        self.admission.memory()
+    }
+
+    /// Returns the directory of a sandbox in the store.
+    #[must_use]
+    pub fn home(&self, record: &Record) -> Home {
+        Home::new(&self.settings.store, record.row)
+    }
+
+    /// Returns what wakes the reaper before its next tick.
+    #[must_use]
+    pub fn bell(&self) -> &Bell {
+        &self.bell
+    }
+
+    /// Notes that the reaper looked.
+    pub fn ticked(&self, at: Timestamp) {
+        self.last_tick.store(at.as_millis(), Ordering::Relaxed);
+    }
+
+    /// Returns when the reaper last looked.
+    #[must_use]
+    pub fn last_tick(&self) -> Option<Timestamp> {
+        let millis = self.last_tick.load(Ordering::Relaxed);
+        (millis != 0).then(|| Timestamp::from_millis(millis))
+    }
+
+    /// Puts off the reaper's next try with a sandbox.
+    ///
+    /// # Errors
+    /// The index's.
+    pub fn postpone(&self, held: &Held, entry: &Entry, until: Timestamp) -> Result<(), Error> {
+        self.amend(held, entry, |record| record.retry_at = Some(until)).map(drop)
+    }
+
+    /// Takes no more operations, and waits until those under way have ended.
+    ///
+    /// Returns how many had not ended within `limit`; the next start finishes them.
+    pub fn close(&self, limit: Duration) -> usize {
+        self.operations.close(limit)
+    }
+
+    /// Returns the directory for a sandbox's sockets.
+    fn runtime_dir(&self, row: RowId) -> PathBuf {
+        self.settings.runtime.join(row.to_string())
+    }
+
+    /// Returns the word by which the processes of this sandbox are found.
+    fn token(&self, row: RowId) -> String {
+        format!("{}{row}:", self.token_prefix())
+    }
+
+    /// Returns what the tokens of all sandboxes of this store begin with.
+    fn token_prefix(&self) -> String {
+        format!("dozed:{}:", self.store_name)
+    }
+
+    fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    /// Takes one step of the table, durably, and tells.
+    fn step(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        step: Step,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<Arc<Record>, Error> {
+        let record = self
+            .index
+            .advance(held, entry, step, self.now(), change)
+            .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
+        if matches!(record.state, State::Running | State::Snapshotted) {
+            self.bell.ring(); // It has a deadline now, which may be the next of all.
+        }
+        Ok(record)
+    }
+
+    /// Changes the record without a step of the table.
+    fn amend(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<Arc<Record>, Error> {
+        self.index
+            .amend(held, entry, change)
+            .map_err(|source| Error::Index { id: entry.id().clone(), source })
+    }
+
+    /// Returns the VMM that is to boot `record`.
+    fn vmm_to_boot(&self, record: &Record) -> Result<&Arc<dyn Vmm>, Error> {
+        let wanted = match record.spec.vmm {
+            VmmChoice::Auto => self.auto,
+            chosen @ (VmmChoice::Qemu | VmmChoice::CloudHypervisor) => chosen,
+        };
+        self.vmms.iter().find(|vmm| vmm.choice() == wanted).ok_or_else(|| Error::NoVmm {
+            id: record.id.clone(),
+            why: match wanted {
+                VmmChoice::Auto | VmmChoice::Qemu => {
+                    "qemu-system-x86_64 is not installed; `apt install qemu-system-x86`".into()
+                }
+                VmmChoice::CloudHypervisor => {
+                    "cloud-hypervisor is not installed, or not usable (`dozed doctor` tells); \
+                     install it, or use vmm = \"qemu\""
+                        .into()
+                }
+            },
+        })
+    }
+
+    /// Returns the VMM that runs `record`, or is about to: whatever `auto` means by now.
+    fn vmm_of(&self, record: &Record) -> Result<&Arc<dyn Vmm>, Error> {
+        let named = record.vmm.as_deref().and_then(|named| named.split(' ').next());
+        match named {
+            None => self.vmm_to_boot(record),
+            Some(name) => self.vmms.iter().find(|vmm| vmm.name() == name).ok_or_else(|| {
+                let why = format!("it is of {name}, which is not installed any more; put it back");
+                Error::NoVmm { id: record.id.clone(), why }
+            }),
+        }
+    }
+
+    /// Returns the VMM that a snapshot of `record` was made by, which alone can load it.
+    fn vmm_that_made(&self, record: &Record, made: &VmmFacts) -> Result<&Arc<dyn Vmm>, Error> {
+        self.vmms.iter().find(|vmm| vmm.name() == made.name).ok_or_else(|| Error::NoVmm {
+            id: record.id.clone(),
+            why: format!(
+                "its snapshot was made by {} {}, which is not installed; put it back, or delete \
+                 the sandbox",
+                made.name, made.version
+            ),
+        })
+    }
+
+    /// Marks a place between two steps, where a test may crash the daemon.
+    #[cfg(not(test))]
+    #[inline]
+    #[allow(clippy::unused_self, reason = "the twin for tests uses it")]
+    fn reach(&self, _: Arrow) {}
+
+    #[cfg(test)]
+    fn reach(&self, arrow: Arrow) {
+        self.crash.reach(arrow);
+    }
+}
+
+/// Returns where the guests of a VMM have their memory.
+fn memory_of(vmm: &dyn Vmm) -> snapshot::Memory {
+    if vmm.keeps_memory_in_file() { snapshot::Memory::Mapped } else { snapshot::Memory::Copied }
+}
+
+/// Whether a caller waits for a lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// As long as it takes.
+    ForIt,
+    /// Not at all.
+    Never,
+}
+
+/// The places between the steps of the main roads, as the pictures above have them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(not(test), allow(dead_code, reason = "only tests crash at them"))]
+pub(crate) enum Arrow {
+    SleepIntended,
+    SleepPaused,
+    SleepStaged,
+    SleepSaved,
+    SleepCommitted,
+    SleepKilled,
+    WakeIntended,
+    WakeRestored,
+    WakeRecorded,
+    WakeConsumed,
+    WakeResumed,
+    BootIntended,
+    BootSpawned,
+    BootRecorded,
+    BootResumed,
+    DeleteIntended,
+    DeleteKilled,
+    DeleteTrashed,
+}
+
+impl fmt::Debug for Lifecycle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lifecycle").field("store", &self.settings.store).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,83 @@
+//! What may be set of a sandbox without waking it or putting it to sleep.
+
+use super::{Entry, Error, Lifecycle, create::free_name};
+use crate::{
+    lock::Held,
+    sandbox::{Owner, Period, Record, Spec, State},
+    snapshot::Home,
+    sync::Arc,
+};
+
+/// A change of what is wanted of a sandbox.
+#[derive(Debug, Clone)]
+pub enum Policy {
+    /// How long without activity before the reaper puts it to sleep.
+    IdleAfter(Period),
+    /// How long asleep before the reaper deletes it.
+    DeleteAfter(Period),
+    /// Whether it may not be deleted.
+    Pinned(bool),
+    /// Its hardware; only while stopped.
+    Spec(Box<Spec>),
+    /// Whose it is.
+    Owner(Owner),
+}
+
+impl Lifecycle {
+    /// Sets one thing, durably.
+    ///
+    /// # Errors
+    /// `NotStopped` for hardware of a sandbox that is not stopped.
+    pub fn set(&self, held: &Held, entry: &Arc<Entry>, policy: Policy) -> Result<(), Error> {
+        self.operate(held, entry, |operation| {
+            let before = entry.record();
+            if let Policy::Spec(spec) = &policy {
+                self.settle(held, entry, operation)?;
+                let state = entry.record().state;
+                if *before.spec == **spec {
+                    return Ok(());
+                }
+                if state != State::Stopped {
+                    return Err(Error::NotStopped { id: entry.id().clone(), state });
+                }
+                set_aside_changed_disks(&self.home(&before), &before, spec).map_err(|source| {
+                    let (doing, id) = ("setting aside a disk of", entry.id().clone());
+                    Error::Host { doing, id, source }
+                })?;
+            }
+            let mut after = Record::clone(&before);
+            apply(&mut after, policy.clone());
+            if after != *before {
+                self.amend(held, entry, |record| apply(record, policy))?;
+                self.bell.ring();
+            }
+            Ok(())
+        })
+    }
+}
+
+fn apply(record: &mut Record, policy: Policy) {
+    match policy {
+        Policy::IdleAfter(period) => record.idle_after = period,
+        Policy::DeleteAfter(period) => record.delete_after = period,
+        Policy::Pinned(pinned) => record.pinned = pinned,
+        Policy::Spec(spec) => record.spec = Arc::from(spec),
+        Policy::Owner(owner) => record.owner = owner,
+    }
+}
+
+/// A disk that was copied from another image than the new spec names is kept beside
+/// its successor: it may hold work.
+fn set_aside_changed_disks(home: &Home, before: &Record, after: &Spec) -> std::io::Result<()> {
+    for (number, disk) in before.spec.disks.iter().enumerate() {
+        let same = after.disks.get(number) == Some(disk);
+        let own = home.disk(number);
+        if same || disk.readonly || !own.exists() {
+            continue;
+        }
+        let aside = free_name(&own);
+        tracing::info!(id = %before.id, disk = %aside.display(), "kept a disk that was replaced");
+        crate::sys::files::rename_durably(&own, &aside)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,372 @@
+//! Bringing what was cut off to an end, by what is on disk and what runs.
+//!
+//! The manifest is the truth about a snapshot and the process about running; the
+//! record only says what was intended. Nothing that lives is killed unless the
+//! record proves that it must be: its snapshot is committed, or it has not run one
+//! instruction yet.
+//!
+//! | record says | on disk | VMM | so it becomes |
+//! |---|---|---|---|
+//! | `running` | | alive | `running`, adopted; resumed if it was paused |
+//! | `running` | | dead | `stopped`, with the reason |
+//! | `snapshotting` | committed | any | killed; `snapshotted` |
+//! | `snapshotting` | not committed | alive | partial dropped, resumed; `running` |
+//! | `snapshotting` | not committed | dead | `stopped`, with the reason |
+//! | `restoring` | not consumed | any | killed, it never ran; `snapshotted` |
+//! | `restoring` | consumed | alive | resumed if it was paused; `running` |
+//! | `restoring` | consumed | dead | `snapshotted` if its memory proves it, else `stopped` |
+//! | `booting` | | alive and running | `running` |
+//! | `booting` | | inert or dead | killed; `stopped` |
+//! | `deleting` | any | any | killed, removed |
+//! | `snapshotted`, `stopped` | | alive, by its token | killed |
+
+use std::{collections::HashSet, thread};
+
+use super::{
+    Entry, Error, Lifecycle, chain,
+    exits::end,
+    machines::Live,
+    memory_of,
+    operation::Operation,
+    wake::{snapshot_failed, vmm_failed},
+};
+use crate::{
+    lock::Held,
+    sandbox::{RowId, SnapshotFacts, State, Step},
+    snapshot::Memory,
+    sync::{Arc, Mutex, lock},
+    sys::{cancel::Cancel, process::Process},
+};
+
+/// How many sandboxes are settled at once at start-up. A VMM that does not answer takes
+/// its time, and must not take that of all the others.
+const WORKERS: usize = 16;
+/// How many rows are looked at in one go at start-up.
+const PAGE: usize = 1024;
+
+/// What start-up found and did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Reconciled {
+    /// Guests that run and were taken over.
+    pub adopted: usize,
+    /// Operations that were finished or undone.
+    pub settled: usize,
+    /// Records that could not be brought to an end; their `error` says why.
+    pub failed: usize,
+    /// Leftover processes that were killed.
+    pub orphans: usize,
+}
+
+impl Lifecycle {
+    /// Brings every record to a legal state. Called once, before the mount.
+    pub fn reconcile(&self) -> Reconciled {
+        let mut unsettled = Vec::new();
+        let mut last = RowId(0);
+        loop {
+            let page = self.index.rows_after(last, PAGE);
+            let Some(end) = page.last() else { break };
+            last = end.row();
+            unsettled.extend(page.into_iter().filter(|entry| self.is_unsettled(entry)));
+        }
+        let workers = unsettled.len().min(WORKERS);
+        let (left, done) = (Mutex::new(unsettled), Mutex::new(Reconciled::default()));
+        thread::scope(|scope| {
+            for _ in 0..workers {
+                scope.spawn(|| {
+                    loop {
+                        let entry = lock(&left).pop();
+                        let Some(entry) = entry else { break };
+                        self.reconcile_one(&entry, &done);
+                    }
+                });
+            }
+        });
+        let mut done = *lock(&done);
+        done.orphans = self.kill_orphans();
+        self.empty_trash_later();
+        done
+    }
+
+    fn reconcile_one(&self, entry: &Arc<Entry>, done: &Mutex<Reconciled>) {
+        let held = self.locks.lock(entry.id());
+        let before = entry.record().state;
+        let cancel = Arc::new(Cancel::default());
+        let recovered = self.recover_with(&held, entry, &cancel);
+        let adopted = before == State::Running && self.machines.get(entry.row()).is_some();
+        let mut done = lock(done);
+        match recovered {
+            Ok(()) if adopted => done.adopted += 1,
+            Ok(()) => done.settled += 1,
+            Err(error) => {
+                done.failed += 1;
+                tracing::error!(id = %entry.id(), error = chain(&error), "settling at start");
+                self.note(entry, &error);
+            }
+        }
+    }
+
+    /// Returns the processes of all records that say they have one.
+    fn recorded_pids(&self) -> HashSet<u32> {
+        let mut pids = HashSet::new();
+        let mut last = RowId(0);
+        loop {
+            let page = self.index.rows_after(last, PAGE);
+            let Some(end) = page.last() else { return pids };
+            last = end.row();
+            let records = page.iter().map(|entry| entry.record());
+            pids.extend(records.filter_map(|record| Some(record.process.as_ref()?.pid)));
+        }
+    }
+
+    /// Kills what has this store's token but belongs to no machine that we know: a VMM
+    /// that a crash left inert, or beside its committed snapshot.
+    fn kill_orphans(&self) -> usize {
+        let found = Process::find(&self.token_prefix()).unwrap_or_else(|error| {
+            tracing::warn!(%error, "looking for leftover VMMs");
+            Vec::new()
+        });
+        let known: Vec<_> =
+            self.machines.all().iter().map(|(_, live)| live.process.identity().pid).collect();
+        // A machine that could not be adopted lives on; its record says that it runs.
+        let recorded = self.recorded_pids();
+        let orphans: Vec<_> = found
+            .into_iter()
+            .filter(|process| {
+                let pid = process.identity().pid;
+                !known.contains(&pid) && !recorded.contains(&pid)
+            })
+            .collect();
+        for orphan in &orphans {
+            tracing::warn!(pid = orphan.identity().pid, "killing a leftover VMM");
+            orphan.kill();
+        }
+        orphans.len()
+    }
+
+    /// Says whether a record is as it says: nothing was cut off, nothing got lost.
+    #[must_use]
+    pub fn is_settled(&self, entry: &Entry) -> bool {
+        !self.is_unsettled(entry)
+    }
+
+    fn is_unsettled(&self, entry: &Entry) -> bool {
+        match entry.record().state {
+            State::Stopped | State::Snapshotted => false,
+            State::Running => self.machines.get(entry.row()).is_none(),
+            State::Booting | State::Snapshotting | State::Restoring | State::Deleting => true,
+        }
+    }
+
+    /// Brings what an earlier operation left to an end, before a new one begins.
+    pub(super) fn settle(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        operation: &Operation<'_>,
+    ) -> Result<(), Error> {
+        if self.is_unsettled(entry) { self.recover(held, entry, operation) } else { Ok(()) }
+    }
+
+    /// Brings a record to the state that the table above says.
+    pub(super) fn recover(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        operation: &Operation<'_>,
+    ) -> Result<(), Error> {
+        self.recover_with(held, entry, &operation.cancel)
+    }
+
+    fn recover_with(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        cancel: &Arc<Cancel>,
+    ) -> Result<(), Error> {
+        let process = self.process_of(entry)?;
+        let record = entry.record();
+        match (record.state, process) {
+            (State::Running, Some(process)) => self.take_over(entry, &process, cancel).map(drop),
+            (State::Running, None) => self.lose(held, entry, LOST),
+            (State::Snapshotting, process) => self.recover_sleep(held, entry, process, cancel),
+            (State::Restoring, process) => self.recover_wake(held, entry, process, cancel),
+            (State::Booting, process) => self.recover_boot(held, entry, process, cancel),
+            (State::Deleting, _) => self.destroy(held, entry),
+            (State::Stopped | State::Snapshotted, _) => Ok(()),
+        }
+    }
+
+    /// Before the arrow `commit` a sleep is undone; after it, finished.
+    fn recover_sleep(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        process: Option<Arc<Process>>,
+        cancel: &Arc<Cancel>,
+    ) -> Result<(), Error> {
+        let record = entry.record();
+        let home = self.home(&record);
+        let generation = record.generation + 1;
+        let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
+        if survey.committed == Some(generation) {
+            if let Some(process) = process {
+                end(entry, &process)?;
+            }
+            self.release(entry)?;
+            let failed = snapshot_failed(entry, "finishing the snapshot of");
+            home.end_life().map_err(failed)?;
+            let bytes = home.snapshot_bytes(&record.id, generation).map_err(failed)?;
+            let at = self.now();
+            self.step(held, entry, Step::Slept, |record| {
+                record.generation += 1;
+                record.sleeps += 1;
+                record.process = None;
+                record.snapshot = Some(SnapshotFacts { generation, bytes, at });
+            })?;
+            return Ok(());
+        }
+        let Some(process) = process else {
+            return self.lose(held, entry, LOST);
+        };
+        let failed = snapshot_failed(entry, "undoing the snapshot of");
+        let memory = memory_of(self.vmm_of(&record)?.as_ref());
+        home.recover_partials(memory).map_err(failed)?;
+        self.take_over(entry, &process, cancel)?;
+        self.step(held, entry, Step::Undo, |_| ())?;
+        Ok(())
+    }
+
+    /// Before the arrow `consume` a wake is undone; after it, finished.
+    fn recover_wake(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        process: Option<Arc<Process>>,
+        cancel: &Arc<Cancel>,
+    ) -> Result<(), Error> {
+        let record = entry.record();
+        let home = self.home(&record);
+        let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
+        let generation = record.snapshot.map(|facts| facts.generation);
+        let consumed = survey.committed.is_none();
+        let memory = || self.vmm_of(&record).map(|vmm| memory_of(vmm.as_ref()));
+        match process {
+            Some(process) if consumed => {
+                self.take_over(entry, &process, cancel)?;
+                self.step(held, entry, Step::Woken, |record| {
+                    record.generation += 1;
+                    record.wakes += 1;
+                    record.snapshot = None;
+                })?;
+                self.drop_copy_later(&record, memory()?);
+                return Ok(());
+            }
+            Some(process) => drop(end(entry, &process)?),
+            None => {}
+        }
+        self.release(entry)?;
+        if consumed {
+            // That a copy is as it was proves nothing, and whoever knew is gone.
+            let mapped = memory()? == Memory::Mapped;
+            let back = generation
+                .filter(|_| mapped)
+                .map(|generation| home.unconsume(&record.id, generation, cancel));
+            if !matches!(back, Some(Ok(()))) {
+                return self.lose(held, entry, LOST);
+            }
+        }
+        self.step(held, entry, Step::Undo, |record| record.process = None)?;
+        Ok(())
+    }
+
+    /// A boot that got as far as running is finished; an inert VMM is ended.
+    fn recover_boot(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        process: Option<Arc<Process>>,
+        cancel: &Arc<Cancel>,
+    ) -> Result<(), Error> {
+        if let Some(process) = process {
+            let record = entry.record();
+            let ran = record.process.as_ref() == Some(process.identity())
+                && self
+                    .attach(entry, &process, cancel)
+                    .is_ok_and(|live| lock(&live.machine).running().unwrap_or(false));
+            if ran {
+                self.step(held, entry, Step::Booted, |_| ())?;
+                return Ok(());
+            }
+            end(entry, &process)?;
+        } else if entry.record().process.is_some() {
+            return self.lose(held, entry, LOST); // It may have run.
+        }
+        self.release(entry)?;
+        let home = self.home(&entry.record());
+        home.end_life().map_err(snapshot_failed(entry, "clearing up after"))?;
+        self.step(held, entry, Step::Undo, |record| record.process = None)?;
+        Ok(())
+    }
+
+    /// Enters a process as the machine of a sandbox, and sees to it that its vCPUs run.
+    fn take_over(
+        &self,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        cancel: &Arc<Cancel>,
+    ) -> Result<Arc<Live>, Error> {
+        let live = self.attach(entry, process, cancel)?;
+        let mut machine = lock(&live.machine);
+        if !machine.running().map_err(vmm_failed(entry, "looking at"))? {
+            machine.resume().map_err(vmm_failed(entry, "resuming"))?;
+        }
+        drop(machine);
+        Ok(live)
+    }
+
+    fn attach(
+        &self,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        cancel: &Arc<Cancel>,
+    ) -> Result<Arc<Live>, Error> {
+        if let Some(live) = self.machines.get(entry.row())
+            && Arc::ptr_eq(&live.process, process)
+        {
+            return Ok(live);
+        }
+        let record = entry.record();
+        let life = self.home(&record).live_dir(record.generation);
+        let plan = self.plan(&record, &life, cancel)?;
+        let vmm = self.vmm_of(&record)?;
+        let machine =
+            vmm.adopt(&plan, Arc::clone(process)).map_err(vmm_failed(entry, "adopting"))?;
+        self.admission.book_adopted(record.row, record.spec.memory_bytes);
+        self.enter(entry, machine)
+    }
+
+    /// Returns the VMM's process of a sandbox, if it lives: the one that we know, the
+    /// recorded one, or - where a crash came before the record - the one that has its
+    /// token.
+    pub(super) fn process_of(&self, entry: &Entry) -> Result<Option<Arc<Process>>, Error> {
+        let record = entry.record();
+        let failed =
+            |source| Error::Host { doing: "looking for the VMM of", id: record.id.clone(), source };
+        if let Some(live) = self.machines.get(record.row) {
+            return Ok(live.process.exited().is_none().then(|| Arc::clone(&live.process)));
+        }
+        let token = self.token(record.row);
+        if let Some(identity) = &record.process {
+            return Process::adopt(identity, &token).map_err(failed);
+        }
+        match record.state {
+            State::Booting | State::Restoring | State::Deleting => {
+                Process::find(&token).map(|found| found.into_iter().next()).map_err(failed)
+            }
+            State::Stopped | State::Running | State::Snapshotting | State::Snapshotted => Ok(None),
+        }
+    }
+}
+
+/// Why a sandbox is stopped whose VMM died unseen.
+const LOST: &str = "the VMM died while dozed was not running, and the guest's memory with it";

@@ -1,0 +1,246 @@
+//! Putting to sleep: a durable snapshot, and then nothing of it left in RAM.
+
+use std::{cell::RefCell, rc::Rc};
+
+use super::{
+    Arrow, Entry, Error, Lifecycle, Outcome, Signal, Why,
+    machines::Live,
+    memory_of,
+    operation::Operation,
+    undo::Undo,
+    wake::{host_failed, named, snapshot_failed, vmm_failed},
+};
+use crate::{
+    lock::Held,
+    sandbox::{Disk, Record, SnapshotFacts, State, Step},
+    snapshot::{
+        self, Committed, DiskFacts, HardwareFacts, HostFacts, ManifestFacts, Memory,
+        SLEEP_RESERVE_BYTES, VmmFacts,
+    },
+    sync::{Arc, lock},
+    sys::clock::Stopwatch,
+    vmm::VmmIdentity,
+};
+
+impl Lifecycle {
+    /// Makes a sandbox `snapshotted`.
+    ///
+    /// # Errors
+    /// After an error the guest runs on, or was lost together with its VMM.
+    pub fn sleep(&self, held: &Held, entry: &Arc<Entry>, why: Why) -> Result<Outcome, Error> {
+        self.operate(held, entry, |operation| {
+            self.settle(held, entry, operation)?;
+            let record = entry.record();
+            let wanted = self.is_wanted(entry, &record, why)?;
+            match record.state {
+                State::Snapshotted => Ok(Outcome::Already),
+                State::Running if !wanted => Ok(Outcome::Spared),
+                State::Running => self.save(held, entry, operation, why),
+                state @ (State::Stopped
+                | State::Booting
+                | State::Snapshotting
+                | State::Restoring
+                | State::Deleting) => match state.after(Step::Sleep) {
+                    Err(_) if why == Why::Idle => Ok(Outcome::Spared),
+                    Err(refused) => Err(Error::Refused(refused)),
+                    Ok(_) => self.save(held, entry, operation, why),
+                },
+            }
+        })
+    }
+
+    /// Says whether the reason to sleep holds, by the activity of this moment.
+    fn is_wanted(&self, entry: &Entry, record: &Record, why: Why) -> Result<bool, Error> {
+        let count = entry.activity_count();
+        match why {
+            Why::Asked => Ok(true),
+            Why::AskedAt(wanted) if wanted == count => Ok(true),
+            Why::AskedAt(_) => Err(Error::Active { id: entry.id().clone(), count }),
+            Why::Idle => {
+                Ok(record.sleep_at(entry.last_activity()).is_some_and(|due| due <= self.now()))
+            }
+        }
+    }
+
+    fn save(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        operation: &Operation<'_>,
+        why: Why,
+    ) -> Result<Outcome, Error> {
+        let took = Stopwatch::start();
+        let record = entry.record();
+        let _slot = self.admission.sleep(&record.id)?;
+        let home = self.home(&record);
+        let live =
+            self.machines.get(record.row).ok_or_else(|| Error::Gone { id: record.id.clone() })?;
+        let no_space = snapshot_failed(entry, "finding space for the snapshot of");
+        let memory_bytes = lock(&live.machine).save_bytes();
+        home.check_space(memory_bytes + SLEEP_RESERVE_BYTES).map_err(no_space)?;
+        let vmm = self.vmm_of(&record)?;
+        let memory = memory_of(vmm.as_ref());
+        let identity =
+            vmm.identity_of(&live.process).map_err(vmm_failed(entry, "asking what runs"))?;
+
+        // A crash after this line is found at start-up.
+        self.step(held, entry, Step::Sleep, |_| ())?;
+        self.reach(Arrow::SleepIntended);
+        // Whoever touched it while it was still seen running wins.
+        let wanted = self.is_wanted(entry, &record, why);
+        if !matches!(wanted, Ok(true)) {
+            self.step(held, entry, Step::Undo, |_| ())?;
+            return wanted.map(|_| Outcome::Spared);
+        }
+        let mut undo = Undo::new();
+        let saved = self.save_acts(entry, operation, &live, &identity, memory, &mut undo);
+        let committed = match saved {
+            Ok(committed) => committed,
+            Err(cause) => {
+                // Of a VMM that died there is nothing to take back; `lose` clears up after it.
+                let dead = live.process.exited().is_some();
+                let error = if dead { cause } else { undo.run(cause) };
+                self.end_failed_sleep(held, entry, operation, &live, &error);
+                return Err(error);
+            }
+        };
+        self.reach(Arrow::SleepCommitted);
+
+        // The snapshot is the truth now; this guest never runs again.
+        live.process.kill();
+        // It takes a moment to go; meanwhile we tidy up. What stays, the next wake removes.
+        self.home(&record).end_life().ok();
+        self.release(entry)?;
+        self.reach(Arrow::SleepKilled);
+        let record = self.step(held, entry, Step::Slept, |record| {
+            record.generation += 1;
+            record.sleeps += 1;
+            record.process = None;
+            record.vmm = Some(named(&identity));
+            record.retry_at = None;
+            record.last_sleep = Some(took.elapsed());
+            record.snapshot = Some(SnapshotFacts {
+                generation: committed.generation,
+                bytes: committed.bytes,
+                at: self.now(),
+            });
+        })?;
+        self.cooling.add(record.row, committed.generation, record.since);
+        Ok(Outcome::Done)
+    }
+
+    /// Does everything up to and with the commit point.
+    fn save_acts(
+        &self,
+        entry: &Arc<Entry>,
+        operation: &Operation<'_>,
+        live: &Arc<Live>,
+        identity: &VmmIdentity,
+        memory: Memory,
+        undo: &mut Undo<'_>,
+    ) -> Result<Committed, Error> {
+        let record = entry.record();
+        let home = self.home(&record);
+
+        // A pause that we did not hear the end of may have been one.
+        let paused = Arc::clone(live);
+        undo.push("resuming", move || Ok(lock(&paused.machine).resume()?));
+        lock(&live.machine).pause().map_err(vmm_failed(entry, "pausing"))?;
+        self.reach(Arrow::SleepPaused);
+
+        let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
+        let life = survey.live.ok_or_else(|| {
+            snapshot_failed(entry, "finding the memory of")(snapshot::Error::Absent {
+                dir: home.dir().to_owned(),
+            })
+        })?;
+        let staged = home
+            .stage(record.generation + 1, memory)
+            .map_err(snapshot_failed(entry, "beginning the snapshot of"))?;
+        let dir = staged.dir();
+        let staged = Rc::new(RefCell::new(Some(staged)));
+        let discarded = Rc::clone(&staged);
+        undo.push("discarding the snapshot", move || {
+            discarded.borrow_mut().take().map_or(Ok(()), |staged| Ok(staged.discard()?))
+        });
+        self.reach(Arrow::SleepStaged);
+
+        lock(&live.machine).save(&dir).map_err(vmm_failed(entry, "saving"))?;
+        self.reach(Arrow::SleepSaved);
+
+        let facts = self.facts(entry, identity)?;
+        let failed = snapshot_failed(entry, "committing the snapshot of");
+        let mut sealed = staged.borrow_mut().take().expect("nothing was undone so far");
+        if memory == Memory::Mapped
+            && let Err(error) = sealed.take_memory(life)
+        {
+            *staged.borrow_mut() = Some(sealed);
+            return Err(failed(error));
+        }
+        sealed.commit(facts, &operation.cancel).map_err(|error| {
+            *staged.borrow_mut() = Some(error.staged);
+            failed(error.source)
+        })
+    }
+
+    fn facts(&self, entry: &Entry, identity: &VmmIdentity) -> Result<ManifestFacts, Error> {
+        let record = entry.record();
+        let home = self.home(&record);
+        let disk = |(number, disk): (usize, &Disk)| {
+            let own = home.disk(number);
+            let path = if disk.readonly { &disk.path } else { &own };
+            Ok(DiskFacts {
+                path: disk.path.clone(),
+                readonly: disk.readonly,
+                bytes: std::fs::metadata(path)?.len(),
+            })
+        };
+        let disks: std::io::Result<_> = record.spec.disks.iter().enumerate().map(disk).collect();
+        Ok(ManifestFacts {
+            id: record.id.clone(),
+            created_at: self.clock.wall(self.now()).to_string(),
+            host: HostFacts::of_this_host()
+                .map_err(host_failed(entry, "describing the host of"))?,
+            vmm: VmmFacts {
+                name: identity.name.to_owned(),
+                version: identity.version.clone(),
+                digest: identity.digest.clone(),
+                accelerator: identity.accelerator.to_owned(),
+                machine: identity.machine.clone(),
+                cpu: identity.cpu.clone(),
+            },
+            hardware: HardwareFacts {
+                vcpus: record.spec.vcpus,
+                memory_bytes: record.spec.memory_bytes,
+                disks: disks.map_err(host_failed(entry, "measuring the disks of"))?,
+            },
+        })
+    }
+
+    /// After a failed and undone sleep: the guest runs on, unless its VMM died.
+    fn end_failed_sleep(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        operation: &Operation<'_>,
+        live: &Live,
+        error: &Error,
+    ) {
+        if self.operations.is_doomed(entry.row()) {
+            return; // The next to have the lock removes it from whatever state.
+        }
+        let ended = match live.process.exited() {
+            Some(exit) => self.lose(held, entry, &self.reason(entry, exit)),
+            None if matches!(error, Error::Undo { .. }) => self.recover(held, entry, operation),
+            None => self.step(held, entry, Step::Undo, |_| ()).map(drop),
+        };
+        if let Err(error) = ended {
+            tracing::error!(id = %entry.id(), error = super::chain(&error), "ending a sleep");
+        }
+    }
+
+    /// Counts a verb that was understood as activity.
+    pub fn saw_control(&self, entry: &Entry) {
+        self.saw(entry, Signal::Control);
+    }
+}

@@ -1,0 +1,281 @@
+//! A host for model tests, with a fake VMM whose faults are planned.
+//!
+//! The machines are real processes, the store is a real directory and the index is a
+//! real one; only the guest and the clock are not. A "crash" leaves everything as it
+//! is at that arrow and starts another daemon on it.
+
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind, panic_any, resume_unwind},
+    path::Path,
+    time::Duration,
+};
+
+use super::{Arrow, Entry, Error, Lifecycle, Outcome, Parts, Policy, Settings, Wait, Why};
+use crate::{
+    index::Index,
+    sandbox::{Owner, Period, SandboxId, Spec, State, Timestamp, VmmChoice},
+    snapshot::MEMORY,
+    sync::{Arc, Mutex, lock},
+    sys::{
+        clock::{Clock, Deadline, ManualClock, pause_for},
+        pool::Pool,
+    },
+    vmm::fake::{FakeHost, FakeVmm, runs_in},
+};
+
+/// Where the daemon is to crash.
+#[derive(Debug, Default)]
+pub(crate) struct CrashPlan {
+    at: Mutex<Option<Arrow>>,
+}
+
+/// What a planned crash panics with.
+struct Crash;
+
+impl CrashPlan {
+    pub(super) fn reach(&self, arrow: Arrow) {
+        let mut at = lock(&self.at);
+        if *at == Some(arrow) {
+            *at = None;
+            drop(at);
+            panic_any(Crash);
+        }
+    }
+
+    /// A crash is no bug that is recovered from: it goes on, as the end of the daemon.
+    pub(super) fn pass_on(payload: Box<dyn Any + Send>) -> Box<dyn Any + Send> {
+        if payload.is::<Crash>() {
+            resume_unwind(payload);
+        }
+        payload
+    }
+}
+
+/// How long a condition may take to come true on a busy machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A host with one sandbox store, on which daemons come and go.
+pub(crate) struct Host {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) vmm: Arc<FakeHost>,
+    pub(crate) clock: Arc<ManualClock>,
+    pub(crate) daemon: Arc<Lifecycle>,
+    budget_bytes: Option<u64>,
+}
+
+impl Host {
+    pub(crate) fn new() -> Self {
+        Self::with_budget(None)
+    }
+
+    /// A host whose store is on a disk, whatever the temporary directory is.
+    pub(crate) fn on_disk() -> Self {
+        Self::within(
+            tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap(),
+            None,
+        )
+    }
+
+    pub(crate) fn with_budget(budget_bytes: Option<u64>) -> Self {
+        Self::within(tempfile::tempdir().unwrap(), budget_bytes)
+    }
+
+    fn within(dir: tempfile::TempDir, budget_bytes: Option<u64>) -> Self {
+        let vmm = Arc::new(FakeHost::default());
+        let clock = Arc::new(ManualClock::at(Timestamp::from_millis(1_000_000)));
+        let daemon = start(dir.path(), &vmm, &clock, budget_bytes);
+        Self { dir, vmm, clock, daemon, budget_bytes }
+    }
+
+    /// A host whose VMM has the memory of its guests in its processes.
+    pub(crate) fn copying() -> Self {
+        let host = Self::new();
+        host.vmm.copy_memory();
+        host
+    }
+
+    /// Another daemon takes over, as after kill -9.
+    pub(crate) fn restart(&mut self) {
+        self.daemon = start(self.dir.path(), &self.vmm, &self.clock, self.budget_bytes);
+        let found = self.daemon.reconcile();
+        assert_eq!(found.failed, 0, "{found:?}");
+    }
+
+    pub(crate) fn create(&self, id: &str) -> Arc<Entry> {
+        self.daemon.create(&name(id), Owner { uid: 1, gid: 2 }).unwrap()
+    }
+
+    pub(crate) fn entry(&self, id: &str) -> Arc<Entry> {
+        self.daemon.by_id(&name(id)).expect("it exists")
+    }
+
+    pub(crate) fn state(&self, id: &str) -> State {
+        self.entry(id).record().state
+    }
+
+    pub(crate) fn wake(&self, id: &str) -> Result<Outcome, Error> {
+        let entry = self.entry(id);
+        let held = self.daemon.lock(&entry, Wait::ForIt)?;
+        self.daemon.wake(&held, &entry)
+    }
+
+    pub(crate) fn sleep(&self, id: &str) -> Result<Outcome, Error> {
+        self.sleep_because(id, Why::Asked)
+    }
+
+    pub(crate) fn sleep_because(&self, id: &str, why: Why) -> Result<Outcome, Error> {
+        let entry = self.entry(id);
+        let held = self.daemon.lock(&entry, Wait::ForIt)?;
+        self.daemon.sleep(&held, &entry, why)
+    }
+
+    pub(crate) fn set(&self, id: &str, policy: Policy) -> Result<(), Error> {
+        let entry = self.entry(id);
+        let held = self.daemon.lock(&entry, Wait::ForIt)?;
+        self.daemon.set(&held, &entry, policy)
+    }
+
+    pub(crate) fn destroy(&self, id: &str) -> Result<bool, Error> {
+        let entry = self.entry(id);
+        self.daemon.doom(&entry)?;
+        self.daemon.finish_destroy(&entry, None)
+    }
+
+    /// What `error` reads as.
+    pub(crate) fn error(&self, id: &str) -> String {
+        self.daemon.last_error(&self.entry(id)).map_or("ok".to_owned(), String::from)
+    }
+
+    /// How often the guest of a sandbox was let run, by the memory that it has now.
+    pub(crate) fn runs(&self, id: &str) -> u64 {
+        let record = self.entry(id).record();
+        let running = record.process.as_ref().and_then(|process| self.vmm.runs_of(process.pid));
+        if let Some(runs) = running {
+            return runs;
+        }
+        let home = self.daemon.home(&record);
+        let survey = home.survey().unwrap();
+        let dir = match (survey.committed, survey.live) {
+            (Some(generation), _) => home.snapshot_dir(generation),
+            (None, Some(generation)) => home.live_dir(generation),
+            (None, None) => return 0,
+        };
+        runs_in(&dir.join(MEMORY))
+    }
+
+    /// Says whether the VMM that the record names runs its guest.
+    pub(crate) fn guest_runs(&self, id: &str) -> bool {
+        let record = self.entry(id).record();
+        record.process.as_ref().is_some_and(|process| self.vmm.runs(process.pid))
+    }
+
+    /// The sandbox is as it should be in the state that it says, and can be used.
+    pub(crate) fn check(&self, id: &str) {
+        let record = self.entry(id).record();
+        let survey = self.daemon.home(&record).survey().unwrap();
+        assert!(survey.partials.is_empty(), "{id} is {}", record.state);
+        let sockets = self.daemon.runtime_dir(record.row);
+        assert_eq!(sockets.exists(), record.state == State::Running, "{id} is {}", record.state);
+        match record.state {
+            State::Running => {
+                assert!(self.guest_runs(id));
+                assert_eq!(survey.committed, None);
+            }
+            State::Snapshotted => {
+                assert_eq!(record.process, None);
+                assert_eq!(survey.committed, record.snapshot.map(|facts| facts.generation));
+                assert_eq!(survey.live, None);
+            }
+            State::Stopped => assert_eq!((record.process.clone(), survey.live), (None, None)),
+            State::Booting | State::Snapshotting | State::Restoring | State::Deleting => {
+                panic!("{id} is {}", record.state)
+            }
+        }
+        let before = self.runs(id);
+        self.wake(id).unwrap();
+        self.sleep(id).unwrap();
+        self.wake(id).unwrap();
+        let more = match record.state {
+            State::Running => 1,
+            State::Snapshotted => 2,
+            // It was booted afresh.
+            State::Stopped
+            | State::Booting
+            | State::Snapshotting
+            | State::Restoring
+            | State::Deleting => 2 - i64::try_from(before).unwrap(),
+        };
+        assert_eq!(i64::try_from(self.runs(id)).unwrap() - i64::try_from(before).unwrap(), more);
+    }
+
+    /// Nothing is left over: no lock, no partial file, no process.
+    pub(crate) fn check_nothing_left(&self) {
+        wait_for("locks to be free", || self.daemon.locks_in_use() == 0);
+        for sub in ["sandboxes", "trash"] {
+            wait_for(sub, || {
+                self.dir.path().join("store").join(sub).read_dir().unwrap().count() == 0
+            });
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for (_, live) in self.daemon.machines.all() {
+            live.process.kill();
+        }
+    }
+}
+
+pub(crate) fn name(id: &str) -> SandboxId {
+    id.parse().unwrap()
+}
+
+pub(crate) fn start(
+    dir: &Path,
+    vmm: &Arc<FakeHost>,
+    clock: &Arc<ManualClock>,
+    memory_budget_bytes: Option<u64>,
+) -> Arc<Lifecycle> {
+    let store = dir.join("store");
+    std::fs::create_dir_all(&store).unwrap();
+    let parts = Parts {
+        index: Index::open(&store.join("index.db")).unwrap(),
+        vmms: vec![Arc::new(FakeVmm(Arc::clone(vmm)))],
+        auto: VmmChoice::Qemu,
+        clock: Arc::clone(clock) as Arc<dyn Clock>,
+        pool: Arc::new(Pool::new().unwrap()),
+    };
+    let template = Spec { kernel: Some("/k".into()), memory_bytes: 16 << 20, ..Spec::default() };
+    let settings = Settings {
+        store,
+        runtime: dir.join("run"),
+        template: Arc::new(template),
+        idle_after: Period::After(Duration::from_secs(60)),
+        delete_after: Period::Never,
+        sandboxes_max: 3,
+        wakes_max: 2,
+        sleeps_max: 2,
+        memory_budget_bytes,
+        active_cpu_percent: 5,
+        verify_memory: true,
+    };
+    Lifecycle::new(parts, settings).unwrap()
+}
+
+pub(crate) fn wait_for(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Deadline::after(PATIENCE);
+    while !condition() {
+        assert!(!deadline.passed(), "waited too long for: {what}");
+        pause_for(Duration::from_millis(2));
+    }
+}
+
+/// Runs an operation that crashes at `arrow`.
+pub(crate) fn crash(host: &mut Host, arrow: Arrow, operation: impl FnOnce(&Host)) {
+    *lock(&host.daemon.crash.at) = Some(arrow);
+    let crashed = catch_unwind(AssertUnwindSafe(|| operation(host)));
+    let payload = crashed.expect_err("it crashes before it ends");
+    assert!(payload.is::<Crash>(), "it crashed by a bug");
+}

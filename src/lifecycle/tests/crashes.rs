@@ -1,0 +1,151 @@
+//! The daemon ends between two steps, and the next one starts.
+
+use super::*;
+
+/// What becomes of a sandbox that is `from` when the daemon crashes at `arrow`.
+fn after_crash(arrow: Arrow, from: State) -> State {
+    let mut host = Host::new();
+    host.create("a");
+    if from != State::Stopped {
+        host.wake("a").unwrap();
+    }
+    if from == State::Snapshotted {
+        host.sleep("a").unwrap();
+    }
+    crash(&mut host, arrow, |host| {
+        let done = if from == State::Running { host.sleep("a") } else { host.wake("a") };
+        done.expect("it crashes, it does not fail");
+    });
+    host.restart();
+    let state = host.state("a");
+    host.check("a");
+    state
+}
+
+#[test]
+fn a_sleep_that_was_cut_before_its_commit_point_is_undone() {
+    for arrow in [Arrow::SleepIntended, Arrow::SleepPaused, Arrow::SleepStaged, Arrow::SleepSaved] {
+        assert_eq!(after_crash(arrow, State::Running), State::Running, "{arrow:?}");
+    }
+}
+
+#[test]
+fn a_sleep_that_was_cut_after_its_commit_point_is_finished() {
+    for arrow in [Arrow::SleepCommitted, Arrow::SleepKilled] {
+        assert_eq!(after_crash(arrow, State::Running), State::Snapshotted, "{arrow:?}");
+    }
+}
+
+#[test]
+fn a_wake_that_was_cut_before_its_commit_point_is_undone() {
+    for arrow in [Arrow::WakeIntended, Arrow::WakeRestored, Arrow::WakeRecorded] {
+        assert_eq!(after_crash(arrow, State::Snapshotted), State::Snapshotted, "{arrow:?}");
+    }
+}
+
+#[test]
+fn a_wake_that_was_cut_after_its_commit_point_is_finished() {
+    for arrow in [Arrow::WakeConsumed, Arrow::WakeResumed] {
+        assert_eq!(after_crash(arrow, State::Snapshotted), State::Running, "{arrow:?}");
+    }
+}
+
+#[test]
+fn a_boot_that_was_cut_is_finished_if_the_guest_runs_and_undone_otherwise() {
+    for arrow in [Arrow::BootIntended, Arrow::BootSpawned, Arrow::BootRecorded] {
+        assert_eq!(after_crash(arrow, State::Stopped), State::Stopped, "{arrow:?}");
+    }
+    assert_eq!(after_crash(Arrow::BootResumed, State::Stopped), State::Running);
+}
+
+#[test]
+fn a_delete_that_was_cut_is_finished() {
+    for arrow in [Arrow::DeleteIntended, Arrow::DeleteKilled, Arrow::DeleteTrashed] {
+        for steps in 0..3 {
+            let mut host = Host::new();
+            host.create("a");
+            if steps >= 1 {
+                host.wake("a").unwrap();
+            }
+            if steps >= 2 {
+                host.sleep("a").unwrap();
+            }
+            crash(&mut host, arrow, |host| {
+                host.destroy("a").expect("it crashes, it does not fail");
+            });
+            host.restart();
+            assert!(host.daemon.by_id(&name("a")).is_none(), "{arrow:?} {steps}");
+            host.check_nothing_left();
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_died_with_the_daemon_is_stopped_or_asleep_as_its_files_prove() {
+    for (arrow, from, then) in [
+        (Arrow::SleepSaved, State::Running, State::Stopped),
+        (Arrow::SleepCommitted, State::Running, State::Snapshotted),
+        (Arrow::WakeRecorded, State::Snapshotted, State::Snapshotted),
+        // It had not run: its memory is as it was.
+        (Arrow::WakeConsumed, State::Snapshotted, State::Snapshotted),
+        (Arrow::WakeResumed, State::Snapshotted, State::Stopped),
+        (Arrow::BootResumed, State::Stopped, State::Stopped),
+    ] {
+        let mut host = Host::new();
+        host.create("a");
+        if from != State::Stopped {
+            host.wake("a").unwrap();
+        }
+        if from == State::Snapshotted {
+            host.sleep("a").unwrap();
+        }
+        crash(&mut host, arrow, |host| {
+            let done = if from == State::Running { host.sleep("a") } else { host.wake("a") };
+            done.expect("it crashes, it does not fail");
+        });
+        // The first daemon must not see the end of its VMM, as it is gone itself.
+        let process = host.entry("a").record().process.clone().expect("it has a VMM");
+        let live = host.daemon.machines.strike(host.entry("a").row()).unwrap();
+        assert_eq!(live.process.identity(), &process);
+        live.process.kill();
+        live.process.wait(PATIENCE).unwrap();
+        host.restart();
+        assert_eq!(host.state("a"), then, "{arrow:?}");
+        if then == State::Stopped {
+            assert!(host.error("a").contains("died"), "{}", host.error("a"));
+        }
+        host.check("a");
+    }
+}
+
+#[test]
+fn running_guests_are_adopted_and_sleepers_are_left_alone() {
+    let mut host = Host::new();
+    for id in ["a", "b", "c"] {
+        host.create(id);
+        host.wake(id).unwrap();
+    }
+    host.sleep("b").unwrap();
+    let pid = host.entry("a").record().process.as_ref().unwrap().pid;
+    host.restart();
+    assert_eq!(host.entry("a").record().process.as_ref().unwrap().pid, pid);
+    assert_eq!(host.vmm.count(Call::Adopt), 2);
+    assert_eq!(host.vmm.count(Call::Restore), 0);
+    for id in ["a", "b", "c"] {
+        host.check(id);
+    }
+}
+
+#[test]
+fn a_guest_that_cannot_be_adopted_lives_on_and_is_adopted_by_the_next_operation() {
+    let mut host = Host::new();
+    host.create("a");
+    host.wake("a").unwrap();
+    host.vmm.fail_next(Call::Adopt, Fault::Refuse);
+    host.daemon = start(host.dir.path(), &host.vmm, &host.clock, None);
+    assert_eq!(host.daemon.reconcile().failed, 1);
+    assert!(host.guest_runs("a"));
+    assert!(host.error("a").contains("adopting a"), "{}", host.error("a"));
+    host.sleep("a").unwrap();
+    host.check("a");
+}

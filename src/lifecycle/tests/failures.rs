@@ -1,0 +1,157 @@
+//! What goes wrong while the daemon lives: a failed sleep leaves the guest running, a
+//! failed wake leaves it asleep and wakeable.
+
+use super::*;
+
+fn running() -> Host {
+    let host = Host::new();
+    host.create("a");
+    host.wake("a").unwrap();
+    host
+}
+
+fn asleep() -> Host {
+    let host = running();
+    host.sleep("a").unwrap();
+    host
+}
+
+#[test]
+fn a_failed_sleep_leaves_the_guest_running() {
+    for call in [Call::Pause, Call::Save] {
+        for fault in [Fault::Refuse, Fault::NoSpace] {
+            let host = running();
+            host.vmm.fail_next(call, fault);
+            let error = host.sleep("a").unwrap_err();
+            let full = fault == Fault::NoSpace;
+            assert_eq!(error.fault() == Comes::NoSpace, full, "{call:?} {fault:?}: {error}");
+            assert_eq!(host.state("a"), State::Running, "{call:?} {fault:?}");
+            assert!(host.guest_runs("a"), "{call:?} {fault:?}");
+            assert_ne!(host.error("a"), "ok");
+            host.check("a");
+            assert_eq!(host.error("a"), "ok");
+        }
+    }
+}
+
+#[test]
+fn a_vmm_that_dies_while_going_to_sleep_is_a_lost_guest() {
+    for call in [Call::Pause, Call::Save] {
+        let host = running();
+        host.vmm.fail_next(call, Fault::Die);
+        host.sleep("a").unwrap_err();
+        assert_eq!(host.state("a"), State::Stopped, "{call:?}");
+        assert!(host.error("a").contains("killed by signal 9"), "{}", host.error("a"));
+        host.check("a");
+    }
+}
+
+#[test]
+fn a_failed_wake_leaves_it_asleep_and_the_next_one_succeeds() {
+    for call in [Call::Restore, Call::Resume] {
+        for fault in [Fault::Refuse, Fault::NoSpace, Fault::Die] {
+            let host = asleep();
+            let runs = host.runs("a");
+            host.vmm.fail_next(call, fault);
+            host.wake("a").unwrap_err();
+            assert_eq!(host.state("a"), State::Snapshotted, "{call:?} {fault:?}");
+            assert_eq!(host.runs("a"), runs);
+            assert!(host.error("a").contains("a: "), "{}", host.error("a"));
+            host.check("a");
+            assert_eq!(host.error("a"), "ok");
+        }
+    }
+}
+
+#[test]
+fn a_failed_boot_leaves_it_stopped_and_the_next_one_succeeds() {
+    for call in [Call::Boot, Call::Resume] {
+        for fault in [Fault::Refuse, Fault::NoSpace, Fault::Die] {
+            let host = Host::new();
+            host.create("a");
+            host.vmm.fail_next(call, fault);
+            host.wake("a").unwrap_err();
+            assert_eq!(host.state("a"), State::Stopped, "{call:?} {fault:?}");
+            host.check("a");
+        }
+    }
+}
+
+#[test]
+fn a_panic_in_an_operation_is_recovered_from() {
+    for call in [Call::Pause, Call::Save] {
+        let host = running();
+        host.vmm.fail_next(call, Fault::Panic);
+        assert!(matches!(host.sleep("a"), Err(Error::Panicked { .. })));
+        assert_eq!(host.state("a"), State::Running, "{call:?}");
+        host.check("a");
+    }
+    for call in [Call::Restore, Call::Resume] {
+        let host = asleep();
+        host.vmm.fail_next(call, Fault::Panic);
+        assert!(matches!(host.wake("a"), Err(Error::Panicked { .. })));
+        host.check("a");
+    }
+}
+
+#[test]
+fn an_undo_that_fails_is_made_up_for_by_the_next_operation() {
+    let host = running();
+    host.vmm.fail_next(Call::Save, Fault::Refuse);
+    // The guest cannot be resumed, neither by the undo nor by the recovery after it.
+    host.vmm.fail_next(Call::Resume, Fault::Refuse);
+    host.vmm.fail_next(Call::Resume, Fault::Refuse);
+    let error = host.sleep("a").unwrap_err();
+    assert!(matches!(error, Error::Undo { .. }), "{error}");
+    assert_eq!(host.state("a"), State::Snapshotting);
+    assert!(!host.guest_runs("a"));
+    host.wake("a").unwrap();
+    host.check("a");
+}
+
+#[test]
+fn a_sleep_of_what_is_stopped_is_refused_and_error_says_so() {
+    let host = Host::new();
+    host.create("a");
+    assert!(matches!(host.sleep("a"), Err(Error::Refused(_))));
+    assert_eq!(host.error("a"), "a sandbox that is stopped cannot be put to sleep");
+    assert_eq!(host.state("a"), State::Stopped);
+}
+
+#[test]
+fn a_sandbox_without_a_kernel_says_how_to_give_it_one() {
+    let host = Host::new();
+    host.create("a");
+    let spec = Spec { kernel: None, ..Spec::clone(&host.entry("a").record().spec) };
+    host.set("a", Policy::Spec(Box::new(spec))).unwrap();
+    assert!(matches!(host.wake("a"), Err(Error::NoKernel { .. })));
+    assert!(host.error("a").contains("set `kernel`"), "{}", host.error("a"));
+}
+
+#[test]
+fn a_damaged_memory_is_refused_before_the_guest_runs_and_kept() {
+    let host = asleep();
+    let record = host.entry("a").record();
+    let memory = host.daemon.home(&record).snapshot_dir(record.snapshot.unwrap().generation);
+    let memory = memory.join(MEMORY);
+    let file = std::fs::File::options().write(true).open(&memory).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"x", 1 << 20).unwrap();
+    let resumes = host.vmm.count(Call::Resume);
+    host.wake("a").unwrap_err();
+    assert_eq!(host.state("a"), State::Snapshotted);
+    assert_eq!(host.vmm.count(Call::Resume), resumes);
+    assert!(host.error("a").contains("is damaged"), "{}", host.error("a"));
+    assert!(memory.exists());
+    host.destroy("a").unwrap();
+}
+
+#[test]
+fn a_snapshot_of_another_version_of_the_vmm_is_refused() {
+    let host = asleep();
+    host.vmm.upgrade("2.0");
+    assert!(matches!(host.wake("a"), Err(Error::Foreign { .. })));
+    assert!(host.error("a").contains("version `1.0` and here it is `2.0`"), "{}", host.error("a"));
+    assert_eq!(host.state("a"), State::Snapshotted);
+    host.vmm.upgrade("1.0");
+    host.check("a");
+}

@@ -1,0 +1,18 @@
+//! Model tests of the operations.
+
+use std::time::Duration;
+
+use super::{
+    Arrow, Error, Fault as Comes, Outcome, Policy, Signal, Wait, Why,
+    testing::{Host, PATIENCE, crash, name, start, wait_for},
+};
+use crate::{
+    sandbox::{Disk, Owner, Spec, State},
+    snapshot::MEMORY,
+    vmm::fake::{Call, Fault},
+};
+
+mod copied;
+mod crashes;
+mod failures;
+mod roads;

@@ -1,0 +1,438 @@
+//! Waking: a restore from a snapshot, or a boot.
+
+use std::{path::Path, thread};
+
+use super::{
+    Arrow, Entry, Error, Lifecycle, Outcome, Signal, exits::end, memory_of, operation::Operation,
+    undo::Undo,
+};
+use crate::{
+    lock::Held,
+    sandbox::{Record, State, Step},
+    snapshot::{self, Home, Memory, Snapshot},
+    sync::{Arc, lock},
+    sys::{
+        cancel::Cancel,
+        clock::Stopwatch,
+        files::{PieceError, copy_image, make_private_dir},
+    },
+    vmm::{self, Machine, Plan, PlannedDisk, Vmm, VmmIdentity},
+};
+
+impl Lifecycle {
+    /// Makes a sandbox `running`: by a restore if it sleeps, by a boot if it is stopped.
+    ///
+    /// # Errors
+    /// After an error it is in the state that it was found in, or `stopped` where the
+    /// guest ran and was lost.
+    pub fn wake(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
+        self.operate(held, entry, |operation| {
+            self.settle(held, entry, operation)?;
+            match entry.record().state {
+                State::Running => {
+                    self.saw(entry, Signal::Control);
+                    Ok(Outcome::Already)
+                }
+                State::Snapshotted => self.restore(held, entry, operation).map(|()| Outcome::Done),
+                State::Stopped => self.boot(held, entry, operation).map(|()| Outcome::Done),
+                state @ (State::Booting
+                | State::Snapshotting
+                | State::Restoring
+                | State::Deleting) => Err(state
+                    .after(Step::Wake)
+                    .map_or_else(Error::Refused, |_| Error::Gone { id: entry.id().clone() })),
+            }
+        })
+    }
+
+    fn restore(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        operation: &Operation<'_>,
+    ) -> Result<(), Error> {
+        let took = Stopwatch::start();
+        let record = entry.record();
+        let memory = self.start(held, entry, operation, |undo, intended| {
+            self.restore_acts(held, entry, operation, undo, intended)
+        })?;
+        self.saw(entry, Signal::Wake);
+        self.step(held, entry, Step::Woken, |record| {
+            record.generation += 1;
+            record.wakes += 1;
+            record.snapshot = None;
+            record.retry_at = None;
+            record.last_wake = Some(took.elapsed());
+        })?;
+        self.drop_copy_later(&record, memory);
+        Ok(())
+    }
+
+    /// Does the acts of a restore or a boot, admitted, and takes them back if they fail.
+    /// They say whether they have recorded their intent.
+    fn start<'a, T>(
+        &'a self,
+        held: &Held,
+        entry: &'a Arc<Entry>,
+        operation: &Operation<'_>,
+        acts: impl FnOnce(&mut Undo<'a>, &mut bool) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let record = entry.record();
+        let _slot = self.admission.wake(&record.id)?;
+        self.admission.book(record.row, &record.id, record.spec.memory_bytes)?;
+        let mut undo = Undo::new();
+        undo.push("giving back its memory", || {
+            self.admission.give_back(entry.row());
+            Ok(())
+        });
+        let mut intended = false;
+        acts(&mut undo, &mut intended).map_err(|cause| {
+            let error = undo.run(cause);
+            if intended {
+                self.end_failed(held, entry, operation, &error);
+            }
+            error
+        })
+    }
+
+    /// Does everything up to and with `resume`.
+    fn restore_acts<'a>(
+        &'a self,
+        held: &Held,
+        entry: &'a Arc<Entry>,
+        operation: &'a Operation<'_>,
+        undo: &mut Undo<'a>,
+        intended: &mut bool,
+    ) -> Result<Memory, Error> {
+        let record = entry.record();
+        let home = self.home(&record);
+        let failed = snapshot_failed(entry, "opening the snapshot of");
+        let facts = record
+            .snapshot
+            .ok_or_else(|| failed(snapshot::Error::Absent { dir: home.dir().to_owned() }))?;
+        let snapshot = home.open(&record.id, facts.generation).map_err(failed)?;
+        let vmm = self.vmm_that_made(&record, &snapshot.manifest().vmm)?;
+        let identity = vmm.identity().map_err(vmm_failed(entry, "asking what would wake"))?;
+        self.check_origin(&record, &snapshot, &identity)?;
+        let memory = memory_of(vmm.as_ref());
+        self.check_room(entry, memory, facts.bytes)?;
+
+        // A crash after this line is found at start-up.
+        self.step(held, entry, Step::Wake, |record| record.vmm = Some(named(&identity)))?;
+        *intended = true;
+        self.reach(Arrow::WakeIntended);
+
+        // Also where the VMM does not start there are its sockets.
+        undo.push("ending the VMM", move || Ok(self.end_machine(entry)?));
+        let plan = self.plan(&record, &snapshot.dir(), &operation.cancel)?;
+        let machine = self.load(entry, vmm.as_ref(), &plan, &snapshot)?;
+        let live = self.enter(entry, machine)?;
+        self.reach(Arrow::WakeRestored);
+
+        let process = live.process.identity().clone();
+        self.amend(held, entry, |record| record.process = Some(process))?;
+        self.reach(Arrow::WakeRecorded);
+
+        // The commit point. From here on the snapshot is no longer the truth; it can
+        // be again only while the guest has provably not run.
+        snapshot.consume().map_err(snapshot_failed(entry, "consuming the snapshot of"))?;
+        let woken = Arc::clone(&live);
+        undo.push("taking the snapshot back", move || {
+            // What has not run by now must not begin to.
+            end(entry, &woken.process)?;
+            let ran = memory == Memory::Copied && !lock(&woken.machine).never_ran();
+            if ran {
+                return Err(Error::MayHaveRun { id: entry.id().clone() }.into());
+            }
+            Ok(self.unconsume(entry, facts.generation, &operation.cancel)?)
+        });
+        self.reach(Arrow::WakeConsumed);
+
+        lock(&live.machine).resume().map_err(vmm_failed(entry, "resuming"))?;
+        self.reach(Arrow::WakeResumed);
+        Ok(memory)
+    }
+
+    /// Makes sure that the disk has room for all of the memory that the guest has not yet
+    /// touched, where that is a file. A guest that touches a page which the disk has no block
+    /// for would be killed by the kernel (SIGBUS), and its work with it.
+    fn check_room(&self, entry: &Entry, memory: Memory, allocated_bytes: u64) -> Result<(), Error> {
+        if memory == Memory::Copied {
+            return Ok(());
+        }
+        let record = entry.record();
+        let untouched = record.spec.memory_bytes.saturating_sub(allocated_bytes);
+        self.home(&record)
+            .check_space(untouched + snapshot::SLEEP_RESERVE_BYTES)
+            .map_err(snapshot_failed(entry, "finding space for the memory of"))
+    }
+
+    /// Loads the machine, while its memory is checked beside it.
+    fn load(
+        &self,
+        entry: &Entry,
+        vmm: &dyn Vmm,
+        plan: &Plan,
+        snapshot: &Snapshot,
+    ) -> Result<Box<dyn Machine>, Error> {
+        let cancel = &plan.cancel;
+        let damaged = snapshot_failed(entry, "checking the memory of");
+        thread::scope(|scope| {
+            let check = self
+                .settings
+                .verify_memory
+                .then(|| {
+                    thread::Builder::new()
+                        .name("dozed-check".to_owned())
+                        .spawn_scoped(scope, || snapshot.check_memory(cancel))
+                })
+                .transpose()
+                .map_err(host_failed(entry, "starting to check the memory of"))?;
+            let machine = vmm.restore(plan, &snapshot.dir());
+            let checked = check.map_or(Ok(()), |check| {
+                check.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            });
+            let machine = machine.map_err(vmm_failed(entry, "restoring"))?;
+            if let Err(error) = checked {
+                end(entry, machine.process())?;
+                return Err(damaged(error));
+            }
+            Ok(machine)
+        })
+    }
+
+    /// Refuses a snapshot that another VMM made, or the same one at another version.
+    fn check_origin(
+        &self,
+        record: &Record,
+        snapshot: &Snapshot,
+        here: &VmmIdentity,
+    ) -> Result<(), Error> {
+        let made = &snapshot.manifest().vmm;
+        let differs = [
+            ("VMM", made.name.as_str(), here.name),
+            ("version", &made.version, &here.version),
+            ("accelerator", &made.accelerator, here.accelerator),
+            ("machine", &made.machine, &here.machine),
+            ("CPU", &made.cpu, &here.cpu),
+            ("program digest", &made.digest, &here.digest),
+        ]
+        .into_iter()
+        .find(|(_, then, now)| then != now);
+        match differs {
+            None => Ok(()),
+            Some((what, then, now)) => Err(Error::Foreign {
+                id: record.id.clone(),
+                why: format!(
+                    "it was made with {what} `{then}` and here it is `{now}`; put back what \
+                     made it ({} {}), or delete the sandbox",
+                    made.name, made.version
+                ),
+            }),
+        }
+    }
+
+    fn boot(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        operation: &Operation<'_>,
+    ) -> Result<(), Error> {
+        if entry.record().spec.kernel.is_none() {
+            return Err(Error::NoKernel { id: entry.id().clone() });
+        }
+        self.start(held, entry, operation, |undo, intended| {
+            self.boot_acts(held, entry, operation, undo, intended)
+        })?;
+        self.saw(entry, Signal::Boot);
+        self.step(held, entry, Step::Booted, |record| record.retry_at = None)?;
+        Ok(())
+    }
+
+    fn boot_acts<'a>(
+        &'a self,
+        held: &Held,
+        entry: &'a Arc<Entry>,
+        operation: &Operation<'_>,
+        undo: &mut Undo<'a>,
+        intended: &mut bool,
+    ) -> Result<(), Error> {
+        let record = entry.record();
+        let home = self.home(&record);
+        let vmm = self.vmm_to_boot(&record)?;
+        let identity = vmm.identity().map_err(vmm_failed(entry, "asking what would boot"))?;
+        let memory = memory_of(vmm.as_ref());
+
+        // A crash after this line is found at start-up.
+        self.step(held, entry, Step::Boot, |record| record.vmm = Some(named(&identity)))?;
+        *intended = true;
+        self.reach(Arrow::BootIntended);
+
+        home.create().map_err(snapshot_failed(entry, "making the directory of"))?;
+        self.check_room(entry, memory, 0)?;
+        self.make_disks(entry, &home, &operation.cancel)?;
+        let life = home
+            .begin_life(record.generation, memory)
+            .map_err(snapshot_failed(entry, "making the memory of"))?;
+        undo.push("removing its memory", move || Ok(self.home(&entry.record()).end_life()?));
+
+        // Also where the VMM does not start there are its sockets.
+        undo.push("ending the VMM", move || Ok(self.end_machine(entry)?));
+        let plan = self.plan(&record, &life, &operation.cancel)?;
+        let machine = vmm.boot(&plan).map_err(vmm_failed(entry, "booting"))?;
+        let live = self.enter(entry, machine)?;
+        self.reach(Arrow::BootSpawned);
+
+        let process = live.process.identity().clone();
+        self.amend(held, entry, |record| record.process = Some(process))?;
+        self.reach(Arrow::BootRecorded);
+
+        lock(&live.machine).resume().map_err(vmm_failed(entry, "starting"))?;
+        self.reach(Arrow::BootResumed);
+        Ok(())
+    }
+
+    /// Copies the writable disks that this sandbox does not have yet.
+    fn make_disks(&self, entry: &Entry, home: &Home, cancel: &Cancel) -> Result<(), Error> {
+        let record = entry.record();
+        for (number, disk) in record.spec.disks.iter().enumerate() {
+            let own = home.disk(number);
+            if disk.readonly || own.exists() {
+                continue;
+            }
+            let (id, doing) = (record.id.clone(), "copying a disk of");
+            copy_image(&disk.path, &own, cancel).map_err(|error| match error {
+                PieceError::CalledOff(_) => Error::Gone { id: id.clone() },
+                PieceError::Io(source) => Error::Host { doing, id: id.clone(), source },
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Says everything that a driver has to know; `life` is the directory of its memory.
+    pub(super) fn plan(
+        &self,
+        record: &Record,
+        life: &Path,
+        cancel: &Arc<Cancel>,
+    ) -> Result<Plan, Error> {
+        let home = self.home(record);
+        let runtime_dir = self.runtime_dir(record.row);
+        make_private_dir(&runtime_dir).map_err(|source| Error::Host {
+            doing: "making the directory for the sockets of",
+            id: record.id.clone(),
+            source,
+        })?;
+        let disks = record.spec.disks.iter().enumerate().map(|(number, disk)| PlannedDisk {
+            path: if disk.readonly { disk.path.clone() } else { home.disk(number) },
+            readonly: disk.readonly,
+        });
+        Ok(Plan {
+            id: record.id.clone(),
+            token: self.token(record.row),
+            vcpus: record.spec.vcpus,
+            memory_bytes: record.spec.memory_bytes,
+            kernel: record.spec.kernel.clone(),
+            initramfs: record.spec.initramfs.clone(),
+            cmdline: record.spec.cmdline.clone(),
+            disks: disks.collect(),
+            memory: life.join(snapshot::MEMORY),
+            runtime_dir,
+            console_log: home.console_log(),
+            vmm_log: home.vmm_log(),
+            cancel: Arc::clone(cancel),
+        })
+    }
+
+    pub(super) fn enter(
+        &self,
+        entry: &Entry,
+        machine: Box<dyn Machine>,
+    ) -> Result<Arc<super::machines::Live>, Error> {
+        let process = Arc::clone(machine.process());
+        self.machines.enter(entry.row(), machine).map_err(|source| {
+            process.kill();
+            Error::Host { doing: "watching the VMM of", id: entry.id().clone(), source }
+        })
+    }
+
+    /// Ends the VMM, and gives back what only it needed.
+    fn end_machine(&self, entry: &Entry) -> Result<(), Error> {
+        self.release(entry)
+    }
+
+    /// Has what a guest was woken from removed, where it is a copy: the VMM has the memory,
+    /// and the guest runs. It may be many GiB, so the wake does not wait for it.
+    ///
+    /// `record` is of before the wake.
+    pub(super) fn drop_copy_later(&self, record: &Record, memory: Memory) {
+        let Some(facts) = record.snapshot.filter(|_| memory == Memory::Copied) else {
+            return;
+        };
+        let (home, id) = (self.home(record), record.id.clone());
+        let dropping = self.pool.run(move || {
+            if let Err(error) = home.drop_copy(facts.generation) {
+                tracing::warn!(%id, error = super::chain(&error), "dropping a used snapshot");
+            }
+        });
+        if dropping.is_err() {
+            tracing::debug!(id = %record.id, "a used snapshot stays until the next sleep");
+        }
+    }
+
+    /// Makes a consumed snapshot the truth again, if its guest has provably not run: one that
+    /// executes anything changes memory that is mapped. Of copied memory the VMM says it.
+    fn unconsume(&self, entry: &Entry, generation: u64, cancel: &Cancel) -> Result<(), Error> {
+        let home = self.home(&entry.record());
+        let failed = snapshot_failed(entry, "taking back the snapshot of");
+        home.unconsume(entry.id(), generation, cancel).map_err(failed)
+    }
+
+    /// After a failed and undone wake or boot: takes the intent back too. Where undoing
+    /// failed, the rules of `reconcile` say what is left.
+    pub(super) fn end_failed(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        operation: &Operation<'_>,
+        error: &Error,
+    ) {
+        if self.operations.is_doomed(entry.row()) {
+            return; // The next to have the lock removes it from whatever state.
+        }
+        let ended = if matches!(error, Error::Undo { .. }) {
+            self.recover(held, entry, operation)
+        } else {
+            self.step(held, entry, Step::Undo, |record| record.process = None).map(drop)
+        };
+        if let Err(error) = ended {
+            tracing::error!(id = %entry.id(), error = super::chain(&error), "ending an operation");
+        }
+    }
+}
+
+/// Names a VMM as `status` shows it.
+pub(super) fn named(identity: &VmmIdentity) -> Box<str> {
+    format!("{} {}", identity.name, identity.version).into()
+}
+
+pub(super) fn vmm_failed(
+    entry: &Entry,
+    doing: &'static str,
+) -> impl Fn(vmm::Error) -> Error + Copy {
+    move |source| Error::Vmm { doing, id: entry.id().clone(), source }
+}
+
+pub(super) fn snapshot_failed(
+    entry: &Entry,
+    doing: &'static str,
+) -> impl Fn(snapshot::Error) -> Error + Copy {
+    move |source| Error::Snapshot { doing, id: entry.id().clone(), source }
+}
+
+pub(super) fn host_failed(
+    entry: &Entry,
+    doing: &'static str,
+) -> impl Fn(std::io::Error) -> Error + Copy {
+    move |source| Error::Host { doing, id: entry.id().clone(), source }
+}
