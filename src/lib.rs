@@ -11,6 +11,7 @@ pub mod index;
 pub mod lifecycle;
 pub mod lock;
 pub mod notify;
+pub mod reaper;
 pub mod sandbox;
 pub mod snapshot;
 mod sync;

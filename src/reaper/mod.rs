@@ -1,0 +1,230 @@
+//! Who is idle or stale, and why; asks `lifecycle`; nothing else.
+//!
+//! A sandbox is put to sleep exactly if it is `running` and its last activity is longer
+//! ago than its `idle_after`; it is deleted exactly if it is `snapshotted`, not pinned,
+//! and has slept for longer than its `delete_after`. Both are looked at again under
+//! the sandbox's lock, so that a touch that came meanwhile wins.
+//!
+//! One thread looks, at every tick, at the next deadline and when the bell rings: two
+//! range scans of the index. A few workers act, so that a slow sandbox does not hold
+//! up the others. A sandbox whose lock is taken is passed over until the next look; one
+//! that fails is left alone for longer each time.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::mpsc,
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use crate::{
+    lifecycle::{
+        Due as DueRow, Entry, Error, Held, IndexError, Lifecycle, Outcome, Wait, Why, chain,
+    },
+    sandbox::{RowId, Timestamp},
+    sync::{Arc, Mutex, lock},
+};
+
+/// How many due sandboxes are read from the index at a time.
+const PAGE: usize = 64;
+/// The first wait after a failure; it doubles with each.
+const RETRY_FIRST: Duration = Duration::from_secs(30);
+/// The longest wait after failures.
+const RETRY_MAX: Duration = Duration::from_secs(3600);
+/// The shortest time between two looks, however close the next deadline is.
+const LOOK_MIN: Duration = Duration::from_millis(50);
+
+/// What is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Due {
+    Sleep(RowId),
+    Delete(RowId),
+}
+
+impl Due {
+    fn row(self) -> RowId {
+        match self {
+            Self::Sleep(row) | Self::Delete(row) => row,
+        }
+    }
+}
+
+/// The reaper at work.
+#[derive(Debug)]
+pub struct Reaper {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    lifecycle: Arc<Lifecycle>,
+    /// What is queued or being acted on, so that nothing is twice. A leaf lock.
+    in_hand: Mutex<HashSet<RowId>>,
+    /// How often each failed in a row. Bounded by what is due. A leaf lock.
+    failures: Mutex<HashMap<RowId, u32>>,
+}
+
+impl Reaper {
+    /// Starts looking every `tick`, with so many workers.
+    ///
+    /// # Errors
+    /// Where the system gives no threads.
+    pub fn start(lifecycle: Arc<Lifecycle>, tick: Duration, workers: usize) -> io::Result<Self> {
+        let shared =
+            Arc::new(Shared { lifecycle, in_hand: Mutex::default(), failures: Mutex::default() });
+        // Bounded by `in_hand`: a sandbox is in it at most once.
+        let (give, take) = mpsc::channel();
+        let take = Arc::new(Mutex::new(take));
+        let mut threads = Vec::new();
+        for number in 0..workers.max(1) {
+            let (shared, take) = (Arc::clone(&shared), Arc::clone(&take));
+            let name = format!("dozed-reap-{number}");
+            threads.push(std::thread::Builder::new().name(name).spawn(move || {
+                loop {
+                    let due = lock(&take).recv();
+                    let Ok(due) = due else { return };
+                    shared.act(due);
+                }
+            })?);
+        }
+        let looking = Arc::clone(&shared);
+        threads.push(
+            std::thread::Builder::new()
+                .name("dozed-reaper".to_owned())
+                .spawn(move || looking.look_on(tick, &give))?,
+        );
+        Ok(Self { shared, threads })
+    }
+
+    /// Ends the looking, and waits for what is being acted on.
+    pub fn stop(self) {
+        self.shared.lifecycle.bell().close();
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the reaper panicked");
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn look_on(&self, tick: Duration, give: &mpsc::Sender<Due>) {
+        loop {
+            self.look(give);
+            let now = self.lifecycle.clock().now();
+            let next = self.lifecycle.index().next_due(now).ok().flatten();
+            let wait = next.map_or(tick, |next| next.since(now).clamp(LOOK_MIN, tick));
+            if !self.lifecycle.bell().wait(wait) {
+                return;
+            }
+        }
+    }
+
+    /// One look: what counts as activity first, so that it is seen before the verdict.
+    fn look(&self, give: &mpsc::Sender<Due>) {
+        self.lifecycle.sample_activity();
+        self.lifecycle.trim_consoles();
+        self.lifecycle.cool();
+        if let Err(error) = self.lifecycle.flush_activity() {
+            tracing::error!(error = chain(&error), "writing activity to the index");
+        }
+        let now = self.lifecycle.clock().now();
+        let index = self.lifecycle.index();
+        self.hand_out(give, Due::Sleep, |after| index.due_to_sleep(now, after, PAGE));
+        self.hand_out(give, Due::Delete, |after| index.due_to_delete(now, after, PAGE));
+        self.lifecycle.ticked(now);
+    }
+
+    /// Hands all that is due to the workers, but for what they have already.
+    fn hand_out(
+        &self,
+        give: &mpsc::Sender<Due>,
+        kind: fn(RowId) -> Due,
+        page: impl Fn(Option<DueRow>) -> Result<Vec<DueRow>, IndexError>,
+    ) {
+        let mut after = None;
+        loop {
+            let due = match page(after) {
+                Ok(due) => due,
+                Err(error) => {
+                    tracing::error!(error = chain(&error), "looking for what is due");
+                    return;
+                }
+            };
+            let Some(last) = due.last() else { return };
+            after = Some(*last);
+            for due in due {
+                if lock(&self.in_hand).insert(due.row) && give.send(kind(due.row)).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn act(&self, due: Due) {
+        let done = catch_unwind(AssertUnwindSafe(|| self.act_on(due)));
+        if done.is_err() {
+            tracing::error!(row = %due.row(), "a reaper's act panicked");
+        }
+        lock(&self.in_hand).remove(&due.row());
+    }
+
+    fn act_on(&self, due: Due) {
+        let Some(entry) = self.lifecycle.by_row(due.row()) else {
+            return;
+        };
+        // Busy is active: whoever has the lock is doing something with it.
+        let Ok(held) = self.lifecycle.lock(&entry, Wait::Never) else {
+            return;
+        };
+        let (doing, result) = match due {
+            Due::Sleep(_) => {
+                ("putting an idle one to sleep", { self.lifecycle.sleep(&held, &entry, Why::Idle) })
+            }
+            Due::Delete(_) => ("deleting a stale one", self.lifecycle.destroy_stale(&held, &entry)),
+        };
+        match result {
+            Ok(outcome) => {
+                lock(&self.failures).remove(&entry.row());
+                if outcome == Outcome::Done {
+                    tracing::info!(id = %entry.id(), "{doing}");
+                }
+            }
+            Err(Error::Gone { .. } | Error::ShuttingDown) => {}
+            Err(error) => {
+                let wait = self.put_off(&entry);
+                let until = self.lifecycle.clock().now().after(wait);
+                tracing::error!(
+                    id = %entry.id(), error = chain(&error), retry_in = ?wait, "{doing}"
+                );
+                self.postpone(&held, &entry, until);
+            }
+        }
+    }
+
+    /// Counts a failure, and returns for how long the sandbox is left alone.
+    fn put_off(&self, entry: &Entry) -> Duration {
+        let mut failures = lock(&self.failures);
+        let count = failures.entry(entry.row()).or_insert(0);
+        *count += 1;
+        backoff(*count)
+    }
+
+    fn postpone(&self, held: &Held, entry: &Arc<Entry>, until: Timestamp) {
+        if let Err(error) = self.lifecycle.postpone(held, entry, until) {
+            tracing::error!(id = %entry.id(), error = chain(&error), "putting off a retry");
+        }
+    }
+}
+
+/// The wait after the `count`th failure in a row.
+fn backoff(count: u32) -> Duration {
+    let doublings = count.saturating_sub(1).min(16);
+    RETRY_FIRST.saturating_mul(1 << doublings).min(RETRY_MAX)
+}

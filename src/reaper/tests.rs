@@ -1,0 +1,173 @@
+//! The reaper on a host with a fake VMM and a clock that we move.
+
+use std::time::Duration;
+
+use super::*;
+use crate::{
+    lifecycle::{
+        Policy, Signal,
+        testing::{Host, wait_for},
+    },
+    sandbox::{Period, State},
+    vmm::fake::{Call, Fault},
+};
+
+/// Starts a reaper that only looks when the bell rings.
+fn reap(host: &Host) -> Reaper {
+    Reaper::start(Arc::clone(&host.daemon), Duration::from_secs(3600), 2).unwrap()
+}
+
+/// Rings, and waits until the reaper has looked.
+fn look(host: &Host) {
+    let before = host.daemon.last_tick();
+    host.clock.advance(Duration::from_millis(1));
+    host.daemon.bell().ring();
+    wait_for("a look", || host.daemon.last_tick() > before);
+}
+
+fn awake(id: &str) -> Host {
+    let host = Host::new();
+    host.create(id);
+    host.wake(id).unwrap();
+    host
+}
+
+#[test]
+fn an_idle_one_is_put_to_sleep_and_an_active_one_is_not() {
+    let host = awake("a");
+    host.create("b");
+    host.wake("b").unwrap();
+    let reaper = reap(&host);
+    host.clock.advance(Duration::from_secs(59));
+    look(&host);
+    assert_eq!(host.state("a"), State::Running);
+    host.daemon.saw(&host.entry("b"), Signal::Touch);
+    host.clock.advance(Duration::from_secs(1));
+    look(&host);
+    wait_for("a to sleep", || host.state("a") == State::Snapshotted);
+    assert_eq!(host.state("b"), State::Running);
+    reaper.stop();
+}
+
+#[test]
+fn never_means_never() {
+    let host = awake("a");
+    host.set("a", Policy::IdleAfter(Period::Never)).unwrap();
+    let reaper = reap(&host);
+    host.clock.advance(Duration::from_secs(86_400 * 365));
+    look(&host);
+    reaper.stop();
+    assert_eq!(host.state("a"), State::Running);
+}
+
+#[test]
+fn a_stale_one_is_deleted_unless_it_is_pinned() {
+    let host = awake("a");
+    host.create("b");
+    host.wake("b").unwrap();
+    for id in ["a", "b"] {
+        host.set(id, Policy::DeleteAfter(Period::After(Duration::from_secs(600)))).unwrap();
+        host.sleep(id).unwrap();
+    }
+    host.set("b", Policy::Pinned(true)).unwrap();
+    let reaper = reap(&host);
+    host.clock.advance(Duration::from_secs(599));
+    look(&host);
+    assert_eq!(host.state("a"), State::Snapshotted);
+    host.clock.advance(Duration::from_secs(1));
+    look(&host);
+    wait_for("a to go", || host.daemon.by_id(&"a".parse().unwrap()).is_none());
+    reaper.stop();
+    assert_eq!(host.state("b"), State::Snapshotted);
+}
+
+#[test]
+fn one_that_fails_is_left_alone_for_a_while_and_does_not_starve_the_others() {
+    let host = awake("a");
+    host.create("b");
+    host.vmm.fail_next(Call::Pause, Fault::Refuse);
+    let reaper = reap(&host);
+    host.clock.advance(Duration::from_secs(60));
+    look(&host);
+    wait_for("the failure", || host.entry("a").record().retry_at.is_some());
+    assert!(host.error("a").contains("pausing a"), "{}", host.error("a"));
+    host.wake("b").unwrap();
+    host.clock.advance(Duration::from_secs(29));
+    look(&host);
+    assert_eq!(host.vmm.count(Call::Pause), 1);
+    host.clock.advance(Duration::from_secs(31));
+    look(&host);
+    for id in ["a", "b"] {
+        wait_for(id, || host.state(id) == State::Snapshotted);
+    }
+    reaper.stop();
+    assert_eq!(host.error("a"), "ok");
+    assert_eq!(host.entry("a").record().retry_at, None);
+}
+
+#[test]
+fn one_that_hangs_does_not_hold_up_the_others() {
+    let host = awake("a");
+    host.create("b");
+    host.vmm.fail_next(Call::Save, Fault::Hang);
+    let reaper = reap(&host);
+    host.clock.advance(Duration::from_secs(60));
+    look(&host);
+    wait_for("the hang", || host.vmm.count(Call::Save) == 1);
+    host.wake("b").unwrap();
+    host.clock.advance(Duration::from_secs(60));
+    look(&host);
+    wait_for("b to sleep", || host.state("b") == State::Snapshotted);
+    assert_eq!(host.state("a"), State::Snapshotting);
+    assert!(host.destroy("a").unwrap());
+    reaper.stop();
+}
+
+#[test]
+fn one_that_is_locked_is_passed_over_until_the_next_look() {
+    let host = awake("a");
+    let reaper = reap(&host);
+    let held = host.daemon.lock(&host.entry("a"), Wait::ForIt).unwrap();
+    host.clock.advance(Duration::from_secs(60));
+    look(&host);
+    look(&host);
+    assert_eq!(host.state("a"), State::Running);
+    drop(held);
+    look(&host);
+    wait_for("a to sleep", || host.state("a") == State::Snapshotted);
+    reaper.stop();
+}
+
+#[test]
+fn a_panic_in_one_act_ends_neither_the_worker_nor_the_sandbox() {
+    let host = awake("a");
+    host.create("b");
+    for _ in 0..3 {
+        host.vmm.fail_next(Call::Pause, Fault::Panic);
+    }
+    let reaper = reap(&host);
+    for round in 1..=3 {
+        host.clock.advance(Duration::from_secs(3600));
+        look(&host);
+        wait_for("a panic", || host.vmm.count(Call::Pause) == round);
+        wait_for("its end", || host.daemon.locks_in_use() == 0);
+        look(&host);
+    }
+    assert_eq!(host.state("a"), State::Running);
+    host.wake("b").unwrap();
+    host.clock.advance(Duration::from_secs(7200));
+    look(&host);
+    for id in ["a", "b"] {
+        wait_for(id, || host.state(id) == State::Snapshotted);
+    }
+    reaper.stop();
+}
+
+#[test]
+fn each_failure_doubles_the_wait_up_to_a_limit() {
+    assert_eq!(backoff(1), Duration::from_secs(30));
+    assert_eq!(backoff(2), Duration::from_secs(60));
+    assert_eq!(backoff(7), Duration::from_secs(1920));
+    assert_eq!(backoff(8), RETRY_MAX);
+    assert_eq!(backoff(u32::MAX), RETRY_MAX);
+}
