@@ -7,6 +7,7 @@
 //!
 //! The rooms, in reading order. Each uses only those below it; `tests/tidy` checks.
 
+pub mod fuse;
 pub mod index;
 pub mod lifecycle;
 pub mod lock;
@@ -16,4 +17,5 @@ pub mod sandbox;
 pub mod snapshot;
 mod sync;
 pub mod sys;
+pub mod tree;
 pub mod vmm;

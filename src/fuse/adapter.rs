@@ -1,0 +1,437 @@
+//! fuser's requests and replies, translated.
+
+use std::{
+    ffi::OsStr,
+    io,
+    os::unix::ffi::OsStrExt,
+    time::{Duration, SystemTime},
+};
+
+use fuser::{
+    BsdFileFlags, Errno as Number, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags,
+    PollNotifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use rustix::fs::OFlags;
+
+use super::{
+    translate::{
+        BLOCK_BYTES, attr_ttl, caller, caught, file_attr, give, node, number, reply_attr,
+        reply_entry, reply_written,
+    },
+    waiting::{Once, Waiting},
+};
+use crate::{
+    sync::Arc,
+    sys::pool::Pool,
+    tree::{AttrChange, Errno, Job, Tree, Written},
+};
+
+/// The largest write. A document is smaller; a larger one arrives whole, to be refused.
+const WRITE_MAX_BYTES: u32 = 128 * 1024;
+/// How long `rmdir` waits for the end of what it called off. It holds its directory.
+const REMOVE_WAIT: Duration = Duration::from_secs(2);
+
+/// The file system that fuser serves.
+#[derive(Debug)]
+pub(super) struct Adapter {
+    tree: Arc<Tree>,
+    pool: Arc<Pool>,
+    waiting: Arc<Waiting>,
+}
+
+impl Adapter {
+    pub(super) fn new(tree: Arc<Tree>, pool: Arc<Pool>, waiting: Arc<Waiting>) -> Self {
+        Self { tree, pool, waiting }
+    }
+
+    /// Runs a call of the tree's; a panic in it is an EIO for this caller only.
+    fn call<T>(&self, work: impl FnOnce(&Arc<Tree>) -> Result<T, Errno>) -> Result<T, Number> {
+        caught(|| work(&self.tree)).map_err(number)
+    }
+
+    /// Answers `reply` by a job; where there are too many already, with EBUSY.
+    fn later<T: Send + 'static, R: Send + 'static>(
+        &self,
+        job: Job<T>,
+        reply: R,
+        answer: impl FnOnce(R, Result<T, Number>) + Send + 'static,
+    ) {
+        let reply = Once::new(reply);
+        let mine = reply.clone();
+        let answer = Arc::new(crate::sync::Mutex::new(Some(answer)));
+        let by_job = Arc::clone(&answer);
+        let queued = self.pool.run(move || {
+            let result = caught(job).map_err(number);
+            give(&mine, &by_job, result);
+        });
+        if let Err(full) = queued {
+            tracing::warn!("{full}; one more is refused");
+            give(&reply, &answer, Err(Number::EBUSY));
+        }
+    }
+}
+
+impl Adapter {
+    /// Answers a write by a job that its writer can be interrupted in.
+    fn write_later(&self, job: Job<usize>, tid: u32, reply: ReplyWrite) {
+        let reply = Once::new(reply);
+        let (interrupted, mine) = (reply.clone(), reply.clone());
+        let waiting = Arc::clone(&self.waiting);
+        let place = waiting.enter(tid, move || {
+            if let Some(reply) = interrupted.take() {
+                reply.error(Number::EINTR);
+            }
+        });
+        let queued = self.pool.run(move || {
+            let result = caught(job).map_err(number);
+            waiting.leave(place);
+            if let Some(reply) = mine.take() {
+                reply_written(reply, result);
+            }
+        });
+        if let Err(full) = queued {
+            tracing::warn!("{full}; a write is refused");
+            self.waiting.leave(place);
+            if let Some(reply) = reply.take() {
+                reply.error(Number::EBUSY);
+            }
+        }
+    }
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = InitFlags::FUSE_DO_READDIRPLUS
+            | InitFlags::FUSE_READDIRPLUS_AUTO
+            | InitFlags::FUSE_PARALLEL_DIROPS;
+        // An older kernel lists a little slower without them.
+        if let Err(lacking) = config.add_capabilities(wanted) {
+            tracing::debug!(?lacking, "the kernel's FUSE lacks something");
+            config.add_capabilities(wanted - lacking).ok();
+        }
+        if let Err(nearest) = config.set_max_write(WRITE_MAX_BYTES) {
+            tracing::debug!(nearest, "the kernel's FUSE takes another size of writes");
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        reply_entry(reply, self.call(|tree| tree.lookup(node(parent)?, name.as_bytes())));
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        reply_attr(reply, self.call(|tree| tree.attr(node(ino)?)));
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        _size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let mode = mode.and_then(|mode| u16::try_from(mode & 0o7777).ok());
+        let change = AttrChange { mode, uid, gid, mtime: mtime.is_some() };
+        match self.call(|tree| {
+            let node = node(ino)?;
+            let job = tree.set_attr(node, change)?;
+            Ok((job, tree.attr(node)?))
+        }) {
+            Ok((None, attr)) => reply_attr(reply, Ok(attr)),
+            Ok((Some(job), _)) => self.later(job, reply, reply_attr),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let caller = caller(request);
+        match self.call(|tree| tree.make_dir(node(parent)?, name.as_bytes(), caller)) {
+            Ok(job) => self.later(job, reply, reply_entry),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let removal = match self.call(|tree| tree.remove_dir(node(parent)?, name.as_bytes())) {
+            Ok(removal) => removal,
+            Err(errno) => return reply.error(errno),
+        };
+        let job: Job<()> = Box::new(move || {
+            let finished = removal.finish(Some(REMOVE_WAIT))?;
+            if !finished {
+                // What it called off is slow to end. Nobody sees the sandbox any more,
+                // so the caller need not wait; the rest goes on behind its back.
+                drop(std::thread::Builder::new().name("dozed-removal".to_owned()).spawn(
+                    move || {
+                        if let Err(errno) = removal.finish(None) {
+                            tracing::error!(?errno, "finishing a removal");
+                        }
+                    },
+                ));
+            }
+            Ok(())
+        });
+        self.later(job, reply, |reply, result| match result {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
+        });
+    }
+
+    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        match self.call(|tree| tree.open(node(ino)?, for_writing)) {
+            // Verdicts come from write, so nobody has to ask again at close.
+            Ok(handle) => reply.opened(
+                FileHandle(handle),
+                FopenFlags::FOPEN_DIRECT_IO
+                    | FopenFlags::FOPEN_NOFLUSH
+                    | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+            ),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn read(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let caller = caller(request);
+        let read = self.call(|tree| tree.read(node(ino)?, handle.0, offset, size as usize, caller));
+        match read {
+            Ok(data) => reply.data(&data),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        _offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        flags: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let nonblocking =
+            OFlags::from_bits_retain(flags.0.cast_unsigned()).contains(OFlags::NONBLOCK);
+        match self.call(|tree| Ok(tree.write(node(ino)?, handle.0, data, nonblocking))) {
+            Ok(Written::Now(result)) => reply_written(reply, result.map_err(number)),
+            Ok(Written::Later(job)) => self.write_later(job, request.pid(), reply),
+            Ok(Written::Started(len, job)) => {
+                let started = self.pool.run(move || {
+                    // Nobody waits for the result; `error` has it.
+                    caught(job).ok();
+                });
+                let started = started.map_err(|_| Number::EBUSY);
+                reply_written(reply, started.map(|()| len));
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        // What was written was durable when the write returned.
+        reply.ok();
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.tree.close(handle.0);
+        reply.ok();
+    }
+
+    fn readdir(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let listed = self.call(|tree| {
+            tree.list(node(ino)?, offset, &mut |entry| {
+                let attr = file_attr(&entry.attr);
+                !reply.add(attr.ino, entry.next, attr.kind, entry.name)
+            })
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let listed = self.call(|tree| {
+            tree.list(node(ino)?, offset, &mut |entry| {
+                let attr = file_attr(&entry.attr);
+                // One time serves for name and attributes here, so a file gets none.
+                let ttl = attr_ttl(&entry.attr);
+                !reply.add(attr.ino, entry.next, entry.name, &ttl, &attr, Generation(0))
+            })
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        reply.statfs(0, 0, 0, 0, 0, BLOCK_BYTES, 255, 0);
+    }
+
+    fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
+        // The kernel then asks no more, which is what we want: there are none.
+        reply.error(Number::ENOSYS);
+    }
+
+    fn listxattr(&self, _: &Request, _: INodeNo, _: u32, reply: ReplyXattr) {
+        reply.error(Number::ENOSYS);
+    }
+
+    /// The kernel then seeks by itself, as we want it to.
+    fn lseek(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _offset: i64,
+        _whence: i32,
+        reply: ReplyLseek,
+    ) {
+        reply.error(Number::ENOSYS);
+    }
+
+    /// The kernel then takes every file for ready.
+    fn poll(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: PollNotifier,
+        _: PollEvents,
+        _: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        reply.error(Number::ENOSYS);
+    }
+
+    /// Programs that ask whether a file is a terminal come with this.
+    fn ioctl(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        _cmd: u32,
+        _in: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Number::ENOTTY);
+    }
+
+    fn create(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.error(Number::EACCES);
+    }
+
+    fn mknod(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        // Without `create` an open with O_CREAT comes as this, for a regular file.
+        let regular = rustix::fs::FileType::from_raw_mode(mode).is_file();
+        reply.error(if regular { Number::EACCES } else { Number::EPERM });
+    }
+
+    fn unlink(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Number::EPERM);
+    }
+
+    fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &std::path::Path, reply: ReplyEntry) {
+        reply.error(Number::EPERM);
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _: INodeNo,
+        _: &OsStr,
+        _: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Number::EPERM);
+    }
+
+    fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
+        reply.error(Number::EPERM);
+    }
+}

@@ -1,0 +1,99 @@
+//! Values of the tree's in the words of fuser's.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::{Duration, SystemTime},
+};
+
+use fuser::{
+    Errno as Number, FileAttr, FileType, Generation, INodeNo, ReplyAttr, ReplyEntry, ReplyWrite,
+    Request,
+};
+
+use super::waiting::Once;
+use crate::tree::{Attr, Caller, Errno, Node};
+
+/// How long the kernel may remember a name. All names come and go through the mount,
+/// but for those that the reaper deletes, which it forgets after this.
+const NAME_TTL: Duration = Duration::from_secs(1);
+/// How long it may remember the attributes of a directory; those of files, whose
+/// owner, mode and times change behind its back, not at all.
+const DIR_TTL: Duration = Duration::from_secs(1);
+/// What `stat` calls the preferred size of a read.
+pub(super) const BLOCK_BYTES: u32 = 4096;
+
+/// Gives an answer, by whoever is the first to have one.
+pub(super) fn give<T, R, A: FnOnce(R, Result<T, Number>)>(
+    reply: &Once<R>,
+    answer: &crate::sync::Mutex<Option<A>>,
+    result: Result<T, Number>,
+) {
+    if let (Some(reply), Some(answer)) = (reply.take(), crate::sync::lock(answer).take()) {
+        answer(reply, result);
+    }
+}
+
+/// Runs `work`, and turns a panic into EIO.
+pub(super) fn caught<T>(work: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or(Err(Errno::Io))
+}
+
+pub(super) fn number(errno: Errno) -> Number {
+    Number::from_i32(errno.number())
+}
+
+pub(super) fn caller(request: &Request) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid(), tid: request.pid() }
+}
+
+pub(super) fn node(inode: INodeNo) -> Result<Node, Errno> {
+    Node::from_inode(inode.0).ok_or(Errno::NoEnt)
+}
+
+pub(super) fn file_attr(attr: &Attr) -> FileAttr {
+    let is_dir = attr.node.is_dir();
+    FileAttr {
+        ino: INodeNo(attr.node.inode()),
+        size: attr.size,
+        blocks: attr.size.div_ceil(512),
+        atime: attr.mtime,
+        mtime: attr.mtime,
+        ctime: attr.mtime,
+        crtime: SystemTime::UNIX_EPOCH,
+        kind: if is_dir { FileType::Directory } else { FileType::RegularFile },
+        perm: attr.mode,
+        nlink: if is_dir { 2 } else { 1 },
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: 0,
+        blksize: BLOCK_BYTES,
+        flags: 0,
+    }
+}
+
+pub(super) fn attr_ttl(attr: &Attr) -> Duration {
+    if attr.node.is_dir() { DIR_TTL } else { Duration::ZERO }
+}
+
+pub(super) fn reply_entry(reply: ReplyEntry, result: Result<Attr, Number>) {
+    match result {
+        Ok(attr) => {
+            reply.entry_with_ttls(&attr_ttl(&attr), &NAME_TTL, &file_attr(&attr), Generation(0));
+        }
+        Err(errno) => reply.error(errno),
+    }
+}
+
+pub(super) fn reply_attr(reply: ReplyAttr, result: Result<Attr, Number>) {
+    match result {
+        Ok(attr) => reply.attr(&attr_ttl(&attr), &file_attr(&attr)),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+pub(super) fn reply_written(reply: ReplyWrite, result: Result<usize, Number>) {
+    match result {
+        Ok(len) => reply.written(u32::try_from(len).unwrap_or(u32::MAX)),
+        Err(errno) => reply.error(errno),
+    }
+}

@@ -1,0 +1,90 @@
+//! Which errno answers which failure: the one table.
+//!
+//! `docs/SEMANTICS.md` has it for users. Where two would do, the doubt is explained here.
+
+use crate::lifecycle::{self, Fault};
+
+/// The errnos that the tree answers with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs, reason = "errno(3) documents them")]
+pub enum Errno {
+    Perm,
+    NoEnt,
+    Intr,
+    Io,
+    TooBig,
+    Again,
+    NoMem,
+    Acces,
+    Busy,
+    Exist,
+    NoDev,
+    NotDir,
+    IsDir,
+    Inval,
+    NoSpc,
+    NameTooLong,
+    TimedOut,
+    Dquot,
+}
+
+impl Errno {
+    /// Returns the number that the kernel knows it by.
+    #[must_use]
+    pub fn number(self) -> i32 {
+        match self {
+            Self::Perm => libc::EPERM,
+            Self::NoEnt => libc::ENOENT,
+            Self::Intr => libc::EINTR,
+            Self::Io => libc::EIO,
+            Self::TooBig => libc::E2BIG,
+            Self::Again => libc::EAGAIN,
+            Self::NoMem => libc::ENOMEM,
+            Self::Acces => libc::EACCES,
+            Self::Busy => libc::EBUSY,
+            Self::Exist => libc::EEXIST,
+            Self::NoDev => libc::ENODEV,
+            Self::NotDir => libc::ENOTDIR,
+            Self::IsDir => libc::EISDIR,
+            Self::Inval => libc::EINVAL,
+            Self::NoSpc => libc::ENOSPC,
+            Self::NameTooLong => libc::ENAMETOOLONG,
+            Self::TimedOut => libc::ETIMEDOUT,
+            Self::Dquot => libc::EDQUOT,
+        }
+    }
+}
+
+/// Returns the errno that answers a failed operation.
+#[must_use]
+pub(super) fn of(error: &lifecycle::Error) -> Errno {
+    use lifecycle::Error as E;
+    match error {
+        E::Gone { .. } => Errno::NoDev,
+        E::Locked { .. } | E::Active { .. } => Errno::Again,
+        E::Exists { .. } => Errno::Exist,
+        E::Pinned { .. } => Errno::Perm,
+        E::NotStopped { .. } | E::NoSlot { .. } => Errno::Busy,
+        E::NoMemory { .. } => Errno::NoMem,
+        E::TooMany { .. } => Errno::Dquot,
+        // A sandbox without a kernel cannot be woken until its config changes: the
+        // verb makes no sense in this state.
+        E::Refused(_) | E::NoKernel { .. } | E::NotRunning { .. } => Errno::Inval,
+        // The daemon is about to be gone, and with it the file.
+        E::ShuttingDown => Errno::NoDev,
+        E::NoVmm { .. }
+        | E::Foreign { .. }
+        | E::MayHaveRun { .. }
+        | E::Index { .. }
+        | E::Panicked { .. } => Errno::Io,
+        E::Vmm { .. } | E::Snapshot { .. } | E::Host { .. } | E::Undead { .. } | E::Undo { .. } => {
+            match error.fault() {
+                Fault::NoSpace => Errno::NoSpc,
+                Fault::Quota => Errno::Dquot,
+                Fault::TimedOut => Errno::TimedOut,
+                Fault::CalledOff => Errno::NoDev,
+                Fault::Other => Errno::Io,
+            }
+        }
+    }
+}

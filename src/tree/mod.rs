@@ -1,0 +1,283 @@
+//! What the tree means: names, attributes, reads and writes, without a kernel in sight.
+//!
+//! `fuse` turns requests into calls of [`Tree`] and its answers into replies; tests
+//! call it directly. Nothing here blocks: what may take long is returned as a job.
+//!
+//! Looking is free: no call but `write`, `set_attr`, `make_dir` and `remove_dir`
+//! reaches anything of `lifecycle` that changes a sandbox or counts as activity.
+
+mod command;
+mod errno;
+mod handle;
+mod modes;
+mod node;
+mod read;
+#[cfg(test)]
+mod tests;
+mod view;
+mod write;
+
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
+
+pub use command::{BadCommand, Verb, verb};
+pub use errno::Errno;
+use handle::Handles;
+use modes::Modes;
+pub use node::{DaemonFile, File, Node};
+pub use view::{DaemonFacts, Facts};
+pub use write::{AttrChange, Job, Removal, Written};
+
+use crate::{
+    lifecycle::{Entry, Lifecycle},
+    sandbox::{IdError, RowId, SandboxId, Timestamp},
+    sync::Arc,
+    sys::{host::own_ids, task::groups_of},
+};
+
+/// The size that `state` reports, as sysfs does: a page, so that writes within it
+/// share the kernel's lock of the file (see docs/SEMANTICS.md).
+const STATE_SIZE: u64 = 4096;
+/// A sandbox's directory: its owner and its group.
+const DIR_MODE: u16 = 0o750;
+/// Offsets of a listing of the root: below are the daemon's files, above the rows.
+const ROWS_FROM: u64 = 64;
+/// How many entries a listing hands out at a time.
+const LIST_PAGE: usize = 256;
+
+/// The whole tree.
+pub struct Tree {
+    lifecycle: Arc<Lifecycle>,
+    handles: Handles,
+    modes: Modes,
+    started: Timestamp,
+    root_owner: (u32, u32),
+}
+
+/// Who asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caller {
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+    /// The thread, in the daemon's pid namespace; 0 where it cannot be seen from there.
+    pub tid: u32,
+}
+
+/// The attributes of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attr {
+    /// Which node.
+    pub node: Node,
+    /// Permissions, without the type.
+    pub mode: u16,
+    /// Whose it is.
+    pub uid: u32,
+    /// The group's.
+    pub gid: u32,
+    /// Its size. Nought for what is made anew at each read.
+    pub size: u64,
+    /// When it last changed.
+    pub mtime: SystemTime,
+}
+
+/// One entry of a directory.
+#[derive(Debug, Clone)]
+pub struct Listed {
+    /// Its attributes.
+    pub attr: Attr,
+    /// Its name.
+    pub name: String,
+    /// The offset at which a listing goes on after it.
+    pub next: u64,
+}
+
+impl Tree {
+    /// Makes the tree of `lifecycle`.
+    ///
+    /// # Errors
+    /// Where the index cannot be read.
+    pub fn new(lifecycle: Arc<Lifecycle>) -> Result<Self, crate::lifecycle::IndexError> {
+        let modes = Modes::load(lifecycle.index())?;
+        let started = lifecycle.clock().now();
+        let root_owner = own_ids();
+        Ok(Self { lifecycle, handles: Handles::new(), modes, started, root_owner })
+    }
+
+    /// Returns the attributes of what `name` is in `parent`.
+    ///
+    /// # Errors
+    /// `NoEnt`, or `NotDir` where `parent` is a file.
+    pub fn lookup(&self, parent: Node, name: &[u8]) -> Result<Attr, Errno> {
+        match parent {
+            Node::Root => {
+                let daemon = DaemonFile::ALL.into_iter().find(|f| f.name().as_bytes() == name);
+                if let Some(file) = daemon {
+                    return self.attr(Node::Daemon(file));
+                }
+                let id = SandboxId::from_bytes(name).map_err(|error| match error {
+                    IdError::TooLong => Errno::NameTooLong,
+                    IdError::Malformed => Errno::NoEnt,
+                })?;
+                let entry = self.lifecycle.by_id(&id).ok_or(Errno::NoEnt)?;
+                Ok(self.dir_attr(&entry))
+            }
+            Node::Dir(row) => {
+                let entry = self.lifecycle.by_row(row).ok_or(Errno::NoEnt)?;
+                let mut files = File::ALL.into_iter();
+                let file = files.find(|f| f.name().as_bytes() == name).ok_or(Errno::NoEnt)?;
+                Ok(self.file_attr(&entry, file))
+            }
+            Node::Daemon(_) | Node::File(..) => Err(Errno::NotDir),
+        }
+    }
+
+    /// Returns the attributes of a node.
+    ///
+    /// # Errors
+    /// `NoEnt` where its sandbox is gone.
+    pub fn attr(&self, node: Node) -> Result<Attr, Errno> {
+        match node {
+            Node::Root => Ok(self.root_attr(node, self.modes.get(node).unwrap_or(0o755))),
+            // Strangers see their own in the list, so anybody may read it.
+            Node::Daemon(_) => Ok(self.root_attr(node, self.modes.get(node).unwrap_or(0o444))),
+            Node::Dir(row) => self.entry(row).map(|entry| self.dir_attr(&entry)),
+            Node::File(row, file) => self.entry(row).map(|entry| self.file_attr(&entry, file)),
+        }
+    }
+
+    fn entry(&self, row: RowId) -> Result<Arc<Entry>, Errno> {
+        self.lifecycle.by_row(row).ok_or(Errno::NoEnt)
+    }
+
+    /// An open file whose sandbox is gone answers ENODEV, as cgroup's do.
+    fn open_entry(&self, row: RowId) -> Result<Arc<Entry>, Errno> {
+        self.lifecycle.by_row(row).ok_or(Errno::NoDev)
+    }
+
+    fn root_attr(&self, node: Node, mode: u16) -> Attr {
+        let (uid, gid) = self.root_owner;
+        Attr { node, mode, uid, gid, size: 0, mtime: self.system_time(self.started) }
+    }
+
+    fn dir_attr(&self, entry: &Entry) -> Attr {
+        let record = entry.record();
+        let node = Node::Dir(entry.row());
+        Attr {
+            node,
+            mode: self.modes.get(node).unwrap_or(DIR_MODE),
+            uid: record.owner.uid,
+            gid: record.owner.gid,
+            size: 0,
+            mtime: self.system_time(record.created_at),
+        }
+    }
+
+    fn file_attr(&self, entry: &Entry, file: File) -> Attr {
+        let record = entry.record();
+        let node = Node::File(entry.row(), file);
+        let (size, mtime) = match file {
+            File::State => (STATE_SIZE, self.system_time(record.since)),
+            File::Activity => (0, self.system_time(entry.last_activity())),
+            File::Console => self.console_facts(&record),
+            File::Status
+            | File::Error
+            | File::Config
+            | File::Idle
+            | File::IdleAfter
+            | File::DeleteAfter
+            | File::Pinned => (0, self.system_time(record.since)),
+        };
+        Attr {
+            node,
+            mode: self.modes.get(node).unwrap_or(file.mode()),
+            uid: record.owner.uid,
+            gid: record.owner.gid,
+            size,
+            mtime,
+        }
+    }
+
+    fn system_time(&self, at: Timestamp) -> SystemTime {
+        let millis = self.lifecycle.clock().wall(at).as_millisecond();
+        let millis = u64::try_from(millis).unwrap_or(0);
+        SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
+    }
+
+    /// Lists a directory from `offset` on, and calls `add` with each entry until it
+    /// says that its buffer is full.
+    ///
+    /// # Errors
+    /// `NotDir`; `NoEnt` where the sandbox is gone.
+    pub fn list(
+        &self,
+        node: Node,
+        offset: u64,
+        add: &mut dyn FnMut(Listed) -> bool,
+    ) -> Result<(), Errno> {
+        let this = self.attr(node)?;
+        let parent = match node {
+            Node::Root => this,
+            Node::Dir(_) => self.attr(Node::Root)?,
+            Node::Daemon(_) | Node::File(..) => return Err(Errno::NotDir),
+        };
+        let mut fixed = vec![(this, ".".to_owned()), (parent, "..".to_owned())];
+        match node {
+            Node::Dir(row) => {
+                let entry = self.entry(row)?;
+                let files = File::ALL.into_iter();
+                fixed.extend(files.map(|f| (self.file_attr(&entry, f), f.name().to_owned())));
+            }
+            Node::Root | Node::Daemon(_) | Node::File(..) => {
+                for file in DaemonFile::ALL {
+                    fixed.push((self.attr(Node::Daemon(file))?, file.name().to_owned()));
+                }
+            }
+        }
+        for (next, (attr, name)) in (1u64..).zip(fixed) {
+            if next > offset && !add(Listed { attr, name, next }) {
+                return Ok(());
+            }
+        }
+        if node == Node::Root {
+            self.list_sandboxes(offset, add);
+        }
+        Ok(())
+    }
+
+    fn list_sandboxes(&self, offset: u64, add: &mut dyn FnMut(Listed) -> bool) {
+        let mut last = RowId(offset.saturating_sub(ROWS_FROM));
+        loop {
+            let page = self.lifecycle.rows_after(last, LIST_PAGE);
+            for entry in &page {
+                last = entry.row();
+                let attr = self.dir_attr(entry);
+                let (name, next) = (entry.id().to_string(), ROWS_FROM + last.0);
+                if !add(Listed { attr, name, next }) {
+                    return;
+                }
+            }
+            if page.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Says whether `caller` may see the sandbox, as the modes of its files say.
+    fn may_see(&self, entry: &Entry, caller: Caller) -> bool {
+        let owner = entry.record().owner;
+        caller.uid == 0
+            || caller.uid == owner.uid
+            || caller.gid == owner.gid
+            || groups_of(caller.tid).contains(&owner.gid)
+    }
+}
+
+impl fmt::Debug for Tree {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tree").field("lifecycle", &self.lifecycle).finish_non_exhaustive()
+    }
+}

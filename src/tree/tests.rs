@@ -1,0 +1,324 @@
+//! The tree without a kernel, and once with one, on a host with a fake VMM.
+
+use std::{fs, io::Write, path::Path, time::Duration};
+
+use super::*;
+use crate::{
+    fuse::Mounted,
+    lifecycle::testing::{Host, wait_for},
+    sandbox::State,
+    sys::pool::Pool,
+    vmm::fake::{Call, Fault},
+};
+
+const ROOT: Caller = Caller { uid: 0, gid: 0, tid: 0 };
+
+fn tree(host: &Host) -> Arc<Tree> {
+    Arc::new(Tree::new(Arc::clone(&host.daemon)).unwrap())
+}
+
+fn node(tree: &Tree, id: &str, file: File) -> Node {
+    let dir = tree.lookup(Node::Root, id.as_bytes()).unwrap().node;
+    tree.lookup(dir, file.name().as_bytes()).unwrap().node
+}
+
+fn read(tree: &Tree, id: &str, file: File) -> String {
+    let node = node(tree, id, file);
+    let handle = tree.open(node, false).unwrap();
+    let text = tree.read(node, handle, 0, 1 << 20, ROOT).unwrap();
+    tree.close(handle);
+    String::from_utf8(text).unwrap()
+}
+
+/// Writes, and does the job at once if there is one.
+fn write(tree: &Tree, id: &str, file: File, data: &str) -> Result<usize, Errno> {
+    match tree.write(node(tree, id, file), 0, data.as_bytes(), false) {
+        Written::Now(result) => result,
+        Written::Later(job) | Written::Started(_, job) => job(),
+    }
+}
+
+#[test]
+fn a_verb_does_what_it_says_and_state_tells() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    assert_eq!(read(&tree, "a", File::State), "stopped\n");
+    assert_eq!(write(&tree, "a", File::State, "wake\n"), Ok(5));
+    assert_eq!(read(&tree, "a", File::State), "running\n");
+    assert_eq!(write(&tree, "a", File::State, " sleep "), Ok(7));
+    assert_eq!(read(&tree, "a", File::State), "snapshotted\n");
+    assert_eq!(read(&tree, "a", File::Error), "ok\n");
+}
+
+#[test]
+fn what_is_wrong_has_an_errno_and_a_sentence_and_changes_nothing() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    for (file, data, errno, says) in [
+        (File::State, "hibernate", Errno::Inval, "write `sleep` or `wake`"),
+        (File::State, "sleep\nwake\n", Errno::Inval, "one write is one command"),
+        (File::State, "sleep", Errno::Inval, "a sandbox that is stopped cannot be put to sleep"),
+        (File::State, &"x".repeat(4097), Errno::TooBig, "at most 4096 bytes"),
+        (File::IdleAfter, "5 minutes", Errno::Inval, "`90s`, `5m`, `2h`, `7d` or `never`"),
+        (File::Pinned, "2", Errno::Inval, "neither `0` nor `1`"),
+        (File::Config, "vcpus = 0", Errno::Inval, "line 1: `vcpus` is from 1 to 64"),
+        (File::Config, "\nkernel = \"/no\"", Errno::Inval, "line 2: `kernel`: /no: "),
+        (File::Config, &"#".repeat(65_537), Errno::TooBig, "at most 65536 bytes"),
+        (File::Console, "x", Errno::Inval, "a is stopped; wake it first"),
+    ] {
+        let before = host.entry("a").record();
+        assert_eq!(write(&tree, "a", file, data), Err(errno), "{file:?} {says}");
+        let error = read(&tree, "a", File::Error);
+        assert!(error.contains(says), "{error}");
+        assert_eq!(error.matches('\n').count(), 1, "{error:?}");
+        let after = host.entry("a").record();
+        assert_eq!((&before.state, &before.spec), (&after.state, &after.spec));
+        assert_eq!(before.idle_after, after.idle_after);
+    }
+    for file in [File::Status, File::Error, File::Idle] {
+        assert_eq!(write(&tree, "a", file, "x"), Err(Errno::Acces));
+        assert_eq!(tree.open(node(&tree, "a", file), true), Err(Errno::Acces));
+    }
+}
+
+#[test]
+fn a_blank_write_does_nothing_and_a_success_clears_the_error() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    for file in [File::State, File::IdleAfter, File::DeleteAfter, File::Pinned, File::Config] {
+        assert_eq!(write(&tree, "a", file, " \n"), Ok(2), "{file:?}");
+        assert_eq!(write(&tree, "a", file, ""), Ok(0), "{file:?}");
+    }
+    assert_eq!(read(&tree, "a", File::State), "stopped\n");
+    write(&tree, "a", File::State, "bogus").unwrap_err();
+    write(&tree, "a", File::IdleAfter, "90s").unwrap();
+    assert_eq!(read(&tree, "a", File::Error), "ok\n");
+    assert_eq!(read(&tree, "a", File::IdleAfter), "90s\n");
+}
+
+#[test]
+fn config_reads_back_and_takes_a_whole_document() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    write(&tree, "a", File::Config, "vcpus = 2\nmemory = \"64MiB\"\n").unwrap();
+    let document = read(&tree, "a", File::Config);
+    assert!(document.contains("vcpus = 2\nmemory = \"64MiB\"\n"), "{document}");
+    host.wake("a").unwrap();
+    assert_eq!(write(&tree, "a", File::Config, "vcpus = 1"), Err(Errno::Busy));
+    assert_eq!(read(&tree, "a", File::Config), document);
+}
+
+#[test]
+fn a_document_that_comes_in_pieces_is_refused_at_the_second() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    let config = node(&tree, "a", File::Config);
+    let handle = tree.open(config, true).unwrap();
+    let write = |data: &[u8]| match tree.write(config, handle, data, false) {
+        Written::Now(result) => result,
+        Written::Later(job) | Written::Started(_, job) => job(),
+    };
+    assert_eq!(write(b"vcpus = 2\n"), Ok(10));
+    assert_eq!(write(b"memory = \"64MiB\"\n"), Err(Errno::Inval));
+    assert!(read(&tree, "a", File::Error).contains("write line by line"));
+    assert!(read(&tree, "a", File::Config).contains("vcpus = 2\n"));
+}
+
+#[test]
+fn a_writer_that_does_not_wait_gets_eagain_while_the_lock_is_taken() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    let state = node(&tree, "a", File::State);
+    let held = host.daemon.lock(&host.entry("a"), crate::lifecycle::Wait::ForIt).unwrap();
+    assert!(matches!(tree.write(state, 0, b"wake", true), Written::Now(Err(Errno::Again))));
+    drop(held);
+    match tree.write(state, 0, b"wake", true) {
+        Written::Started(4, job) => assert_eq!(job(), Ok(4)),
+        other @ (Written::Now(_) | Written::Later(_) | Written::Started(..)) => {
+            panic!("{other:?}")
+        }
+    }
+    assert_eq!(host.state("a"), State::Running);
+}
+
+#[test]
+fn a_reader_sees_one_text_from_its_first_byte_to_its_last() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    let state = node(&tree, "a", File::State);
+    let handle = tree.open(state, false).unwrap();
+    assert_eq!(tree.read(state, handle, 0, 3, ROOT).unwrap(), b"sto");
+    host.wake("a").unwrap();
+    assert_eq!(tree.read(state, handle, 3, 100, ROOT).unwrap(), b"pped\n");
+    assert_eq!(tree.read(state, handle, 8, 100, ROOT).unwrap(), b"");
+    assert_eq!(tree.read(state, handle, 0, 100, ROOT).unwrap(), b"running\n");
+    tree.close(handle);
+    // A handle that an earlier daemon gave out still reads.
+    assert_eq!(tree.read(state, handle, 0, 100, ROOT).unwrap(), b"running\n");
+}
+
+#[test]
+fn an_open_file_of_a_deleted_sandbox_answers_enodev_and_its_inode_is_not_used_again() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    let state = node(&tree, "a", File::State);
+    let handle = tree.open(state, false).unwrap();
+    let removal = tree.remove_dir(Node::Root, b"a").unwrap();
+    assert_eq!(tree.lookup(Node::Root, b"a"), Err(Errno::NoEnt));
+    assert_eq!(removal.finish(None), Ok(true));
+    assert_eq!(tree.read(state, handle, 0, 9, ROOT), Err(Errno::NoDev));
+    assert!(matches!(tree.write(state, 0, b"wake", false), Written::Now(Err(Errno::NoDev))));
+    let make = tree.make_dir(Node::Root, b"a", ROOT).unwrap();
+    assert_ne!(make().unwrap().node, Node::Dir(crate::sandbox::RowId(1)));
+    assert_ne!(node(&tree, "a", File::State), state);
+}
+
+#[test]
+fn names_are_ids_and_directories_are_only_made_in_the_root() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    let make = |parent, name: &[u8]| tree.make_dir(parent, name, ROOT).map(drop);
+    for bad in [&b"A"[..], b"a.b", b"\xff", b"-a", b"dozed.list", b""] {
+        assert_eq!(make(Node::Root, bad), Err(Errno::Inval), "{bad:?}");
+    }
+    assert_eq!(make(Node::Root, &[b'a'; 64]), Err(Errno::NameTooLong));
+    assert_eq!(make(Node::Dir(crate::sandbox::RowId(1)), b"b"), Err(Errno::Perm));
+    let job = tree.make_dir(Node::Root, b"a", ROOT).unwrap();
+    assert_eq!(job(), Err(Errno::Exist));
+}
+
+#[test]
+fn a_listing_goes_on_where_it_stopped_whatever_came_and_went() {
+    let host = Host::new();
+    for id in ["a", "b", "c"] {
+        host.create(id);
+    }
+    let tree = tree(&host);
+    let mut names = Vec::new();
+    let mut offset = 0;
+    loop {
+        let mut next = None;
+        tree.list(Node::Root, offset, &mut |entry| {
+            if next.is_some() {
+                return false;
+            }
+            next = Some((entry.name, entry.next));
+            true
+        })
+        .unwrap();
+        let Some((name, at)) = next else { break };
+        if name == "a" {
+            host.destroy("b").unwrap();
+        }
+        names.push(name);
+        offset = at;
+    }
+    assert_eq!(names, [".", "..", "dozed.status", "dozed.list", "a", "c"]);
+}
+
+#[test]
+fn strangers_see_neither_the_line_nor_the_files_of_a_sandbox() {
+    let host = Host::new();
+    host.create("a"); // It is owned by user 1 and group 2.
+    let tree = tree(&host);
+    let list = tree.lookup(Node::Root, b"dozed.list").unwrap().node;
+    let seen = |uid, gid| {
+        let handle = tree.open(list, false).unwrap();
+        let caller = Caller { uid, gid, tid: 0 };
+        String::from_utf8(tree.read(list, handle, 0, 4096, caller).unwrap()).unwrap()
+    };
+    for (uid, gid) in [(0, 0), (1, 9), (9, 2)] {
+        assert!(seen(uid, gid).starts_with("a stopped 1:2 "), "{}", seen(uid, gid));
+    }
+    assert_eq!(seen(9, 9), "");
+    let dir = tree.lookup(Node::Root, b"a").unwrap();
+    assert_eq!((dir.mode, dir.uid, dir.gid), (0o750, 1, 2));
+}
+
+#[test]
+fn looking_changes_nothing() {
+    let host = Host::new();
+    host.create("a");
+    host.wake("a").unwrap();
+    host.sleep("a").unwrap();
+    let tree = tree(&host);
+    let entry = host.entry("a");
+    let before = (entry.activity_count(), entry.last_activity(), entry.record());
+    host.clock.advance(Duration::from_secs(9));
+    for file in File::ALL {
+        read(&tree, "a", file);
+    }
+    tree.set_attr(node(&tree, "a", File::State), AttrChange { mtime: true, ..Default::default() })
+        .unwrap();
+    assert_eq!((entry.activity_count(), entry.last_activity(), entry.record()), before);
+    let touch = AttrChange { mtime: true, ..Default::default() };
+    tree.set_attr(node(&tree, "a", File::Activity), touch).unwrap();
+    assert_eq!(entry.activity_count(), before.0 + 1);
+}
+
+#[test]
+fn chmod_and_chown_do_what_they_say_and_last() {
+    let mut host = Host::new();
+    host.create("a");
+    let (dir, state) = {
+        let tree = tree(&host);
+        (tree.lookup(Node::Root, b"a").unwrap().node, node(&tree, "a", File::State))
+    };
+    let change = |host: &Host, node, change| {
+        let job = tree(host).set_attr(node, change)?;
+        job.map_or_else(|| tree(host).attr(node), |job| job())
+    };
+    let mode = AttrChange { mode: Some(0o600), ..Default::default() };
+    assert_eq!(change(&host, state, mode).unwrap().mode, 0o600);
+    let wide = AttrChange { mode: Some(0o1777), ..Default::default() };
+    assert_eq!(change(&host, Node::Root, wide).unwrap().mode, 0o1777);
+    let owner = AttrChange { uid: Some(7), gid: Some(8), ..Default::default() };
+    assert_eq!(change(&host, state, owner), Err(Errno::Perm));
+    let owned = change(&host, dir, owner).unwrap();
+    assert_eq!((owned.uid, owned.gid, owned.mode), (7, 8, 0o750));
+    // The same again, as `chown -R` does, is no change.
+    assert!(tree(&host).set_attr(state, owner).unwrap().is_none());
+
+    host.restart();
+    let state = tree(&host).attr(state).unwrap();
+    assert_eq!((state.uid, state.gid, state.mode), (7, 8, 0o600));
+    assert_eq!(tree(&host).attr(Node::Root).unwrap().mode, 0o1777);
+    assert_eq!(host.state("a"), State::Stopped);
+}
+
+#[test]
+fn a_panic_in_one_operation_is_an_eio_and_never_hangs_the_mount() {
+    let host = Host::new();
+    host.create("a");
+    host.create("b");
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Arc::new(Pool::new().unwrap());
+    let mounted = Mounted::mount(tree(&host), dir.path(), pool).unwrap();
+    let write = |path: &str, text: &str| {
+        let mut file = fs::File::options().write(true).open(dir.path().join(path)).unwrap();
+        file.write_all(text.as_bytes()).map_err(|error| error.raw_os_error())
+    };
+    for _ in 0..5 {
+        host.vmm.fail_next(Call::Boot, Fault::Panic);
+        assert_eq!(write("a/state", "wake"), Err(Some(libc::EIO)));
+    }
+    let says = fs::read_to_string(dir.path().join("a/error")).unwrap();
+    assert!(says.contains("panicked, which is a bug of dozed"), "{says}");
+    for id in ["a", "b"] {
+        write(&format!("{id}/state"), "wake").unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join(id).join("state")).unwrap(), "running\n");
+    }
+    fs::remove_dir(dir.path().join("a")).unwrap();
+    assert!(!Path::exists(&dir.path().join("a")));
+    wait_for("locks to be free", || host.daemon.locks_in_use() == 0);
+    mounted.unmount().unwrap();
+}

@@ -1,0 +1,352 @@
+//! Writing, making and removing. A command acts at `write`, never at open, truncate or close.
+
+use std::time::Duration;
+
+use super::{
+    Attr, Caller, Errno, File, Node, Tree,
+    command::{self, BadCommand, Verb},
+    errno,
+};
+use crate::{
+    lifecycle::{Entry, Error, Lifecycle, Policy, Signal, Wait, Why, chain},
+    sandbox::{IdError, Owner, RowId, SandboxId, Spec, State},
+    sync::Arc,
+};
+
+/// Work that may take long; its result answers the request.
+pub type Job<T> = Box<dyn FnOnce() -> Result<T, Errno> + Send>;
+
+/// How a write is answered.
+pub enum Written {
+    /// At once.
+    Now(Result<usize, Errno>),
+    /// By a job that may take long.
+    Later(Job<usize>),
+    /// At once with success; the job that was started goes on.
+    Started(usize, Job<usize>),
+}
+
+impl std::fmt::Debug for Written {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Now(result) => f.debug_tuple("Now").field(result).finish(),
+            Self::Later(_) => f.write_str("Later"),
+            Self::Started(..) => f.write_str("Started"),
+        }
+    }
+}
+
+/// A change of attributes, as much of it as means anything here. Sizes mean nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AttrChange {
+    /// New permissions.
+    pub mode: Option<u16>,
+    /// A new user.
+    pub uid: Option<u32>,
+    /// A new group.
+    pub gid: Option<u32>,
+    /// Whether the modification time is set, to whatever.
+    pub mtime: bool,
+}
+
+/// A sandbox that is being removed: already out of sight.
+#[derive(Debug)]
+pub struct Removal {
+    lifecycle: Arc<Lifecycle>,
+    entry: Arc<Entry>,
+}
+
+impl Removal {
+    /// Waits until it is gone. False if it is not within `limit`; it goes on then, and
+    /// without a limit this waits as long as it takes.
+    ///
+    /// # Errors
+    /// After an error it is in sight again.
+    pub fn finish(&self, limit: Option<Duration>) -> Result<bool, Errno> {
+        self.lifecycle
+            .finish_destroy(&self.entry, limit)
+            .map_err(|error| answer(&self.entry, "deleting", &error))
+    }
+}
+
+impl Tree {
+    /// Writes `data` to an open file: one command, whatever the offset.
+    pub fn write(&self, node: Node, handle: u64, data: &[u8], nonblocking: bool) -> Written {
+        let Node::File(row, file) = node else {
+            return Written::Now(Err(Errno::Acces));
+        };
+        let entry = match self.open_entry(row) {
+            Ok(entry) => entry,
+            Err(errno) => return Written::Now(Err(errno)),
+        };
+        let wait = if nonblocking { Wait::Never } else { Wait::ForIt };
+        let len = data.len();
+        let parsed = match file {
+            File::State => command::verb(data)
+                .map(|verb| verb.map(|verb| self.write_verb(&entry, verb, wait, len))),
+            File::Activity if len > command::COMMAND_MAX_BYTES => {
+                Err(BadCommand::TooLong { limit: command::COMMAND_MAX_BYTES })
+            }
+            File::Activity => Ok((len > 0).then(|| {
+                self.lifecycle.saw(&entry, Signal::Touch);
+                Written::Now(Ok(len))
+            })),
+            File::IdleAfter => command::period(data).map(|period| {
+                period.map(|period| self.write_policy(&entry, Policy::IdleAfter(period), wait, len))
+            }),
+            File::DeleteAfter => command::period(data).map(|period| {
+                period.map(|p| self.write_policy(&entry, Policy::DeleteAfter(p), wait, len))
+            }),
+            File::Pinned => command::switch(data).map(|switch| {
+                switch.map(|pinned| self.write_policy(&entry, Policy::Pinned(pinned), wait, len))
+            }),
+            File::Config => match command::document(data) {
+                // What a shell writes line by line would be one document a line, and the
+                // last one of them the one that holds.
+                Ok(Some(_)) if !self.handles.is_first_write(handle) => Err(BadCommand::InPieces),
+                text => text.map(|text| {
+                    text.map(|text| self.write_config(&entry, text.to_owned(), wait, len))
+                }),
+            },
+            File::Console => Ok((len > 0).then(|| self.write_console(&entry, data.to_vec()))),
+            File::Status | File::Error | File::Idle => return Written::Now(Err(Errno::Acces)),
+        };
+        match parsed {
+            Ok(written) => written.unwrap_or(Written::Now(Ok(len))),
+            Err(bad) => {
+                self.lifecycle.note(&entry, &bad);
+                Written::Now(Err(match bad {
+                    BadCommand::TooLong { .. } => Errno::TooBig,
+                    BadCommand::NotText
+                    | BadCommand::UnknownVerb { .. }
+                    | BadCommand::BadCount { .. }
+                    | BadCommand::TwoCommands
+                    | BadCommand::InPieces
+                    | BadCommand::NotASwitch { .. }
+                    | BadCommand::Period(_) => Errno::Inval,
+                }))
+            }
+        }
+    }
+
+    fn write_verb(&self, entry: &Arc<Entry>, verb: Verb, wait: Wait, len: usize) -> Written {
+        if let Some(done) = self.already(entry, verb) {
+            return Written::Now(done.map(|()| len));
+        }
+        let lifecycle = Arc::clone(&self.lifecycle);
+        let entry = Arc::clone(entry);
+        // A caller that does not wait gets its EAGAIN now, and its job the lock.
+        let held = match wait {
+            Wait::ForIt => None,
+            Wait::Never => match lifecycle.lock(&entry, Wait::Never) {
+                Ok(held) => Some(held),
+                Err(error) => return Written::Now(Err(errno::of(&error))),
+            },
+        };
+        let nonblocking = held.is_some();
+        let job: Job<usize> = Box::new(move || {
+            let held = match held {
+                Some(held) => held,
+                None => lifecycle
+                    .lock(&entry, Wait::ForIt)
+                    .map_err(|error| answer(&entry, "locking", &error))?,
+            };
+            let (doing, result) = match verb {
+                Verb::Wake => ("waking", lifecycle.wake(&held, &entry)),
+                Verb::Sleep { count } => {
+                    let why = count.map_or(Why::Asked, Why::AskedAt);
+                    ("putting to sleep", lifecycle.sleep(&held, &entry, why))
+                }
+            };
+            drop(held);
+            result.map(|_| len).map_err(|error| answer(&entry, doing, &error))
+        });
+        if nonblocking { Written::Started(len, job) } else { Written::Later(job) }
+    }
+
+    /// Answers at once where the sandbox is as wanted and nobody is at work on it.
+    fn already(&self, entry: &Arc<Entry>, verb: Verb) -> Option<Result<(), Errno>> {
+        let record = entry.record();
+        let there = match verb {
+            Verb::Wake => State::Running,
+            Verb::Sleep { count: None } => State::Snapshotted,
+            Verb::Sleep { count: Some(_) } => return None,
+        };
+        if record.state != there || self.lifecycle.last_error(entry).is_some() {
+            return None;
+        }
+        let held = self.lifecycle.lock(entry, Wait::Never).ok()?;
+        let still = entry.record().state == there && self.lifecycle.is_settled(entry);
+        drop(held);
+        if !still {
+            return None;
+        }
+        if there == State::Running {
+            self.lifecycle.saw(entry, Signal::Control);
+        }
+        Some(Ok(()))
+    }
+
+    fn write_policy(&self, entry: &Arc<Entry>, policy: Policy, wait: Wait, len: usize) -> Written {
+        let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
+        Written::Later(Box::new(move || {
+            let held = lifecycle.lock(&entry, wait).map_err(|error| errno::of(&error))?;
+            lifecycle
+                .set(&held, &entry, policy)
+                .map(|()| len)
+                .map_err(|error| answer(&entry, "setting policy of", &error))
+        }))
+    }
+
+    fn write_config(&self, entry: &Arc<Entry>, text: String, wait: Wait, len: usize) -> Written {
+        let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
+        Written::Later(Box::new(move || {
+            let base = Arc::clone(&lifecycle.settings().template);
+            let spec =
+                Spec::parse(&text, &base, &crate::sys::files::why_unusable).map_err(|error| {
+                    lifecycle.note(&entry, &error);
+                    Errno::Inval
+                })?;
+            let held = lifecycle.lock(&entry, wait).map_err(|error| errno::of(&error))?;
+            lifecycle
+                .set(&held, &entry, Policy::Spec(Box::new(spec)))
+                .map(|()| len)
+                .map_err(|error| answer(&entry, "configuring", &error))
+        }))
+    }
+
+    fn write_console(&self, entry: &Arc<Entry>, bytes: Vec<u8>) -> Written {
+        let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
+        Written::Later(Box::new(move || {
+            lifecycle.type_in(&entry, &bytes).map_err(|error| {
+                lifecycle.note(&entry, &error);
+                answer(&entry, "typing on the console of", &error)
+            })
+        }))
+    }
+
+    /// Changes attributes: `touch activity` keeps alive, `chmod` and `chown` do what
+    /// they say, and everything else, truncation above all, does nothing.
+    ///
+    /// # Errors
+    /// `NoEnt` or `NoDev` where the sandbox is gone.
+    pub fn set_attr(
+        self: &Arc<Self>,
+        node: Node,
+        change: AttrChange,
+    ) -> Result<Option<Job<Attr>>, Errno> {
+        let attr = self.attr(node)?;
+        if change.mtime
+            && let Node::File(row, File::Activity) = node
+        {
+            self.lifecycle.saw(&*self.open_entry(row)?, Signal::Touch);
+        }
+        let mode = change.mode.filter(|mode| *mode != attr.mode);
+        let owner =
+            Owner { uid: change.uid.unwrap_or(attr.uid), gid: change.gid.unwrap_or(attr.gid) };
+        let owner = Some(owner).filter(|owner| (owner.uid, owner.gid) != (attr.uid, attr.gid));
+        // The owner of a sandbox is the owner of its directory and of all in it.
+        if owner.is_some() && !matches!(node, Node::Dir(_)) {
+            return Err(Errno::Perm);
+        }
+        if mode.is_none() && owner.is_none() {
+            return Ok(None);
+        }
+        let this = Arc::clone(self);
+        Ok(Some(Box::new(move || {
+            if let Some(mode) = mode {
+                this.change_mode(node, mode)?;
+            }
+            if let (Some(owner), Node::Dir(row)) = (owner, node) {
+                this.change_owner(row, owner)?;
+            }
+            this.attr(node)
+        })))
+    }
+
+    fn change_mode(&self, node: Node, mode: u16) -> Result<(), Errno> {
+        self.modes.set(self.lifecycle.index(), node, mode).map_err(|error| {
+            tracing::error!(error = chain(&error), "changing a mode");
+            Errno::Io
+        })
+    }
+
+    fn change_owner(&self, row: RowId, owner: Owner) -> Result<(), Errno> {
+        let entry = self.open_entry(row)?;
+        let held = self.lifecycle.lock(&entry, Wait::ForIt).map_err(|error| errno::of(&error))?;
+        self.lifecycle
+            .set(&held, &entry, Policy::Owner(owner))
+            .map_err(|error| answer(&entry, "changing the owner of", &error))
+    }
+
+    /// Makes a sandbox: `mkdir` in the root.
+    ///
+    /// # Errors
+    /// `Inval` or `NameTooLong` for what is no id, `Perm` in a sandbox.
+    pub fn make_dir(
+        self: &Arc<Self>,
+        parent: Node,
+        name: &[u8],
+        caller: Caller,
+    ) -> Result<Job<Attr>, Errno> {
+        match parent {
+            Node::Root => {}
+            Node::Dir(_) => return Err(Errno::Perm),
+            Node::Daemon(_) | Node::File(..) => return Err(Errno::NotDir),
+        }
+        let id = SandboxId::from_bytes(name).map_err(|error| match error {
+            IdError::TooLong => Errno::NameTooLong,
+            IdError::Malformed => Errno::Inval,
+        })?;
+        let this = Arc::clone(self);
+        Ok(Box::new(move || {
+            let owner = Owner { uid: caller.uid, gid: caller.gid };
+            match this.lifecycle.create(&id, owner) {
+                Ok(entry) => Ok(this.dir_attr(&entry)),
+                // The name is still held by the end of an earlier sandbox.
+                Err(Error::Locked { .. }) => Err(Errno::Busy),
+                Err(error) => {
+                    tracing::info!(%id, error = chain(&error), "creating");
+                    Err(errno::of(&error))
+                }
+            }
+        }))
+    }
+
+    /// Removes a sandbox: `rmdir` in the root. It is out of sight when this returns.
+    ///
+    /// # Errors
+    /// `NoEnt`, `Perm` where it is pinned, `NotDir` for a file.
+    pub fn remove_dir(&self, parent: Node, name: &[u8]) -> Result<Removal, Errno> {
+        let attr = self.lookup(parent, name)?;
+        let Node::Dir(row) = attr.node else {
+            return Err(Errno::NotDir);
+        };
+        let entry = self.entry(row)?;
+        self.lifecycle.doom(&entry).map_err(|error| {
+            if matches!(error, Error::Gone { .. }) {
+                return Errno::NoEnt;
+            }
+            self.lifecycle.note(&entry, &error);
+            errno::of(&error)
+        })?;
+        self.forget(row);
+        Ok(Removal { lifecycle: Arc::clone(&self.lifecycle), entry })
+    }
+
+    fn forget(&self, row: RowId) {
+        self.modes.forget(row);
+    }
+}
+
+/// Logs a failure once, here at the edge, and returns its errno.
+fn answer(entry: &Entry, doing: &str, error: &Error) -> Errno {
+    let errno = errno::of(error);
+    let error = chain(error);
+    if matches!(errno, Errno::Io | Errno::TimedOut | Errno::NoSpc) {
+        tracing::error!(id = %entry.id(), ?errno, error, "{doing}");
+    } else {
+        tracing::info!(id = %entry.id(), ?errno, error, "{doing}");
+    }
+    errno
+}
