@@ -7,6 +7,10 @@
 //!
 //! The rooms, in reading order. Each uses only those below it; `tests/tidy` checks.
 
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod doctor;
 pub mod fuse;
 pub mod index;
 pub mod lifecycle;

@@ -1,0 +1,158 @@
+//! What a configuration file may say, and what is said of one that may not.
+
+use super::*;
+
+fn parse(text: &str) -> Result<Config, SpecError> {
+    Config::parse(text, &|_| None)
+}
+
+#[test]
+fn an_empty_file_is_the_defaults() {
+    let config = parse("").unwrap();
+    assert_eq!(config, Config::default());
+    assert_eq!(config.defaults.idle_after.to_string(), "15m");
+    assert_eq!(config.defaults.delete_after.to_string(), "never");
+}
+
+#[test]
+fn every_key_is_read() {
+    let config = parse(
+        r#"
+        mount = "/m/"
+        store = "/s"
+        runtime = "/r"
+        [reaper]
+        tick = "5s"
+        concurrency = 3
+        [defaults]
+        idle_after = "never"
+        delete_after = "7d"
+        [activity]
+        cpu_percent = 0
+        [limits]
+        sandboxes = 7
+        wakes = 1
+        sleeps = 2
+        memory = "16GiB"
+        [snapshot]
+        verify = "state"
+        [vmm]
+        cloud_hypervisor = "/bin/true"
+        qemu = "/bin/false"
+        [template]
+        vcpus = 2
+        kernel = "/k"
+        [[template.disks]]
+        path = "/d"
+        "#,
+    )
+    .unwrap();
+    let disk = crate::sandbox::Disk { path: "/d".into(), readonly: false };
+    let want = Config {
+        mount: "/m".into(),
+        store: "/s".into(),
+        runtime: "/r".into(),
+        reaper: Reaper { tick: Duration::from_secs(5), concurrency: 3 },
+        defaults: Defaults {
+            idle_after: Period::Never,
+            delete_after: Period::After(Duration::from_secs(7 * 86_400)),
+        },
+        activity: Activity { cpu_percent: 0 },
+        limits: Limits { sandboxes: 7, wakes: 1, sleeps: 2, memory_bytes: Some(16 << 30) },
+        snapshot: Snapshot { verify: Verify::State },
+        vmm: Vmm { cloud_hypervisor: Some("/bin/true".into()), qemu: Some("/bin/false".into()) },
+        template: Spec {
+            vcpus: 2,
+            kernel: Some("/k".into()),
+            disks: vec![disk],
+            ..Spec::default()
+        },
+    };
+    assert_eq!(config, want);
+}
+
+#[test]
+fn what_is_not_accepted_is_told_with_its_line_and_what_is() {
+    for (text, line, says) in [
+        ("\nbogus = 1", 2, "unknown field `bogus`, expected one of `mount`"),
+        ("[reaper]\nevery = 1", 2, "expected `tick` or `concurrency`"),
+        ("[reaper]\ntick = 30", 2, "write \"30s\" or \"5m\""),
+        ("[reaper]\ntick = \"never\"", 2, "write it as \"30s\""),
+        ("[reaper]\nconcurrency = 0", 2, "from 1 to 64"),
+        ("[defaults]\nidle_after = 5", 2, "`5` is not accepted; write \"90s\""),
+        ("[defaults]\nidle_after = \"5x\"", 2, "`5x` is no period: write `90s`"),
+        ("[activity]\ncpu_percent = 6401", 2, "from 0 to 6400"),
+        ("[activity]\ncpu_percent = \"5\"", 2, "a whole number from 0"),
+        ("[limits]\nwakes = -1", 2, "`-1` is not accepted"),
+        ("[limits]\nmemory = \"16\"", 2, "write it with its unit"),
+        ("[snapshot]\nverify = \"no\"", 2, "write \"full\" or \"state\""),
+        ("[vmm]\nqemu = \"/no/such\"", 2, "`qemu`: /no/such is no program; write the path"),
+        ("[vmm]\ncloud_hypervisor = \"/etc/passwd\"", 2, "`cloud_hypervisor`: /etc/passwd is no"),
+        ("[vmm]\nqemu = \"qemu\"", 2, "write an absolute path"),
+        ("[vmm]\nxen = 1", 2, "expected `cloud_hypervisor` or `qemu`"),
+        ("\nmount = \"m\"", 2, "write an absolute path without `..`"),
+        ("mount = \"/a/../b\"", 1, "write an absolute path without `..`"),
+        ("mount = 1", 1, "write an absolute path"),
+        ("[template]\nmemory = \"256\"", 2, "write it with its unit"),
+        ("[template]\nbogus = 1", 2, "unknown field `bogus`"),
+        ("[[template.disks]]\npath = \"d\"", 2, "write an absolute one"),
+        ("mount = ", 1, ""),
+    ] {
+        let error = parse(text).map(drop).expect_err(text);
+        assert!(error.message.contains(says), "{text:?}: {error}");
+        assert_eq!(error.line, Some(line), "{text:?}: {error}");
+        assert!(!error.message.contains('\n'), "{text:?}: {error}");
+    }
+}
+
+#[test]
+fn directories_inside_one_another_are_refused_at_the_line_to_mend() {
+    for (text, line) in [
+        ("\nmount = \"/var/lib/dozed/mnt\"", 2),
+        ("\nmount = \"/var/lib/dozed\"", 2),
+        ("\nstore = \"/run\"", 2),
+        ("runtime = \"/run/sandboxes/r\"\n", 1),
+        ("mount = \"/\"", 1),
+    ] {
+        let error = parse(text).expect_err(text);
+        assert!(error.message.contains("is inside `"), "{text:?}: {error}");
+        assert_eq!(error.line, Some(line), "{text:?}: {error}");
+    }
+    assert!(parse("mount = \"/var/lib/dozed-mnt\"").is_ok());
+}
+
+#[test]
+fn a_runtime_directory_too_long_for_sockets_is_refused() {
+    let long = format!("runtime = \"/{}\"", "r".repeat(RUNTIME_MAX_BYTES));
+    let error = parse(&long).unwrap_err();
+    assert!(error.message.contains("at most 64 bytes"), "{error}");
+}
+
+#[test]
+fn a_file_is_read_and_what_it_names_must_be_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dozed.toml");
+    let load = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        Config::load(&file).map_err(|error| error.to_string())
+    };
+    let here = file.display();
+    assert_eq!(load("[limits]\nwakes = 3").unwrap().limits.wakes, 3);
+    assert_eq!(
+        load("\n[template]\nkernel = \"/no/such\"").unwrap_err(),
+        format!("{here}:3: `kernel`: /no/such: there is no such file; write the path of one")
+    );
+    assert!(load("[template]\nkernel = \"/\"").unwrap_err().contains("is a directory"));
+    std::fs::remove_file(&file).unwrap();
+    let error = Config::load(&file).unwrap_err();
+    assert_eq!(error.to_string(), format!("{here}: reading the configuration"));
+}
+
+#[test]
+fn a_file_without_end_is_refused() {
+    let error = Config::load(Path::new("/dev/zero")).unwrap_err();
+    let ConfigError::Read { source, .. } = error else {
+        panic!("{error}");
+    };
+    assert_eq!(source.kind(), io::ErrorKind::FileTooLarge);
+}

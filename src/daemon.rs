@@ -1,0 +1,340 @@
+//! The composition root: what is opened in which order, and closed in reverse.
+//!
+//! ```text
+//! lock the store → index → clock → lifecycle → reconcile → mount → reaper → ready
+//! signal: no new operations → reaper ends → those under way end → unmount → index
+//! ```
+//!
+//! Guests are not touched by any of it: they outlive the daemon.
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::mpsc::{self, RecvTimeoutError},
+    time::Duration,
+};
+
+use signal_hook::{
+    consts::{SIGINT, SIGTERM},
+    iterator::Signals,
+};
+
+use crate::{
+    config::{self, Config, Verify},
+    fuse::{FS_NAME, Mounted},
+    index::{self, Index},
+    lifecycle::{Lifecycle, Parts, Settings, chain},
+    reaper::Reaper,
+    sandbox::VmmChoice,
+    sync::Arc,
+    sys::{
+        clock::{Clock, ClockBasis, HostClock},
+        files::{LockFile, lock_file, lock_holder, make_private_dir},
+        host::is_root,
+        kvm, mount,
+        pool::Pool,
+    },
+    tree::Tree,
+    vmm::{Vmm, cloud_hypervisor::CloudHypervisor, qemu::Qemu},
+};
+
+/// How long operations that are under way at the end may still take. A sleep of a large
+/// guest on a slow disk takes a while; what is cut off is finished at the next start.
+const CLOSE_LIMIT: Duration = Duration::from_secs(60);
+/// How often we look whether somebody has unmounted the tree.
+const SERVING_LOOK: Duration = Duration::from_secs(1);
+/// Where the index keeps the basis of its time line.
+const CLOCK_KEY: &str = "clock";
+
+/// Why the daemon did not run, or did not end well.
+#[derive(Debug, thiserror::Error)]
+#[allow(clippy::error_impl_error, reason = "it is written `daemon::Error` wherever it is used")]
+pub enum Error {
+    /// Only root mounts, and sees every sandbox's processes.
+    #[error("dozed mounts a file system for everybody, so it has to be run as root")]
+    NotRoot,
+    /// Another daemon has the same directory.
+    #[error(
+        "{} is in use by another dozed{}; each needs a `{key}` of its own",
+        .dir.display(), .pid.map(|pid| format!(" (process {pid})")).unwrap_or_default()
+    )]
+    InUse {
+        /// The configuration's key.
+        key: &'static str,
+        /// The directory.
+        dir: PathBuf,
+        /// The other daemon, where it says.
+        pid: Option<u32>,
+    },
+    /// Something else is mounted where the tree is to be.
+    #[error("{} has a {fs_type} file system mounted; choose another `mount`", .dir.display())]
+    Mounted {
+        /// The mount point.
+        dir: PathBuf,
+        /// Such as `tmpfs`.
+        fs_type: String,
+    },
+    /// The mount point has files, which the tree would hide.
+    #[error("{} is not an empty directory; choose another `mount`", .dir.display())]
+    NotEmpty {
+        /// The mount point.
+        dir: PathBuf,
+    },
+    /// The host did not let us.
+    #[error("{doing}")]
+    Host {
+        /// Such as `mounting /run/sandboxes`.
+        doing: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The index cannot be used.
+    #[error("opening the index {}", .path.display())]
+    Index {
+        /// Where it is.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: index::Error,
+    },
+    /// Somebody took the tree away.
+    #[error("{} was unmounted by somebody else; the guests run on", .dir.display())]
+    Unmounted {
+        /// The mount point.
+        dir: PathBuf,
+    },
+}
+
+fn host(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+    let doing = doing.into();
+    move |source| Error::Host { doing, source }
+}
+
+/// Runs the daemon until it is told to stop by SIGTERM or SIGINT.
+///
+/// # Errors
+/// Where it cannot start, or the tree was unmounted under it.
+pub fn run(config: Config) -> Result<(), Error> {
+    if !is_root() {
+        return Err(Error::NotRoot);
+    }
+    // From here on a signal is an orderly end, however early it comes.
+    let signals = listen().map_err(host("listening for signals"))?;
+    let _locks = take_directories(&config)?;
+    clear_mount_point(&config.mount)?;
+
+    let index_path = config.store.join("index.db");
+    let bad_index = |source| Error::Index { path: index_path.clone(), source };
+    let index = Index::open(&index_path).map_err(bad_index)?;
+    let clock = start_clock(&index)?;
+    let pool = Arc::new(Pool::new().map_err(host("making a pool of threads"))?);
+    let vmms = find_vmms(&config.vmm);
+    let parts = Parts {
+        index,
+        auto: auto(&vmms),
+        vmms,
+        clock: Arc::clone(&clock) as Arc<dyn Clock>,
+        pool: Arc::clone(&pool),
+    };
+    let lifecycle = Lifecycle::new(parts, settings(&config))
+        .map_err(host(format!("opening the store {}", config.store.display())))?;
+    let found = lifecycle.reconcile();
+    tracing::info!(
+        sandboxes = lifecycle.index().len(),
+        adopted = found.adopted,
+        settled = found.settled,
+        failed = found.failed,
+        orphans = found.orphans,
+        "reconciled"
+    );
+
+    let tree = Arc::new(Tree::new(Arc::clone(&lifecycle)).map_err(bad_index)?);
+    let mounted = Mounted::mount(tree, &config.mount, Arc::clone(&pool))
+        .map_err(host(format!("mounting {}", config.mount.display())))?;
+    let reaper =
+        Reaper::start(Arc::clone(&lifecycle), config.reaper.tick, config.reaper.concurrency)
+            .map_err(host("starting the reaper"))?;
+    tell_ready(&config);
+
+    let serving = serve(&signals, &mounted, &config.mount);
+    shut_down(&lifecycle, reaper, mounted, clock.as_ref());
+    serving
+}
+
+/// Has SIGTERM and SIGINT told. The second one ends the daemon at once: the next
+/// start finishes what was cut off.
+fn listen() -> io::Result<mpsc::Receiver<i32>> {
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let (tell, told) = mpsc::channel();
+    std::thread::Builder::new().name("dozed-signal".to_owned()).spawn(move || {
+        for (count, signal) in signals.forever().enumerate() {
+            if count == 0 && tell.send(signal).is_ok() {
+                continue;
+            }
+            tracing::warn!("a second signal: ending at once");
+            // The default action of either signal is what was asked for.
+            drop(signal_hook::low_level::emulate_default_handler(signal));
+        }
+    })?;
+    Ok(told)
+}
+
+/// Makes the directories of this daemon and takes them for itself.
+fn take_directories(config: &Config) -> Result<Vec<LockFile>, Error> {
+    let mut locks = Vec::new();
+    for (key, dir) in [("store", &config.store), ("runtime", &config.runtime)] {
+        make_private_dir(dir).map_err(host(format!("making {}", dir.display())))?;
+        let path = dir.join("lock");
+        match lock_file(&path).map_err(host(format!("locking {}", path.display())))? {
+            Some(lock) => locks.push(lock),
+            None => {
+                let pid = lock_holder(&path);
+                return Err(Error::InUse { key, dir: dir.clone(), pid });
+            }
+        }
+    }
+    Ok(locks)
+}
+
+/// Makes the mount point, and takes away what a daemon that was killed left mounted.
+fn clear_mount_point(dir: &Path) -> Result<(), Error> {
+    let looking = || format!("looking at the mount point {}", dir.display());
+    let dir = &without_links(dir).map_err(host(looking()))?;
+    while let Some(found) = mount::mounted_at(dir).map_err(host(looking()))? {
+        // The type has no subtype where the mount was made without fusermount.
+        let ours = found.source == FS_NAME && found.fs_type.as_encoded_bytes().starts_with(b"fuse");
+        if ours && !mount::is_dead_fuse(dir) {
+            return Err(Error::InUse { key: "mount", dir: dir.to_owned(), pid: None });
+        }
+        if !ours {
+            let fs_type = found.fs_type.to_string_lossy().into_owned();
+            return Err(Error::Mounted { dir: dir.to_owned(), fs_type });
+        }
+        tracing::info!(mount = %dir.display(), "taking away the mount of a daemon that is gone");
+        mount::detach(dir).map_err(host(format!("unmounting {}", dir.display())))?;
+    }
+    std::fs::create_dir_all(dir).map_err(host(format!("making {}", dir.display())))?;
+    let mut entries = std::fs::read_dir(dir).map_err(host(looking()))?;
+    if entries.next().is_some() {
+        return Err(Error::NotEmpty { dir: dir.to_owned() });
+    }
+    Ok(())
+}
+
+/// Returns the path without links above `dir`, as the kernel lists mounts by it. `dir`
+/// itself is not touched: a mount there whose server is dead would not answer.
+fn without_links(dir: &Path) -> io::Result<PathBuf> {
+    let (Some(above), Some(name)) = (dir.parent(), dir.file_name()) else {
+        return Ok(dir.to_owned());
+    };
+    std::fs::create_dir_all(above)?;
+    Ok(above.canonicalize()?.join(name))
+}
+
+/// Goes on with the time line of the index.
+fn start_clock(index: &Index) -> Result<Arc<HostClock>, Error> {
+    let stored = index.meta(CLOCK_KEY).ok().flatten();
+    let stored = stored.and_then(|text| ClockBasis::from_text(&text));
+    let clock = HostClock::start(stored.as_ref()).map_err(host("reading the clocks"))?;
+    keep_clock(index, &clock);
+    Ok(Arc::new(clock))
+}
+
+fn keep_clock(index: &Index, clock: &HostClock) {
+    if let Err(error) = index.set_meta(CLOCK_KEY, &clock.basis().to_text()) {
+        tracing::warn!(error = chain(&error), "keeping the basis of the clock");
+    }
+}
+
+/// Returns the VMMs of this host. Without any, sandboxes can be looked at and deleted.
+fn find_vmms(config: &config::Vmm) -> Vec<Arc<dyn Vmm>> {
+    let mut vmms: Vec<Arc<dyn Vmm>> = Vec::new();
+    let cloud = config.cloud_hypervisor.clone();
+    match cloud.map_or_else(CloudHypervisor::find, CloudHypervisor::at) {
+        Ok(cloud) => {
+            for lack in cloud.lacks() {
+                tracing::warn!("cloud-hypervisor: {lack}");
+            }
+            vmms.push(Arc::new(cloud));
+        }
+        Err(error) => tracing::info!(error = chain(&error), "doing without cloud-hypervisor"),
+    }
+    match config.qemu.clone().map_or_else(Qemu::find, Qemu::at) {
+        Ok(qemu) => vmms.push(Arc::new(qemu)),
+        Err(error) => tracing::info!(error = chain(&error), "doing without QEMU"),
+    }
+    if vmms.is_empty() {
+        tracing::warn!("no sandbox can run; see `dozed doctor`");
+    }
+    vmms
+}
+
+/// Returns the one that `auto` means: Cloud Hypervisor where that runs guests. It cannot
+/// without hardware virtualisation; QEMU can.
+fn auto(vmms: &[Arc<dyn Vmm>]) -> VmmChoice {
+    let has_cloud = vmms.iter().any(|vmm| vmm.choice() == VmmChoice::CloudHypervisor);
+    if has_cloud && kvm::usable().is_ok() { VmmChoice::CloudHypervisor } else { VmmChoice::Qemu }
+}
+
+fn settings(config: &Config) -> Settings {
+    Settings {
+        store: config.store.clone(),
+        runtime: config.runtime.clone(),
+        template: Arc::new(config.template.clone()),
+        idle_after: config.defaults.idle_after,
+        delete_after: config.defaults.delete_after,
+        sandboxes_max: config.limits.sandboxes,
+        wakes_max: config.limits.wakes,
+        sleeps_max: config.limits.sleeps,
+        memory_budget_bytes: config.limits.memory_bytes,
+        active_cpu_percent: config.activity.cpu_percent,
+        verify_memory: config.snapshot.verify == Verify::Full,
+    }
+}
+
+/// Says on standard error, and to systemd where it waits for it, that the tree is there.
+fn tell_ready(config: &Config) {
+    let line = format!("serving {}", config.mount.display());
+    // Where standard error is closed nobody reads it.
+    writeln!(io::stderr(), "dozed: {line}").ok();
+    tracing::info!(store = %config.store.display(), "{line}");
+    let states = [sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(&line)];
+    if let Err(error) = sd_notify::notify(&states) {
+        tracing::warn!(%error, "telling systemd that we are ready");
+    }
+}
+
+/// Waits for a signal.
+fn serve(signals: &mpsc::Receiver<i32>, mounted: &Mounted, dir: &Path) -> Result<(), Error> {
+    loop {
+        match signals.recv_timeout(SERVING_LOOK) {
+            Ok(signal) => {
+                tracing::info!(signal, "shutting down");
+                return Ok(());
+            }
+            Err(RecvTimeoutError::Timeout) if mounted.is_serving() => {}
+            Err(_) => {
+                return Err(Error::Unmounted { dir: dir.to_owned() });
+            }
+        }
+    }
+}
+
+fn shut_down(lifecycle: &Lifecycle, reaper: Reaper, mounted: Mounted, clock: &HostClock) {
+    drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
+    let left = lifecycle.close(CLOSE_LIMIT);
+    if left > 0 {
+        tracing::warn!(left, "operations are still under way; the next start finishes them");
+    }
+    reaper.stop();
+    if let Err(error) = mounted.unmount() {
+        tracing::error!(%error, "unmounting");
+    }
+    keep_clock(lifecycle.index(), clock);
+    if let Err(error) = lifecycle.flush_activity() {
+        tracing::error!(error = chain(&error), "writing activity to the index");
+    }
+    if let Err(error) = lifecycle.index().close() {
+        tracing::error!(error = chain(&error), "closing the index");
+    }
+    tracing::info!("done");
+}

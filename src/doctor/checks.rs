@@ -1,0 +1,347 @@
+//! The checks, one function for each line of the report.
+
+use std::{
+    ffi::OsStr,
+    fs::{self, OpenOptions},
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use super::{Finding, Verdict};
+use crate::{
+    config,
+    sys::{command, files, host, kvm, mount},
+    vmm::{self, cloud_hypervisor::CloudHypervisor},
+};
+
+/// A program that takes longer to tell its version is not well.
+const VERSION_LIMIT: Duration = Duration::from_secs(5);
+/// The first kernel with all that we cannot do without: waiting for a pidfd.
+const KERNEL_NEEDED: (u32, u32) = (5, 4);
+/// The first kernel that tells processes apart by the inode of their pidfds.
+const KERNEL_WANTED: (u32, u32) = (6, 9);
+/// With less room than this the index and its journal are soon in danger too.
+const SPACE_WANTED_BYTES: u64 = 1 << 30;
+
+pub(super) fn kernel() -> Finding {
+    judge_kernel(&host::kernel_release())
+}
+
+fn judge_kernel(release: &str) -> Finding {
+    let subject = "kernel";
+    let mut numbers =
+        release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    let version = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
+    if version < KERNEL_NEEDED {
+        let (major, minor) = KERNEL_NEEDED;
+        failed(subject, format!("Linux {release} is too old; run {major}.{minor} or later."))
+    } else if version < KERNEL_WANTED {
+        let (major, minor) = KERNEL_WANTED;
+        let says = format!(
+            "Linux {release} tells processes apart by their start time only; \
+             {major}.{minor} or later is better."
+        );
+        lacking(subject, says)
+    } else {
+        well(subject, format!("Linux {release}."))
+    }
+}
+
+pub(super) fn user() -> Finding {
+    if host::is_root() {
+        well("user", "We are root.")
+    } else {
+        failed("user", "We are not root; run this, and the daemon, as root.")
+    }
+}
+
+pub(super) fn fuse() -> Finding {
+    match open(Path::new("/dev/fuse")) {
+        Ok(()) => well("/dev/fuse", "It opens; root mounts without fusermount."),
+        Err(error) => {
+            failed("/dev/fuse", format!("It does not open ({error}); try `modprobe fuse`."))
+        }
+    }
+}
+
+pub(super) fn qemu(config: &config::Vmm) -> Finding {
+    match version("qemu-system-x86_64", config.qemu.as_deref()) {
+        Ok(says) => well("qemu", says),
+        Err(why) if kvm::usable().is_ok() && find_cloud_hypervisor(config).is_ok() => {
+            lacking("qemu", format!("{why}; sandboxes with `vmm` = \"qemu\" cannot run."))
+        }
+        Err(why) => {
+            failed("qemu", format!("{why}; install it (on Debian: `apt install qemu-system-x86`)."))
+        }
+    }
+}
+
+pub(super) fn cloud_hypervisor(config: &config::Vmm) -> Finding {
+    let subject = "cloud-hypervisor";
+    let says = match version(subject, config.cloud_hypervisor.as_deref()) {
+        Ok(says) => says,
+        Err(why) => return well(subject, format!("{why}; QEMU does without it.")),
+    };
+    match find_cloud_hypervisor(config) {
+        Ok(cloud) => judge_cloud_hypervisor(&says, kvm::usable(), &cloud.lacks()),
+        Err(error) => {
+            lacking(subject, format!("{}; QEMU does without it.", capital(&error.to_string())))
+        }
+    }
+}
+
+fn find_cloud_hypervisor(config: &config::Vmm) -> Result<CloudHypervisor, vmm::Error> {
+    config.cloud_hypervisor.clone().map_or_else(CloudHypervisor::find, CloudHypervisor::at)
+}
+
+fn judge_cloud_hypervisor(says: &str, kvm: Result<(), String>, lacks: &[&str]) -> Finding {
+    let subject = "cloud-hypervisor";
+    let used = match kvm {
+        Ok(()) => "It is what `auto` means.",
+        Err(_) => "Without hardware virtualisation it is used only where `vmm` names it.",
+    };
+    let says = format!("{says} {used}");
+    if lacks.is_empty() {
+        well(subject, says)
+    } else {
+        lacking(subject, format!("{says} But {}.", lacks.join(". And ")))
+    }
+}
+
+/// Returns a sentence with place and version of the program, or the start of one that
+/// says what is wrong with it.
+fn version(name: &str, configured: Option<&Path>) -> Result<String, String> {
+    let program = configured
+        .map(Path::to_owned)
+        .or_else(|| command::find(name))
+        .ok_or_else(|| format!("There is no {name}"))?;
+    let place = program.display();
+    let output = command::output(&program, &["--version"], VERSION_LIMIT)
+        .map_err(|error| format!("{place} does not tell its version ({error})"))?;
+    let first = output.stdout.lines().next().unwrap_or_default().trim();
+    if output.status.success() && !first.is_empty() {
+        Ok(format!("{place} is {first}."))
+    } else {
+        Err(format!("{place} does not run ({})", output.status))
+    }
+}
+
+pub(super) fn virtualisation() -> Finding {
+    let subject = "virtualisation";
+    match kvm::usable() {
+        Ok(()) => well(subject, "/dev/kvm works with VT-x or AMD-V."),
+        Err(why) => {
+            let says = format!("{}; for speed, run on a host with VT-x or AMD-V.", capital(&why));
+            lacking(subject, says)
+        }
+    }
+}
+
+pub(super) fn store(store: &Path) -> Finding {
+    let there = nearest(store);
+    let fs_type = match mount::mount_of(&there) {
+        Ok(Some(info)) => info.fs_type,
+        Ok(None) | Err(_) => "unknown".into(),
+    };
+    judge_store(store, &fs_type, host::writable(&there))
+}
+
+fn judge_store(store: &Path, fs_type: &OsStr, writable: io::Result<()>) -> Finding {
+    let kind = fs_type.display();
+    let place = store.display();
+    let mend = "set `store` to a local disk";
+    if mount::is_network_fs(fs_type) {
+        failed("store", format!("{place} is on {kind}, a network's; {mend}."))
+    } else if let Err(error) = writable {
+        failed("store", format!("{place} cannot be written ({error}); {mend}."))
+    } else if fs_type == "tmpfs" || fs_type == "ramfs" {
+        let says =
+            format!("{place} is on {kind}, so sleepers take RAM and a reboot loses them; {mend}.");
+        lacking("store", says)
+    } else {
+        well("store", format!("{place} is on {kind}."))
+    }
+}
+
+pub(super) fn space(store: &Path, memory_bytes: u64) -> Finding {
+    match files::free_bytes(&nearest(store)) {
+        Ok(free) => judge_space(free, memory_bytes),
+        Err(error) => {
+            lacking("space", format!("How much is free is not told ({error}); see to the disk."))
+        }
+    }
+}
+
+fn judge_space(free_bytes: u64, memory_bytes: u64) -> Finding {
+    let free = free_bytes >> 20;
+    let memory = memory_bytes >> 20;
+    if free_bytes < memory_bytes.max(SPACE_WANTED_BYTES) {
+        let says = format!(
+            "{free} MiB are free, and one sleeper takes up to {memory} MiB; \
+             free some, or set `store` to a larger disk."
+        );
+        lacking("space", says)
+    } else {
+        well("space", format!("{free} MiB are free; one sleeper takes up to {memory} MiB."))
+    }
+}
+
+pub(super) fn reflink(store: &Path) -> Finding {
+    if files::reflink_works(&nearest(store)) {
+        well("reflink", "Disks are copied by sharing their blocks.")
+    } else {
+        lacking(
+            "reflink",
+            "Disks are copied byte by byte at the first wake; put the store on XFS or Btrfs.",
+        )
+    }
+}
+
+pub(super) fn cgroups() -> Finding {
+    let mounted = mount::mounts_of_type("cgroup2").unwrap_or_default();
+    let Some(at) = mounted.first() else {
+        return judge_cgroups(None, "");
+    };
+    let controllers = fs::read_to_string(at.join("cgroup.controllers")).unwrap_or_default();
+    judge_cgroups(Some(at), &controllers)
+}
+
+fn judge_cgroups(mounted: Option<&PathBuf>, controllers: &str) -> Finding {
+    let mend = "boot with `systemd.unified_cgroup_hierarchy=1`";
+    let Some(at) = mounted else {
+        return lacking("cgroups", format!("There is no cgroup v2; {mend}."));
+    };
+    let at = at.display();
+    let here: Vec<&str> = controllers.split_whitespace().collect();
+    let absent: Vec<&str> =
+        ["cpu", "memory"].into_iter().filter(|name| !here.contains(name)).collect();
+    if absent.is_empty() {
+        well("cgroups", format!("v2 is at {at}, with cpu and memory."))
+    } else {
+        let absent = absent.join(" and ");
+        let says = format!("v2 is at {at} but cannot limit {absent} of sandboxes; {mend}.");
+        lacking("cgroups", says)
+    }
+}
+
+pub(super) fn tun() -> Finding {
+    match open(Path::new("/dev/net/tun")) {
+        Ok(()) => well("/dev/net/tun", "It opens."),
+        Err(error) => lacking(
+            "/dev/net/tun",
+            format!("Sandboxes get no network ({error}); try `modprobe tun`."),
+        ),
+    }
+}
+
+pub(super) fn nftables() -> Finding {
+    match version("nft", None) {
+        Ok(says) => well("nftables", says),
+        Err(why) => {
+            lacking("nftables", format!("{why}, so no firewall can be set; install nftables."))
+        }
+    }
+}
+
+/// Returns `path` or the nearest directory above it that is there.
+fn nearest(path: &Path) -> PathBuf {
+    path.ancestors().find_map(|path| path.canonicalize().ok()).unwrap_or_else(|| "/".into())
+}
+
+fn open(device: &Path) -> io::Result<()> {
+    OpenOptions::new().read(true).write(true).open(device).map(drop)
+}
+
+/// Returns `text` as the start of a sentence.
+fn capital(text: &str) -> String {
+    let mut rest = text.chars();
+    rest.next().map(|first| first.to_uppercase().chain(rest).collect()).unwrap_or_default()
+}
+
+fn well(subject: &'static str, says: impl Into<String>) -> Finding {
+    finding(Verdict::Well, subject, says.into())
+}
+
+fn lacking(subject: &'static str, says: impl Into<String>) -> Finding {
+    finding(Verdict::Lacking, subject, says.into())
+}
+
+fn failed(subject: &'static str, says: impl Into<String>) -> Finding {
+    finding(Verdict::Failed, subject, says.into())
+}
+
+fn finding(verdict: Verdict, subject: &'static str, says: String) -> Finding {
+    Finding { verdict, subject, says }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_judged_by_both_numbers() {
+        for (release, verdict) in [
+            ("4.19.0", Verdict::Failed),
+            ("5.3.18-default", Verdict::Failed),
+            ("5.4", Verdict::Lacking),
+            ("6.1.0-18-amd64", Verdict::Lacking),
+            ("6.10-rc1", Verdict::Well),
+            ("7.0", Verdict::Well),
+            ("nonsense", Verdict::Failed),
+        ] {
+            assert_eq!(judge_kernel(release).verdict, verdict, "{release}");
+        }
+    }
+
+    #[test]
+    fn each_missing_controller_is_named() {
+        let at = PathBuf::from("/sys/fs/cgroup/unified");
+        let bare = judge_cgroups(Some(&at), "hugetlb\n");
+        assert_eq!(bare.verdict, Verdict::Lacking);
+        assert!(bare.says.contains("limit cpu and memory"), "{bare}");
+        let half = judge_cgroups(Some(&at), "cpuset cpu io");
+        assert!(half.says.contains("limit memory of"), "{half}");
+        let full = judge_cgroups(Some(&at), "cpuset cpu io memory pids");
+        assert_eq!(full.verdict, Verdict::Well);
+        assert_eq!(judge_cgroups(None, "").verdict, Verdict::Lacking);
+    }
+
+    #[test]
+    fn room_for_less_than_one_sleeper_is_a_warning() {
+        assert_eq!(judge_space(4 << 30, 8 << 30).verdict, Verdict::Lacking);
+        assert_eq!(judge_space(1 << 20, 256 << 20).verdict, Verdict::Lacking);
+        assert_eq!(judge_space(4 << 30, 256 << 20).verdict, Verdict::Well);
+    }
+
+    #[test]
+    fn a_store_that_cannot_be_written_or_does_not_last_is_told() {
+        let judge = |kind: &str, writable| judge_store(Path::new("/s"), kind.as_ref(), writable);
+        assert_eq!(judge("ext4", Ok(())).verdict, Verdict::Well);
+        assert_eq!(judge("nfs4", Ok(())).verdict, Verdict::Failed);
+        let read_only = judge("ext4", Err(io::ErrorKind::ReadOnlyFilesystem.into()));
+        assert_eq!(read_only.verdict, Verdict::Failed);
+        assert!(read_only.says.contains("read-only"), "{read_only}");
+        assert_eq!(store(Path::new("/dev/shm/store")).verdict, Verdict::Lacking, "a tmpfs");
+    }
+
+    #[test]
+    fn a_program_that_is_missing_is_named() {
+        let why = version("no-such-program", None).unwrap_err();
+        assert_eq!(why, "There is no no-such-program");
+    }
+
+    #[test]
+    fn cloud_hypervisor_is_told_to_be_used_or_not_and_what_it_lacks() {
+        let judge = |kvm: Result<(), String>, lacks: &[&str]| {
+            judge_cloud_hypervisor("/bin/ch is v53.0.", kvm, lacks)
+        };
+        let used = judge(Ok(()), &[]);
+        assert_eq!(used.verdict, Verdict::Well);
+        assert_eq!(used.says, "/bin/ch is v53.0. It is what `auto` means.");
+        assert!(judge(Err("no".to_owned()), &[]).says.contains("only where `vmm` names it"));
+        let old = judge(Ok(()), &["it is slow", "it is old"]);
+        assert_eq!(old.verdict, Verdict::Lacking);
+        assert!(old.says.ends_with("But it is slow. And it is old."), "{old}");
+    }
+}
