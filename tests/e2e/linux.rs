@@ -1,0 +1,84 @@
+//! A Linux guest, as users have: a shell on its console, and a disk.
+
+use std::io::Write as _;
+
+use crate::support::{Host, Setup, wait_until};
+
+/// Types a line on the console.
+fn types(host: &Host, id: &str, line: &str) {
+    let line = format!("{line}\n");
+    let mut left = line.as_bytes();
+    let console = host.open(&format!("{id}/console")).unwrap();
+    wait_until("the console takes a line", || {
+        // The guest's UART takes a few bytes at a time.
+        left = &left[(&console).write(left).unwrap()..];
+        left.is_empty()
+    });
+}
+
+/// Types a line, and waits until the guest has printed `answer`.
+#[track_caller]
+fn asks(host: &Host, id: &str, line: &str, answer: &str) {
+    assert!(!line.contains(answer), "the guest prints also what is typed");
+    let before = host.read(&format!("{id}/console")).len();
+    types(host, id, line);
+    wait_until(&format!("the guest answers `{answer}` to `{line}`"), || {
+        host.read(&format!("{id}/console"))[before..].contains(answer)
+    });
+}
+
+/// Returns how many seconds the guest has been counting.
+fn seconds(host: &Host, id: &str) -> u64 {
+    let before = host.read(&format!("{id}/console")).len();
+    types(host, id, "echo at-$(cat /run/count)-");
+    crate::support::wait_for("the guest says its count", || {
+        let console = host.read(&format!("{id}/console"));
+        let said = console[before..].rsplit_once("\nat-")?.1;
+        said.split_once('-')?.0.parse().ok()
+    })
+}
+
+fn boots(host: &Host, id: &str) -> usize {
+    host.read(&format!("{id}/console")).matches("guest ready").count()
+}
+
+#[test]
+fn a_linux_guest_keeps_its_files_and_its_time_over_sleeps_and_its_disk_over_a_shutdown() {
+    let host = Setup::linux("dozed.quiet").start();
+    host.boot("web-1");
+    wait_until("the guest is up", || boots(&host, "web-1") == 1);
+    asks(&host, "web-1", "echo up-$((1 + 1))", "up-2");
+    let mut last = seconds(&host, "web-1");
+    for cycle in 1..=5 {
+        let line = format!("echo note-$((10 + {cycle})) | tee /run/note > /data/note; sync");
+        types(&host, "web-1", &line);
+        asks(
+            &host,
+            "web-1",
+            &format!("echo written-$((20 + {cycle}))"),
+            &format!("written-{}", 20 + cycle),
+        );
+        host.sleep("web-1");
+        host.wake("web-1");
+        let note = format!("note-{}", 10 + cycle);
+        asks(&host, "web-1", "echo in-$(cat /run/note)", &format!("in-{note}"));
+        asks(&host, "web-1", "echo on-$(cat /data/note)", &format!("on-{note}"));
+        let mut now = seconds(&host, "web-1");
+        assert!(now >= last, "its time went back from {last} to {now}");
+        wait_until("the guest counts on", || {
+            now = seconds(&host, "web-1");
+            now > last
+        });
+        last = now;
+    }
+    assert_eq!(boots(&host, "web-1"), 1);
+
+    types(&host, "web-1", "poweroff");
+    wait_until("the guest has shut down", || host.state("web-1") == "stopped");
+    assert_eq!(host.error("web-1"), "the guest shut down");
+    assert_eq!(host.value("web-1/status", "pid"), "none");
+    assert!(host.number("web-1/status", "disk_bytes") > 0);
+    host.wake("web-1");
+    wait_until("the guest is up again", || boots(&host, "web-1") == 2);
+    asks(&host, "web-1", "echo on-$(cat /data/note)", "on-note-15");
+}

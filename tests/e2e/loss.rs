@@ -1,0 +1,49 @@
+//! Guests that end, and VMMs that die.
+
+use dozed::sys::clock::Stopwatch;
+use rustix::process::Signal;
+
+use crate::support::{Setup, wait_until};
+
+#[test]
+fn a_vmm_that_is_killed_leaves_its_sandbox_stopped_and_the_error_says_so() {
+    let host = Setup::counter("").start();
+    host.boot("web-1");
+    for boots in 1..=3 {
+        assert_eq!(host.counts_on("web-1").boots, boots);
+        let since = Stopwatch::start();
+        host.signal_vmm(host.vmm("web-1"), Signal::KILL);
+        wait_until("it is stopped", || host.state("web-1") == "stopped");
+        println!("stopped {:?} after the kill", since.elapsed());
+        assert_eq!(host.error("web-1"), "the VMM was killed by signal 9");
+        assert_eq!(host.value("web-1/status", "pid"), "none");
+        assert_eq!(host.number("dozed.status", "memory_bytes"), 0);
+        host.wake("web-1");
+    }
+}
+
+#[test]
+fn a_guest_that_shuts_down_leaves_its_sandbox_stopped() {
+    let host = Setup::counter("quit=3").start();
+    host.boot("web-1");
+    wait_until("it is stopped", || host.state("web-1") == "stopped");
+    assert_eq!(host.error("web-1"), "the guest shut down");
+    let console = host.read("web-1/console");
+    assert!(console.ends_with("counter guest quits\n"), "{console}");
+    assert_eq!(host.counted("web-1").count, 3);
+}
+
+#[test]
+fn a_guest_that_shuts_down_after_a_wake_is_not_woken_from_what_it_was() {
+    let host = Setup::counter("quit=50").start();
+    host.boot("web-1");
+    host.counts_on("web-1");
+    host.sleep("web-1");
+    host.wake("web-1");
+    wait_until("it is stopped", || host.state("web-1") == "stopped");
+    assert_eq!(host.error("web-1"), "the guest shut down");
+    assert_eq!(host.number("web-1/status", "snapshot_bytes"), 0);
+    host.wake("web-1");
+    // It counts from the start, so that its last count may be less than the one before.
+    wait_until("it is booted anew", || host.counted("web-1").boots == 2);
+}

@@ -1,0 +1,21 @@
+//! The real daemon with real guests: each promise of the contract, shown from outside.
+//!
+//! Every test has a daemon of its own, on a store and a mount of its own, so that they
+//! run beside one another. When a test is over, whatever it was about, `support::Host`
+//! checks that nothing is left of its sandboxes: no process, mount, file, descriptor or
+//! thread. Needs root, FUSE and QEMU.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod contract;
+mod crash;
+mod damage;
+mod linux;
+mod looking;
+mod loss;
+mod mixed;
+mod reaper;
+mod road;
+mod space;
+mod stuck;
+mod support;

@@ -1,0 +1,138 @@
+//! The reaper: who is put to sleep and who is deleted by itself, and who is not.
+
+use std::{thread, time::Duration};
+
+use dozed::sys::clock::Stopwatch;
+
+use crate::support::{Host, Setup, wait_until};
+
+const TICK: &str = "[reaper]\ntick = \"1s\"";
+
+/// Boots a sandbox that the reaper is to leave alone until `idle_after` is set.
+fn boot(host: &Host, id: &str, config: &str) {
+    host.mkdir(id).unwrap();
+    host.write(&format!("{id}/idle_after"), "never").unwrap();
+    host.write(&format!("{id}/config"), config).unwrap();
+    host.wake(id);
+    host.counts_on(id);
+}
+
+#[test]
+fn what_is_idle_is_put_to_sleep_and_what_is_busy_is_not() {
+    let host = Setup::counter("").config(TICK).config("[activity]\ncpu_percent = 15").start();
+    boot(&host, "idle", "");
+    boot(&host, "busy", "cmdline = \"busy\"");
+    boot(&host, "exempt", "");
+    for id in ["idle", "busy"] {
+        host.write(&format!("{id}/idle_after"), "5s").unwrap();
+    }
+    wait_until("the idle one sleeps", || host.state("idle") == "snapshotted");
+    assert_eq!(host.state("busy"), "running");
+    assert_eq!(host.state("exempt"), "running");
+    let because = host.value("busy/idle", "because");
+    assert!(because.contains("guest CPU above the threshold"), "{because}");
+    assert!(because.contains("idle_after is 5s"), "{because}");
+    assert_eq!(host.value("busy/idle", "verdict"), "active");
+    assert_eq!(host.value("exempt/idle", "verdict"), "exempt");
+    assert_eq!(host.value("exempt/idle", "sleeps_at"), "never");
+    assert_eq!(host.value("idle/idle", "verdict"), "snapshotted");
+    assert_eq!(host.number("idle/status", "sleeps"), 1);
+    host.wake("idle");
+    assert_eq!(host.counts_on("idle").boots, 1);
+    wait_until("the idle one sleeps again", || host.state("idle") == "snapshotted");
+    assert_eq!(host.number("busy/status", "sleeps"), 0);
+}
+
+#[test]
+fn a_touch_now_and_then_keeps_awake() {
+    let host = Setup::counter("").config(TICK).config("[defaults]\nidle_after = \"3s\"").start();
+    host.boot("touched");
+    host.boot("control");
+    let touch = || host.bash_ok("touch touched/activity");
+    for sleeps in 1..=2 {
+        wait_until("the one that is not touched sleeps", || {
+            touch();
+            host.number("control/status", "sleeps") == sleeps
+        });
+        wait_until("its sleep is done", || host.state("control") == "snapshotted");
+        touch();
+        host.wake("control");
+        touch();
+    }
+    assert_eq!(host.number("touched/status", "sleeps"), 0);
+    assert!(host.value("touched/idle", "because").contains("a touch of activity"));
+    wait_until("it sleeps when it is touched no more", || host.state("touched") == "snapshotted");
+}
+
+#[test]
+fn what_has_slept_for_too_long_is_deleted_unless_it_is_pinned() {
+    let host = Setup::counter("").config(TICK).start();
+    for id in ["stale", "pinned", "kept", "awake"] {
+        host.boot(id);
+        host.write(&format!("{id}/delete_after"), "2s").unwrap();
+    }
+    host.write("pinned/pinned", "1").unwrap();
+    host.write("kept/delete_after", "never").unwrap();
+    let home = host.home("stale");
+    for id in ["kept", "pinned", "stale"] {
+        host.sleep(id);
+    }
+    assert_eq!(host.value("kept/idle", "deletes_at"), "never");
+    wait_until("the stale one is deleted", || !host.list().contains(&"stale".to_owned()));
+    assert!(host.try_read("stale/state").is_err());
+    wait_until("its files are gone", || !home.exists());
+    // The pinned one is older; two more ticks have passed it over.
+    for _ in 0..2 {
+        let tick = host.value("dozed.status", "reaper_last_tick");
+        wait_until("the reaper looks", || host.value("dozed.status", "reaper_last_tick") != tick);
+    }
+    let mut left = host.list();
+    left.sort_unstable();
+    assert_eq!(left, ["awake", "kept", "pinned"]);
+    host.write("pinned/pinned", "0").unwrap();
+    wait_until("no longer pinned it is deleted", || host.list().len() == 2);
+}
+
+/// Touches just before `id` is due, and checks that it then is awake for as long as
+/// `idle_after` says. False if the touch came too late.
+fn touch_in_time(host: &Host, id: &str, early: Duration) -> bool {
+    let idle_after = Duration::from_secs(1);
+    host.bash_ok(&format!("touch {id}/activity"));
+    let since = Stopwatch::start();
+    wait_until("it is nearly due", || since.elapsed() + early >= idle_after);
+    host.write(&format!("{id}/activity"), "x").unwrap();
+    let since = Stopwatch::start();
+    if host.state(id) != "running" {
+        wait_until("its sleep is done", || host.state(id) == "snapshotted");
+        host.wake(id);
+        return false;
+    }
+    wait_until("it goes to sleep", || host.state(id) == "snapshotted");
+    let awake = since.elapsed();
+    assert!(awake >= idle_after, "touched {early:?} early, asleep {awake:?} after the touch");
+    host.wake(id);
+    true
+}
+
+#[test]
+fn a_touch_that_returned_before_the_sleep_began_wins() {
+    let config = "[defaults]\nidle_after = \"1s\"";
+    let host = Setup::counter("").config(TICK).config(config).start();
+    let ids = ["a", "b", "c", "d"];
+    for id in ids {
+        host.boot(id);
+    }
+    let won: usize = thread::scope(|scope| {
+        let rounds = |id| {
+            let host = &host;
+            move || {
+                let early = |round: u64| Duration::from_millis(4 * round);
+                (0..8).filter(|round| touch_in_time(host, id, early(*round))).count()
+            }
+        };
+        let threads = ids.map(|id| scope.spawn(rounds(id)));
+        threads.map(|thread| thread.join().unwrap()).iter().sum()
+    });
+    println!("{won} of 32 touches came in time");
+    assert!(won > 0);
+}

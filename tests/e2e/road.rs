@@ -1,0 +1,104 @@
+//! The main road: asleep and awake again, without the guest noticing.
+
+use std::thread;
+
+use crate::support::{Setup, is_alive};
+
+#[test]
+fn fifty_sleeps_and_wakes_lose_nothing_of_a_guest() {
+    let host = Setup::counter("").start();
+    host.boot("web-1");
+    let first = host.counts_on("web-1");
+    for cycle in 1..=50 {
+        let vmm = host.vmm("web-1");
+        let awake = host.counts_on("web-1");
+        host.sleep("web-1");
+        assert!(!is_alive(vmm), "cycle {cycle}: asleep costs no process");
+        assert_eq!(host.value("web-1/status", "pid"), "none");
+        let asleep = host.counted("web-1");
+        host.wake("web-1");
+        let woken = host.counts_on("web-1");
+        assert!(awake.count <= asleep.count && asleep.count < woken.count);
+        assert_eq!((woken.boots, &woken.sum), (1, &first.sum), "cycle {cycle}");
+    }
+    for (key, count) in [("sleeps", 50), ("wakes", 50), ("generation", 100)] {
+        assert_eq!(host.number("web-1/status", key), count, "{key}");
+    }
+}
+
+#[test]
+fn ten_wakes_at_once_are_one_restore_and_ten_successes() {
+    let host = Setup::counter("").start();
+    host.boot("web-1");
+    for round in 1..=5 {
+        host.sleep("web-1");
+        let wake = || host.write("web-1/state", "wake");
+        let results: Vec<_> = thread::scope(|scope| {
+            let wakers: Vec<_> = (0..10).map(|_| scope.spawn(wake)).collect();
+            wakers.into_iter().map(|waker| waker.join().unwrap()).collect()
+        });
+        assert!(results.iter().all(Result::is_ok), "{results:?}");
+        assert_eq!(host.number("web-1/status", "wakes"), round);
+        host.counts_on("web-1");
+    }
+    host.sleep("web-1");
+    host.bash_ok(
+        "for i in $(seq 10); do echo wake > web-1/state & jobs+=($!); done
+         for job in ${jobs[@]}; do wait $job || exit 1; done",
+    );
+    assert_eq!(host.number("web-1/status", "wakes"), 6);
+    assert_eq!(host.counts_on("web-1").boots, 1);
+}
+
+#[test]
+fn guests_do_not_get_one_anothers_memory() {
+    let host = Setup::counter("").start();
+    let ids = ["a", "b", "c", "d"];
+    for (id, seed) in ids.iter().zip(1..) {
+        host.mkdir(id).unwrap();
+        host.write(&format!("{id}/config"), format!("cmdline = \"seed={seed} churn\"")).unwrap();
+        host.wake(id);
+    }
+    let sums = ids.map(|id| host.counts_on(id).sum);
+    for (one, sum) in sums.iter().enumerate() {
+        assert!(!sums[..one].contains(sum), "the guests differ: {sums:?}");
+    }
+    host.bash_ok("for id in a b c d; do echo sleep > $id/state & done; wait");
+    host.bash_ok("for id in d c b a; do echo wake > $id/state & done; wait");
+    for (id, sum) in ids.iter().zip(sums) {
+        assert_eq!(host.counts_on(id).sum, sum, "{id}");
+    }
+}
+
+#[test]
+fn a_guest_that_is_put_to_sleep_while_it_boots_goes_on_booting_when_it_is_woken() {
+    // The firmware takes a while over this file, which the guest does not look at.
+    let dir = tempfile::tempdir().unwrap();
+    let initramfs = dir.path().join("initramfs");
+    std::fs::write(&initramfs, vec![1; 48 << 20]).unwrap();
+    let host = Setup::counter("").start();
+    let config = format!("memory = \"128MiB\"\ninitramfs = \"{}\"", initramfs.display());
+    for round in 0..8 {
+        let id = format!("web-{round}");
+        host.mkdir(&id).unwrap();
+        host.write(&format!("{id}/config"), &config).unwrap();
+        host.wake(&id);
+        host.sleep(&id);
+        host.wake(&id);
+        assert_eq!(host.counts_on(&id).boots, 1, "{id}");
+        host.rmdir(&id).unwrap();
+    }
+}
+
+#[test]
+fn a_large_guest_sleeps_and_its_snapshot_is_as_large_as_what_it_touched() {
+    let host = Setup::counter("touch=64").memory("2GiB").start();
+    host.boot("web-1");
+    host.counts_on("web-1");
+    host.sleep("web-1");
+    let bytes = host.number("web-1/status", "snapshot_bytes");
+    assert!((64 << 20..128 << 20).contains(&bytes), "{bytes}");
+    host.wake("web-1");
+    host.counts_on("web-1");
+    assert_eq!(host.number("web-1/status", "memory_bytes"), 2 << 30);
+}

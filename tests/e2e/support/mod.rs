@@ -1,0 +1,14 @@
+//! What the tests stand on: a daemon of their own, guests, and waiting for conditions.
+
+mod console;
+mod footprint;
+mod guest;
+mod host;
+mod process;
+mod setup;
+mod wait;
+
+pub(crate) use host::{Host, write_once};
+pub(crate) use process::{command, is_alive, signal};
+pub(crate) use setup::Setup;
+pub(crate) use wait::{wait_for, wait_until};

@@ -1,0 +1,79 @@
+//! What the program says on its command line, before any daemon runs.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::{
+    fs,
+    process::{Command, Output},
+};
+
+/// Runs the program to its end.
+#[allow(clippy::disallowed_methods, reason = "the test waits for the child before it goes on")]
+fn dozed(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_dozed"))
+        .args(arguments)
+        .env_remove("JOURNAL_STREAM")
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn the_version_is_told() {
+    let output = dozed(&["--version"]);
+    assert_eq!(output.status.code(), Some(0));
+    let want = format!("dozed {}\n", env!("CARGO_PKG_VERSION"));
+    assert_eq!(text(&output.stdout), want);
+}
+
+#[test]
+fn without_a_command_it_helps() {
+    let output = dozed(&[]);
+    assert_eq!(output.status.code(), Some(2));
+    let help = text(&output.stderr);
+    assert!(help.contains("run") && help.contains("doctor"), "{help}");
+}
+
+#[test]
+fn a_bad_configuration_is_one_line_with_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dozed.toml");
+    fs::write(&file, "[limits]\nwaks = 1\n").unwrap();
+    let file = file.to_str().unwrap();
+    for command in ["run", "doctor"] {
+        let output = dozed(&[command, "--config", file]);
+        assert_eq!(output.status.code(), Some(2), "{command}");
+        assert_eq!(
+            text(&output.stderr),
+            format!(
+                "dozed: {file}:2: unknown field `waks`, expected one of `sandboxes`, `wakes`, \
+                 `sleeps`, `memory`\n"
+            )
+        );
+    }
+}
+
+#[test]
+fn a_missing_configuration_is_one_line_with_its_cause() {
+    let output = dozed(&["run", "--config", "/no/such.toml"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(
+        text(&output.stderr),
+        "dozed: /no/such.toml: reading the configuration: No such file or directory (os error 2)\n"
+    );
+}
+
+#[test]
+fn the_doctor_reports_and_its_exit_code_agrees() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dozed.toml");
+    fs::write(&file, "store = \"/var/lib/dozed\"\n").unwrap();
+    let output = dozed(&["doctor", "--config", file.to_str().unwrap()]);
+    let report = text(&output.stdout);
+    let failed = report.lines().any(|line| line.starts_with("FAIL"));
+    assert_eq!(output.status.code(), Some(i32::from(failed)), "{report}");
+    assert_eq!(report.contains("Sandboxes can run here"), !failed, "{report}");
+}

@@ -1,0 +1,241 @@
+//! Holds the documents against the program: what they list is what there is.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+use dozed::{
+    config::Config,
+    lifecycle::Signals,
+    sandbox::{Owner, Period, Record, RowId, Spec, State, Timestamp},
+    tree::{BadCommand, DaemonFacts, DaemonFile, Facts, File, Verb, verb},
+};
+
+/// The words of one row of a table: those in backquotes, cell by cell.
+type Row = Vec<String>;
+
+fn document(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Returns the cells of every table row under the heading `## {heading}`, without the
+/// rows that head the tables.
+fn rows(text: &str, heading: &str) -> Vec<Row> {
+    let (_, after) = text
+        .split_once(&format!("\n## {heading}\n"))
+        .unwrap_or_else(|| panic!("there is no heading `{heading}`"));
+    let section = after.split("\n## ").next().unwrap();
+    let mut rows: Vec<Row> = Vec::new();
+    for line in section.lines() {
+        if line.starts_with("|---") {
+            rows.pop();
+        } else if let Some(line) = line.strip_prefix("| ") {
+            let cells = line.trim_end_matches('|').split(" | ");
+            rows.push(cells.map(|cell| cell.trim().to_owned()).collect());
+        }
+    }
+    assert!(!rows.is_empty(), "there is no table under `{heading}`");
+    rows
+}
+
+/// Returns what is in backquotes in `cell`.
+fn quoted(cell: &str) -> Vec<&str> {
+    cell.split('`').skip(1).step_by(2).collect()
+}
+
+fn semantics() -> String {
+    document("docs/SEMANTICS.md")
+}
+
+/// Returns the name and the mode of each row of `## The files`.
+fn listed_files() -> Vec<(String, String)> {
+    let rows = rows(&semantics(), "The files");
+    rows.iter().map(|row| (quoted(&row[0])[0].to_owned(), row[1].clone())).collect()
+}
+
+#[test]
+fn each_file_is_listed_in_order_and_with_its_mode() {
+    let mut there: Vec<(String, String)> =
+        DaemonFile::ALL.iter().map(|file| (file.name().to_owned(), "0444".to_owned())).collect();
+    for file in File::ALL {
+        there.push((file.name().to_owned(), format!("{:04o}", file.mode())));
+    }
+    assert_eq!(listed_files(), there);
+}
+
+#[test]
+fn each_state_is_listed() {
+    let text = semantics();
+    let listed: Vec<String> =
+        rows(&text, "States").iter().map(|row| quoted(&row[0])[0].to_owned()).collect();
+    let there: Vec<String> = State::ALL.iter().map(|state| state.word().to_owned()).collect();
+    assert_eq!(listed, there);
+}
+
+#[test]
+fn each_listed_verb_is_accepted_and_leads_where_the_page_says() {
+    let rows = rows(&semantics(), "Verbs");
+    for row in &rows {
+        let written = quoted(&row[0])[0].replace('N', "7");
+        let makes = match verb(written.as_bytes()).unwrap().unwrap() {
+            Verb::Wake => State::Running,
+            Verb::Sleep { .. } => State::Snapshotted,
+        };
+        assert_eq!(quoted(&row[1]), [makes.word()], "{written}");
+    }
+    assert_eq!(rows.len(), 3);
+    let refused = verb(b"snooze").unwrap_err();
+    assert!(matches!(refused, BadCommand::UnknownVerb { .. }));
+    assert!(
+        document("README.md").contains(&refused.to_string()),
+        "the README shows another sentence"
+    );
+}
+
+/// The one table of the program is `tree::errno`, which names them as libc does.
+#[test]
+fn each_errno_is_listed() {
+    let source = document("src/tree/errno.rs");
+    let there: BTreeSet<&str> = source
+        .split("libc::")
+        .skip(1)
+        .map(|rest| rest.split(|c: char| !c.is_ascii_alphanumeric()).next().unwrap())
+        .collect();
+    let text = semantics();
+    let rows = rows(&text, "Errno");
+    let listed: BTreeSet<&str> = rows.iter().flat_map(|row| row[0].split(", ")).collect();
+    assert_eq!(listed, there);
+}
+
+/// Returns the keys of a table that the program made.
+fn keys(table: &str) -> Vec<&str> {
+    table.lines().map(|line| line.split_once(' ').unwrap().0).collect()
+}
+
+#[test]
+fn each_key_of_the_tables_is_listed_in_order() {
+    let record = record();
+    let wall = |at: Timestamp| jiff::Timestamp::from_millisecond(at.as_millis()).unwrap();
+    let facts = Facts {
+        record: &record,
+        now: Timestamp::default(),
+        last_activity: Timestamp::default(),
+        activity_count: 0,
+        signals: Signals::default(),
+        active_cpu_percent: 5,
+        error: None,
+        disk_bytes: 0,
+        cached_bytes: None,
+        wall: &wall,
+    };
+    let daemon = DaemonFacts {
+        counts: State::ALL.map(|state| (state, 0)),
+        memory_bytes: 0,
+        memory_budget_bytes: None,
+        reaper_last_tick: None,
+        started: wall(Timestamp::default()),
+        pid: 1,
+    };
+    let tables = [
+        ("status", facts.status()),
+        ("activity", facts.activity()),
+        ("idle", facts.idle()),
+        ("dozed.status", daemon.status()),
+    ];
+    let text = semantics();
+    let rows = rows(&text, "The tables");
+    assert_eq!(rows.len(), tables.len());
+    for (row, (file, table)) in rows.iter().zip(&tables) {
+        assert_eq!(quoted(&row[0]), [*file]);
+        assert_eq!(quoted(&row[1]), keys(table), "{file}");
+    }
+}
+
+fn record() -> Record {
+    Record {
+        row: RowId(1),
+        id: "web-1".parse().unwrap(),
+        owner: Owner { uid: 0, gid: 0 },
+        state: State::Stopped,
+        since: Timestamp::default(),
+        created_at: Timestamp::default(),
+        generation: 0,
+        spec: Spec::default().into(),
+        idle_after: Period::Never,
+        delete_after: Period::Never,
+        pinned: false,
+        vmm: None,
+        process: None,
+        snapshot: None,
+        sleeps: 0,
+        wakes: 0,
+        last_sleep: None,
+        last_wake: None,
+        error: None,
+        retry_at: None,
+    }
+}
+
+/// Returns the block of `docs/configuration.md`, which has every key.
+fn example() -> String {
+    let text = document("docs/configuration.md");
+    let (_, block) = text.split_once("```toml\n").unwrap();
+    block.split_once("```").unwrap().0.to_owned()
+}
+
+/// Reads a configuration, of which the files are looked for in `dir`.
+fn load(text: &str, dir: &Path) -> Result<Config, String> {
+    let file = dir.join("dozed.toml");
+    fs::write(&file, text.replace("/srv/guest", dir.to_str().unwrap())).unwrap();
+    Config::load(&file).map_err(|error| error.to_string())
+}
+
+/// Returns the keys that the program accepts in a table, from what it says of one that
+/// it does not.
+fn accepted(header: &str, dir: &Path) -> BTreeSet<String> {
+    let refused = load(&format!("{header}\nno_such_key = 1\n"), dir).unwrap_err();
+    let (_, keys) = refused.split_once("expected ").unwrap_or_else(|| panic!("{refused}"));
+    quoted(keys).into_iter().map(str::to_owned).collect()
+}
+
+fn named(table: &toml::Table) -> BTreeSet<String> {
+    table.keys().cloned().collect()
+}
+
+#[test]
+fn the_configuration_page_has_every_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole: toml::Table = example().parse().unwrap();
+    assert_eq!(named(&whole), accepted("", dir.path()));
+    for (name, value) in &whole {
+        if let Some(table) = value.as_table() {
+            assert_eq!(named(table), accepted(&format!("[{name}]"), dir.path()), "{name}");
+        }
+    }
+    let disk = whole["template"]["disks"][0].as_table().unwrap();
+    assert_eq!(named(disk), accepted("[[template.disks]]", dir.path()));
+}
+
+#[test]
+fn the_values_on_the_configuration_page_are_the_defaults() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["vmlinuz", "initramfs", "disk.ext4"] {
+        fs::write(dir.path().join(name), "").unwrap();
+    }
+    for name in ["cloud-hypervisor", "qemu"] {
+        std::os::unix::fs::symlink("/bin/true", dir.path().join(name)).unwrap();
+    }
+    let mut config = load(&example(), dir.path()).unwrap();
+    // Those that the page marks as having no default.
+    assert_eq!(config.template.disks.len(), 1);
+    assert!(config.template.kernel.is_some() && config.template.initramfs.is_some());
+    assert!(config.limits.memory_bytes.is_some());
+    assert!(config.vmm.cloud_hypervisor.is_some() && config.vmm.qemu.is_some());
+    config.vmm = Default::default();
+    config.limits.memory_bytes = None;
+    config.template.kernel = None;
+    config.template.initramfs = None;
+    config.template.disks.clear();
+    assert_eq!(config, Config::default());
+}

@@ -1,0 +1,62 @@
+//! What the systemd unit must have, and must not.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::{fs, path::Path};
+
+/// What gives a service a mount namespace of its own, by the start of the directive: a
+/// tree that is mounted there is seen by nobody else (systemd.exec(5)).
+const HIDES_MOUNTS: [&str; 21] = [
+    "BindPaths",
+    "BindReadOnlyPaths",
+    "DynamicUser",
+    "ExecPaths",
+    "ExtensionDirectories",
+    "ExtensionImages",
+    "InaccessiblePaths",
+    "LoadCredential",
+    "MountFlags",
+    "MountImages",
+    "NoExecPaths",
+    "Private",
+    "ProcSubset",
+    "ProtectControlGroups",
+    "ProtectHome",
+    "ProtectKernel",
+    "ProtectProc",
+    "ProtectSystem",
+    "ReadOnlyPaths",
+    "ReadWritePaths",
+    "TemporaryFileSystem",
+];
+
+fn directives(unit: &str) -> Vec<(&str, &str)> {
+    let lines = unit.lines().filter(|line| !line.starts_with('#'));
+    lines.filter_map(|line| line.split_once('=')).collect()
+}
+
+fn hides_mounts<'a>(directives: &[(&'a str, &str)]) -> Vec<&'a str> {
+    let names = directives.iter().map(|(name, _)| *name);
+    names.filter(|name| HIDES_MOUNTS.iter().any(|start| name.starts_with(start))).collect()
+}
+
+#[test]
+fn the_unit_shows_the_tree_and_spares_the_guests() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("dozed.service");
+    let unit = fs::read_to_string(path).unwrap();
+    let directives = directives(&unit);
+    assert!(hides_mounts(&directives).is_empty(), "{:?}", hides_mounts(&directives));
+    for needed in [("Type", "notify"), ("KillMode", "process"), ("Restart", "always")] {
+        assert!(directives.contains(&needed), "{needed:?}");
+    }
+    // systemd would empty it when the daemon stops, with the sockets of guests in it.
+    assert!(!unit.contains("RuntimeDirectory"));
+    // QEMU without KVM translates.
+    assert!(!directives.iter().any(|(name, _)| *name == "MemoryDenyWriteExecute"));
+}
+
+#[test]
+fn what_hides_mounts_is_caught() {
+    let bad = "[Service]\nProtectSystem=strict\n#PrivateTmp=yes\nPrivateDevices=yes\nUMask=0077\n";
+    assert_eq!(hides_mounts(&directives(bad)), ["ProtectSystem", "PrivateDevices"]);
+}

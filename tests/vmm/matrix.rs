@@ -1,0 +1,214 @@
+//! Whatever goes wrong at whichever call of a boot, a sleep or a wake: the sandbox ends in
+//! the state that the contract says, its `error` is of use, and nothing is left over.
+
+use std::{io, path::Path, thread};
+
+use serde_json::{Value, json};
+
+use crate::{
+    daemon::Daemon,
+    files::{assert_whole, counts_in},
+    support::eventually,
+};
+
+const ID: &str = "web-1";
+/// Longer than any limit that the driver has for a machine of this size.
+const STALL_MILLIS: u32 = 40_000;
+
+/// What goes wrong at a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// It is refused.
+    Refused,
+    /// It is not done, and there is no answer, to this and to anything after.
+    Silence,
+    /// It is done, and so late that nobody waits for the answer any more.
+    Stall,
+    /// It is done, and half of the answer comes.
+    Half,
+    /// It is not done, and what comes is no HTTP.
+    Nonsense,
+    /// The process dies before it does it.
+    Death,
+    /// The process dies when it has done it.
+    LateDeath,
+}
+
+const FAULTS: [Fault; 7] = [
+    Fault::Refused,
+    Fault::Silence,
+    Fault::Stall,
+    Fault::Half,
+    Fault::Nonsense,
+    Fault::Death,
+    Fault::LateDeath,
+];
+
+impl Fault {
+    fn knob(self, endpoint: &str) -> Value {
+        let act = match self {
+            Self::Refused => {
+                json!({ "error": { "status": 500, "chain": ["Error from API", "as planned"] } })
+            }
+            Self::Silence => json!("hang"),
+            Self::Stall => json!({ "slow": STALL_MILLIS }),
+            Self::Half => json!("half"),
+            Self::Nonsense => json!({ "say": "SSH-2.0-OpenSSH_9.2\r\n" }),
+            Self::Death => json!("die"),
+            Self::LateDeath => json!("die-after"),
+        };
+        json!([{ "endpoint": endpoint, "act": act }])
+    }
+
+    /// A word that `error` has to have in it.
+    fn told(self, endpoint: &str) -> &str {
+        match self {
+            Self::Refused => "as planned",
+            Self::Silence | Self::Stall | Self::Half | Self::Nonsense => endpoint,
+            Self::Death | Self::LateDeath => "killed by signal 9",
+        }
+    }
+
+    fn is_death(self) -> bool {
+        matches!(self, Self::Death | Self::LateDeath)
+    }
+}
+
+/// Tries each fault at each endpoint, all at once: most of the time is waiting for limits.
+fn try_all(endpoints: &[&str], cell: impl Fn(&str, Fault) + Sync) {
+    thread::scope(|scope| {
+        for endpoint in endpoints {
+            for fault in FAULTS {
+                let cell = &cell;
+                let named = thread::Builder::new().name(format!("{endpoint} {fault:?}"));
+                named.spawn_scoped(scope, move || cell(endpoint, fault)).unwrap();
+            }
+        }
+    });
+}
+
+/// Has the daemon do what is to fail; returns the error, and puts the VMM right again.
+fn fail(daemon: &Daemon, verb: &str, endpoint: &str, fault: Fault) -> io::Error {
+    daemon.standin.set_faults(&fault.knob(endpoint));
+    let failed = daemon.write(ID, verb);
+    daemon.standin.set_faults(&json!([]));
+    let Err(error) = failed else {
+        panic!("{verb} succeeds although {endpoint} fails: {fault:?}");
+    };
+    let told = daemon.read(ID, "error");
+    let context = format!("{endpoint} {fault:?}: {error}: {told}");
+    assert!(told.contains(fault.told(endpoint)), "{context}");
+    assert_eq!(told.lines().count(), 1, "{context}");
+    error
+}
+
+/// Has the daemon do what is to succeed.
+fn succeed(daemon: &Daemon, verb: &str) {
+    if let Err(error) = daemon.write(ID, verb) {
+        panic!("{verb}: {error}: {}\n{}", daemon.read(ID, "error"), daemon.log());
+    }
+    assert_eq!(daemon.read(ID, "error"), "ok");
+}
+
+fn wait_for_lines(daemon: &Daemon, more: usize) {
+    let lines = || counts_in(&daemon.read(ID, "console")).len();
+    let wanted = lines() + more;
+    eventually("the count", || (lines() >= wanted).then_some(()));
+}
+
+/// Boots the sandbox, and waits until its guest counts.
+fn boot(daemon: &Daemon) {
+    daemon.make(ID);
+    succeed(daemon, "wake");
+    wait_for_lines(daemon, 2);
+}
+
+/// Shows that the sandbox, which runs, is none the worse for it, and goes.
+fn sleeps_wakes_and_goes(daemon: &Daemon) {
+    wait_for_lines(daemon, 2);
+    succeed(daemon, "sleep");
+    assert_eq!(daemon.state(ID), "snapshotted");
+    assert!(daemon.vmms().is_empty());
+    succeed(daemon, "wake");
+    wait_for_lines(daemon, 2);
+    assert_whole(&daemon.read(ID, "console"));
+    goes(daemon);
+}
+
+fn goes(daemon: &Daemon) {
+    daemon.remove(ID);
+    eventually("the end of the VMM", || daemon.vmms().is_empty().then_some(()));
+}
+
+#[test]
+fn a_boot_that_fails_leaves_a_stopped_sandbox_that_boots() {
+    try_all(&["vmm.ping", "vm.create", "vm.info", "vm.boot"], |endpoint, fault| {
+        let daemon = Daemon::start("53.0");
+        daemon.make(ID);
+        let before = (daemon.files("store"), daemon.files("run"));
+        fail(&daemon, "wake", endpoint, fault);
+        let context = format!("{endpoint} {fault:?}: {}", daemon.log());
+        assert_eq!(daemon.state(ID), "stopped", "{context}");
+        assert!(daemon.vmms().is_empty(), "{context}");
+        // It has a directory now, which is empty.
+        let mut after = (daemon.files("store"), daemon.files("run"));
+        after.0.retain(|path| path != Path::new("sandboxes/1"));
+        assert_eq!(after, before, "{context}");
+        succeed(&daemon, "wake");
+        wait_for_lines(&daemon, 2);
+        goes(&daemon);
+    });
+}
+
+#[test]
+fn a_sleep_that_fails_leaves_a_guest_that_runs_unless_its_vmm_died() {
+    try_all(&["vm.pause", "vm.snapshot"], |endpoint, fault| {
+        let daemon = Daemon::start("53.0");
+        boot(&daemon);
+        let before = (daemon.files("store"), daemon.files("run"));
+        fail(&daemon, "sleep", endpoint, fault);
+        let context = format!("{endpoint} {fault:?}: {}", daemon.log());
+        if fault.is_death() {
+            assert_eq!(daemon.state(ID), "stopped", "{context}");
+            assert!(daemon.vmms().is_empty(), "{context}");
+            goes(&daemon);
+        } else if fault == Fault::Silence {
+            // Nobody can say whether the guest runs, so it is neither lost nor said to be
+            // awake. The next that is asked of it looks again; to be deleted it need not
+            // answer.
+            assert_eq!(daemon.state(ID), "snapshotting", "{context}");
+            assert_eq!(daemon.vmms().len(), 1, "{context}");
+            assert_eq!((daemon.files("store"), daemon.files("run")), before, "{context}");
+            goes(&daemon);
+        } else {
+            assert_eq!(daemon.state(ID), "running", "{context}");
+            assert_eq!((daemon.files("store"), daemon.files("run")), before, "{context}");
+            sleeps_wakes_and_goes(&daemon);
+        }
+    });
+}
+
+#[test]
+fn a_wake_that_fails_leaves_a_sandbox_that_wakes_unless_its_guest_may_have_run() {
+    try_all(&["vmm.ping", "vm.restore", "vm.info", "vm.resume"], |endpoint, fault| {
+        let daemon = Daemon::start("53.0");
+        boot(&daemon);
+        succeed(&daemon, "sleep");
+        let before = (daemon.files("store"), daemon.files("run"));
+        let printed = daemon.read(ID, "console");
+        fail(&daemon, "wake", endpoint, fault);
+        let context = format!("{endpoint} {fault:?}: {}", daemon.log());
+        assert!(daemon.vmms().is_empty(), "{context}");
+        // A guest that may have run does not wake once more from the same snapshot.
+        if endpoint == "vm.resume" && fault != Fault::Refused {
+            assert_eq!(daemon.state(ID), "stopped", "{context}");
+            goes(&daemon);
+            return;
+        }
+        assert_eq!(daemon.state(ID), "snapshotted", "{context}");
+        assert_eq!((daemon.files("store"), daemon.files("run")), before, "{context}");
+        assert_eq!(daemon.read(ID, "console"), printed, "{context}");
+        succeed(&daemon, "wake");
+        sleeps_wakes_and_goes(&daemon);
+    });
+}

@@ -1,0 +1,177 @@
+//! A VM: its guest, its devices, and the state it is in.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::Read,
+    os::unix::net::UnixListener,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+use rustix::fs::{FlockOperation, fcntl_lock};
+
+use crate::{
+    config::{Disk, ImageType, Payload, VmConfig, Vsock},
+    failure::{Failure, Within},
+    guest::{Guest, Registers},
+    knobs::Knobs,
+    memory::{Memory, copy_dense},
+    serial::Serial,
+    server::Waker,
+};
+
+/// What state a VM is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum VmState {
+    Created,
+    Running,
+    Shutdown,
+    Paused,
+}
+
+impl VmState {
+    /// Refuses a step that a VM cannot take.
+    pub(crate) fn check(self, to: Self) -> Result<(), Failure> {
+        let possible = match self {
+            Self::Created => to != Self::Created,
+            Self::Running => matches!(to, Self::Paused | Self::Shutdown),
+            Self::Shutdown => to == Self::Running,
+            Self::Paused => matches!(to, Self::Running | Self::Shutdown),
+        };
+        let said = format!("Invalid transition: InvalidStateTransition({self:?}, {to:?})");
+        if possible { Ok(()) } else { Err(Failure::new(&said)) }
+    }
+}
+
+/// A VM that was made.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    pub(crate) state: VmState,
+    pub(crate) guest: Guest,
+    pub(crate) memory: Arc<Memory>,
+    serial: Arc<Serial>,
+    disks: Vec<(Disk, File)>,
+    vsock: Option<(UnixListener, PathBuf)>,
+    /// Whether memory is still being filled behind the guest.
+    pub(crate) filling: Arc<AtomicBool>,
+}
+
+impl Vm {
+    /// Makes a VM whose guest does not run. The memory is there already: a mistake in the
+    /// devices is found only after all of it was read.
+    pub(crate) fn make(
+        config: &VmConfig,
+        memory: Memory,
+        registers: Registers,
+        state: VmState,
+        serial: Arc<Serial>,
+        (knobs, waker): (&Knobs, Waker),
+    ) -> Result<Self, Failure> {
+        config.validate()?;
+        let disks = config.disks.iter().flatten().map(open_disk);
+        let disks = disks.collect::<Result<_, _>>().within("Error from device manager")?;
+        for net in config.net.iter().flatten() {
+            let tap = net.tap.as_deref().unwrap_or("vmtap0");
+            if !Path::new("/sys/class/net").join(tap).exists() {
+                // The real one makes it and says nothing.
+                knobs.note(&format!("TAP {tap}"));
+            }
+        }
+        let vsock = config.vsock.as_ref().map(listen).transpose();
+        let vsock = vsock.within("Error from device manager")?;
+        let memory = Arc::new(memory);
+        let reports = config.balloon.as_ref().is_some_and(|balloon| balloon.free_page_reporting);
+        let (its_memory, port) = (Arc::clone(&memory), Arc::clone(&serial));
+        let guest = Guest::new(registers, its_memory, port, waker, reports)?;
+        let filling = Arc::new(AtomicBool::new(false));
+        Ok(Self { state, guest, memory, serial, disks, vsock, filling })
+    }
+
+    /// Locks the disks, against other processes.
+    pub(crate) fn lock_disks(&self) -> Result<(), Failure> {
+        for (disk, image) in &self.disks {
+            let (word, operation) = if disk.readonly {
+                ("Read", FlockOperation::NonBlockingLockShared)
+            } else {
+                ("Write", FlockOperation::NonBlockingLockExclusive)
+            };
+            let path = disk.path.as_deref().unwrap_or(Path::new(""));
+            let said = format!("Failed to get {word} lock for disk image: {}", path.display());
+            fcntl_lock(image, operation)
+                .map_err(|_| Failure::new("The file is already locked"))
+                .within(&said)
+                .within("Error locking disk image")
+                .within("Error locking disk images: Another instance likely holds a lock")?;
+        }
+        Ok(())
+    }
+
+    /// Lets the guest run, or stops it.
+    pub(crate) fn go(&mut self, to: VmState) {
+        self.guest.set_running(to == VmState::Running);
+        self.state = to;
+    }
+
+    /// Fills all of memory in the background, holes as well.
+    pub(crate) fn fill(&self) -> Result<(), Failure> {
+        let (memory, filling) = (Arc::clone(&self.memory), Arc::clone(&self.filling));
+        filling.store(true, Ordering::SeqCst);
+        thread::Builder::new().name("prefault".to_owned()).spawn(move || {
+            for region in &memory.regions {
+                copy_dense(&region.file, 0, &region.file, 0, region.bytes)
+                    .expect("memory can be written to");
+            }
+            filling.store(false, Ordering::SeqCst);
+        })?;
+        Ok(())
+    }
+
+    /// Ends it in an orderly way, which removes its sockets.
+    pub(crate) fn shut_down(self) {
+        self.guest.set_running(false);
+        self.serial.close();
+        if let Some((_, path)) = self.vsock {
+            fs::remove_file(path).ok();
+        }
+    }
+}
+
+/// Refuses a kernel that is not there or is none.
+pub(crate) fn check_payload(payload: &Payload) -> Result<(), Failure> {
+    if let Some(initramfs) = &payload.initramfs {
+        File::open(initramfs).within("Cannot open initramfs file")?;
+    }
+    let Some(kernel) = &payload.kernel else {
+        return Err(Failure::new("the stand-in has no firmware"));
+    };
+    let mut head = Vec::new();
+    let file = File::open(kernel).within("Cannot open kernel file")?;
+    file.take(0x206).read_to_end(&mut head)?;
+    if head.starts_with(b"\x7fELF") || head.get(0x202..) == Some(b"HdrS") {
+        return Ok(());
+    }
+    Err(Failure::new("Invalid Elf magic number").within("Cannot load the kernel into memory"))
+}
+
+fn open_disk(disk: &Disk) -> Result<(Disk, File), Failure> {
+    let path = disk.path.as_ref().ok_or_else(|| Failure::new("No disk path was specified"))?;
+    let image = OpenOptions::new().read(true).write(!disk.readonly).open(path);
+    let image = image.within("Cannot open disk path")?;
+    match disk.image_type {
+        ImageType::Raw | ImageType::Unknown => Ok((disk.clone(), image)),
+        ImageType::Qcow2 | ImageType::FixedVhd | ImageType::Vhdx => {
+            Err(Failure::new("the stand-in has raw images only").within("Cannot open disk path"))
+        }
+    }
+}
+
+fn listen(vsock: &Vsock) -> Result<(UnixListener, PathBuf), Failure> {
+    let listener = UnixListener::bind(&vsock.socket)
+        .within("Error binding to the host-side Unix socket")
+        .within("Cannot create virtio-vsock backend")?;
+    Ok((listener, vsock.socket.clone()))
+}
