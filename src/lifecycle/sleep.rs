@@ -3,7 +3,7 @@
 use std::{cell::RefCell, rc::Rc};
 
 use super::{
-    Arrow, Entry, Error, Lifecycle, Outcome, Signal, Why,
+    Arrow, Entry, Error, Lifecycle, Outcome, Why,
     machines::Live,
     memory_of,
     operation::Operation,
@@ -237,10 +237,5 @@ impl Lifecycle {
         if let Err(error) = ended {
             tracing::error!(id = %entry.id(), error = super::chain(&error), "ending a sleep");
         }
-    }
-
-    /// Counts a verb that was understood as activity.
-    pub fn saw_control(&self, entry: &Entry) {
-        self.saw(entry, Signal::Control);
     }
 }

@@ -2,18 +2,12 @@
 //!
 //! JSON for whoever reads it at night, with its own digest as the last line.
 
-use std::{
-    collections::HashSet,
-    fs::{self, File},
-    io::{self, Read as _},
-    path::PathBuf,
-    sync::OnceLock,
-};
+use std::{collections::HashSet, io, path::PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use super::{MANIFEST, MEMORY, digest};
-use crate::sandbox::SandboxId;
+use crate::{sandbox::SandboxId, sys::host};
 
 /// What every manifest begins with.
 const MAGIC: &str = "dozed-snapshot";
@@ -21,8 +15,6 @@ const MAGIC: &str = "dozed-snapshot";
 pub(super) const FORMAT: u32 = 1;
 /// The longest manifest that is read. Ours have some KiB.
 pub(super) const MANIFEST_MAX_BYTES: u64 = 1 << 20;
-/// How much of `/proc/cpuinfo` is read: the first processor takes less.
-const CPUINFO_MAX_BYTES: u64 = 4096;
 
 /// What a snapshot is of, what it takes to wake it, and what it consists of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,22 +146,7 @@ impl HostFacts {
     /// # Errors
     /// Where `/proc` cannot be read.
     pub fn of_this_host() -> io::Result<Self> {
-        // Neither changes while we run, and the kernel makes the second anew for each
-        // reader, at a line a CPU.
-        static KNOWN: OnceLock<HostFacts> = OnceLock::new();
-        if let Some(known) = KNOWN.get() {
-            return Ok(known.clone());
-        }
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-        let mut cpuinfo = Vec::new();
-        File::open("/proc/cpuinfo")?.take(CPUINFO_MAX_BYTES).read_to_end(&mut cpuinfo)?;
-        let cpuinfo = String::from_utf8_lossy(&cpuinfo);
-        let cpu = cpuinfo
-            .lines()
-            .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
-            .map_or("unknown", |(_, name)| name.trim());
-        let facts = Self { kernel: kernel.trim().to_owned(), cpu: cpu.to_owned() };
-        Ok(KNOWN.get_or_init(|| facts).clone())
+        Ok(Self { kernel: host::kernel_release(), cpu: host::cpu_model()?.to_owned() })
     }
 }
 

@@ -1,6 +1,11 @@
 //! What host this is, and who we are on it.
 
-use std::{io, path::Path};
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    path::Path,
+    sync::OnceLock,
+};
 
 use rustix::fs::{Access, access};
 
@@ -24,12 +29,25 @@ pub fn writable(dir: &Path) -> io::Result<()> {
     Ok(access(dir, Access::WRITE_OK | Access::EXEC_OK)?)
 }
 
-/// Returns the model name of the first processor, or `unknown`.
-#[must_use]
-pub fn cpu_model() -> String {
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+/// How much of `/proc/cpuinfo` is read: the first processor takes less.
+const CPUINFO_MAX_BYTES: u64 = 4096;
+
+/// Returns the model name of the first processor, or `unknown` if it has none.
+///
+/// # Errors
+/// Where `/proc/cpuinfo` cannot be read.
+pub fn cpu_model() -> io::Result<&'static str> {
+    // It does not change while we run, and the kernel makes the file anew for each reader.
+    static KNOWN: OnceLock<String> = OnceLock::new();
+    if let Some(known) = KNOWN.get() {
+        return Ok(known);
+    }
+    let mut cpuinfo = Vec::new();
+    File::open("/proc/cpuinfo")?.take(CPUINFO_MAX_BYTES).read_to_end(&mut cpuinfo)?;
+    let cpuinfo = String::from_utf8_lossy(&cpuinfo);
     let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    model.map_or("unknown", |(_, name)| name.trim()).to_owned()
+    let model = model.map_or("unknown", |(_, name)| name.trim()).to_owned();
+    Ok(KNOWN.get_or_init(|| model))
 }
 
 /// Returns the user and the group that we act as.

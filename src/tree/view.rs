@@ -47,12 +47,6 @@ fn or_none<T: std::fmt::Display>(value: Option<T>) -> String {
 }
 
 impl Facts<'_> {
-    /// `state`: one of seven words.
-    #[must_use]
-    pub fn state(&self) -> String {
-        format!("{}\n", self.record.state)
-    }
-
     /// `status`: everything else that there is to know.
     #[must_use]
     pub fn status(&self) -> String {
@@ -146,12 +140,6 @@ impl Facts<'_> {
             }
             Some(_) | None => format!("the last activity was {age} s ago"),
         }
-    }
-
-    /// `pinned`: 0 or 1.
-    #[must_use]
-    pub fn pinned(&self) -> String {
-        format!("{}\n", u8::from(self.record.pinned))
     }
 
     /// One line of `dozed.list`.

@@ -1,7 +1,7 @@
 //! A VMM's program file: which version it is, and whether it is still the same.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -10,7 +10,7 @@ use std::{
 use super::{Error, VmmIdentity};
 use crate::{
     sync::{Arc, Mutex, lock},
-    sys::{command, process::Process},
+    sys::{command, host, process::Process},
 };
 
 /// For a question that takes 20 ms to answer, on a host that is busy.
@@ -105,18 +105,14 @@ impl Program {
 
 /// Returns the model of the host's CPU, which guests of KVM see.
 pub(super) fn host_cpu() -> Result<String, Error> {
-    let text = fs::read_to_string("/proc/cpuinfo")
+    let model = host::cpu_model()
         .map_err(|source| Error::Host { doing: "reading /proc/cpuinfo".to_owned(), source })?;
-    let model = text
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("unknown", |(_, model)| model.trim());
     Ok(format!("host: {model}"))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::{fs, os::unix::fs::PermissionsExt};
 
     use super::*;
     use crate::sys::process::Launch;
