@@ -250,12 +250,7 @@ fn find_vmms(config: &config::Vmm) -> Vec<Arc<dyn Vmm>> {
     let mut vmms: Vec<Arc<dyn Vmm>> = Vec::new();
     let cloud = config.cloud_hypervisor.clone();
     match cloud.map_or_else(CloudHypervisor::find, CloudHypervisor::at) {
-        Ok(cloud) => {
-            for lack in cloud.lacks() {
-                tracing::warn!("cloud-hypervisor: {lack}");
-            }
-            vmms.push(Arc::new(cloud));
-        }
+        Ok(cloud) => vmms.push(Arc::new(cloud)),
         Err(error) => tracing::info!(error = chain(&error), "doing without cloud-hypervisor"),
     }
     match config.qemu.clone().map_or_else(Qemu::find, Qemu::at) {
@@ -264,6 +259,12 @@ fn find_vmms(config: &config::Vmm) -> Vec<Arc<dyn Vmm>> {
     }
     if vmms.is_empty() {
         tracing::warn!("no sandbox can run; see `dozed doctor`");
+    }
+    for vmm in &vmms {
+        let version = vmm.identity().map(|is| is.version.clone()).unwrap_or_default();
+        for lack in vmm.lacks(&version) {
+            tracing::warn!("{}: {lack}", vmm.name());
+        }
     }
     vmms
 }

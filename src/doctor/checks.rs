@@ -12,7 +12,7 @@ use super::{Finding, Verdict};
 use crate::{
     config,
     sys::{command, files, host, kvm, mount},
-    vmm::{self, cloud_hypervisor::CloudHypervisor},
+    vmm::{self, Vmm, cloud_hypervisor::CloudHypervisor},
 };
 
 /// A program that takes longer to tell its version is not well.
@@ -84,7 +84,10 @@ pub(super) fn cloud_hypervisor(config: &config::Vmm) -> Finding {
         Err(why) => return well(subject, format!("{why}; QEMU does without it.")),
     };
     match find_cloud_hypervisor(config) {
-        Ok(cloud) => judge_cloud_hypervisor(&says, kvm::usable(), &cloud.lacks()),
+        Ok(cloud) => {
+            let version = cloud.identity().map(|is| is.version.clone()).unwrap_or_default();
+            judge_cloud_hypervisor(&says, kvm::usable(), &cloud.lacks(&version))
+        }
         Err(error) => {
             lacking(subject, format!("{}; QEMU does without it.", capital(&error.to_string())))
         }

@@ -386,6 +386,18 @@ impl Lifecycle {
         }
     }
 
+    /// Returns a sentence for each thing that the VMM of `record` lacks: the one that runs it,
+    /// or that it sleeps by.
+    #[must_use]
+    pub fn lacks(&self, record: &Record) -> Vec<&'static str> {
+        let named = record.vmm.as_deref().filter(|_| record.state != State::Stopped);
+        let Some((name, version)) = named.and_then(|named| named.split_once(' ')) else {
+            return Vec::new();
+        };
+        let vmm = self.vmms.iter().find(|vmm| vmm.name() == name);
+        vmm.map(|vmm| vmm.lacks(version)).unwrap_or_default()
+    }
+
     /// Returns the VMM that a snapshot of `record` was made by, which alone can load it.
     fn vmm_that_made(&self, record: &Record, made: &VmmFacts) -> Result<&Arc<dyn Vmm>, Error> {
         self.vmms.iter().find(|vmm| vmm.name() == made.name).ok_or_else(|| Error::NoVmm {

@@ -108,6 +108,7 @@ impl Tree {
             error: self.lifecycle.last_error(entry),
             disk_bytes: self.lifecycle.disk_bytes(record),
             cached_bytes: self.lifecycle.cached_bytes(record),
+            lacks: self.lifecycle.lacks(record),
             wall: &|at| clock.wall(at),
         })
     }
@@ -153,6 +154,7 @@ impl Tree {
             error: None,
             disk_bytes: 0,
             cached_bytes: None,
+            lacks: Vec::new(),
             wall: &|at| clock.wall(at),
         }
         .list_line()

@@ -52,6 +52,22 @@ fn a_verb_does_what_it_says_and_state_tells() {
 }
 
 #[test]
+fn status_tells_what_the_vmm_of_a_sandbox_lacks_and_nothing_of_one_that_is_stopped() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    let lacks = || {
+        let status = read(&tree, "a", File::Status);
+        status.lines().last().unwrap().to_owned()
+    };
+    assert_eq!(lacks(), "lacks none");
+    for verb in ["wake", "sleep"] {
+        write(&tree, "a", File::State, verb).unwrap();
+        assert_eq!(lacks(), "lacks it is a fake; it is an old one", "{verb}");
+    }
+}
+
+#[test]
 fn what_is_wrong_has_an_errno_and_a_sentence_and_changes_nothing() {
     let host = Host::new();
     host.create("a");

@@ -31,6 +31,8 @@ pub struct Facts<'a> {
     pub disk_bytes: u64,
     /// The bytes of its snapshot that the kernel caches, where it tells.
     pub cached_bytes: Option<u64>,
+    /// A sentence for each thing that its VMM lacks.
+    pub lacks: Vec<&'static str>,
     /// Says when a moment was, by the wall clock.
     pub wall: &'a dyn Fn(Timestamp) -> jiff::Timestamp,
 }
@@ -69,6 +71,8 @@ impl Facts<'_> {
         line(&mut text, "owner", format_args!("{}:{}", record.owner.uid, record.owner.gid));
         line(&mut text, "created", self.time(record.created_at));
         line(&mut text, "cached_bytes", or_none(self.cached_bytes));
+        let lacks = (!self.lacks.is_empty()).then(|| self.lacks.join("; "));
+        line(&mut text, "lacks", or_none(lacks));
         text
     }
 

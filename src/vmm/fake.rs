@@ -239,6 +239,10 @@ impl Vmm for FakeVmm {
         "fake"
     }
 
+    fn lacks(&self, version: &str) -> Vec<&'static str> {
+        if version == "1.0" { vec!["it is a fake", "it is an old one"] } else { Vec::new() }
+    }
+
     fn keeps_memory_in_file(&self) -> bool {
         !self.0.copies_memory()
     }

@@ -55,6 +55,10 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// As for [`Vmm::identity`].
     fn identity_of(&self, process: &Process) -> Result<Arc<VmmIdentity>, Error>;
 
+    /// Returns a sentence for each thing that one of `version` lacks on this host. Nothing
+    /// is looked at and nobody is asked.
+    fn lacks(&self, version: &str) -> Vec<&'static str>;
+
     /// Says whether the guest's memory is the file [`Plan::memory`], which the VMM maps.
     ///
     /// If not, it is memory of the process: `save` writes it to [`SAVED_MEMORY`] in its

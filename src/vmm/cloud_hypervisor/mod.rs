@@ -46,6 +46,8 @@ const LAYOUT: u32 = 1;
 #[derive(Debug)]
 pub struct CloudHypervisor {
     program: Program,
+    /// Whether this host lets it shut itself in.
+    confined: bool,
 }
 
 impl CloudHypervisor {
@@ -68,7 +70,10 @@ impl CloudHypervisor {
     /// # Errors
     /// `Missing` if there is none, or none that works, or it is too old.
     pub fn at(program: PathBuf) -> Result<Self, Error> {
-        let found = Self { program: Program::new(program, parse_version) };
+        let found = Self {
+            program: Program::new(program, parse_version),
+            confined: confinement::is_possible(),
+        };
         let identity = found.identity()?;
         if Version::parse(&identity.version).is_none_or(|version| version < OLDEST) {
             let why =
@@ -76,20 +81,6 @@ impl CloudHypervisor {
             return Err(found.program.missing(&why));
         }
         Ok(found)
-    }
-
-    /// Returns a sentence for each thing that this one lacks, on this host.
-    #[must_use]
-    pub fn lacks(&self) -> Vec<&'static str> {
-        let version = self.identity().ok().and_then(|is| Version::parse(&is.version));
-        let mut lacks = version.map(Version::lacks).unwrap_or_default();
-        if !confinement::is_possible() {
-            lacks.push(
-                "it is not shut in to its own files, as the kernel has no Landlock of version 3 \
-                 (Linux 6.2), or it is off (see the kernel's option `lsm=`)",
-            );
-        }
-        lacks
     }
 }
 
@@ -123,6 +114,17 @@ impl Vmm for CloudHypervisor {
     fn identity_of(&self, process: &Process) -> Result<Arc<VmmIdentity>, Error> {
         let running = self.program.running_as(process);
         running.identity(|version, digest| self.describe(version, digest))
+    }
+
+    fn lacks(&self, version: &str) -> Vec<&'static str> {
+        let mut lacks = Version::parse(version).map(Version::lacks).unwrap_or_default();
+        if !self.confined {
+            lacks.push(
+                "it is not shut in to its own files, as the kernel has no Landlock of version 3 \
+                 (Linux 6.2), or it is off (see the kernel's option `lsm=`)",
+            );
+        }
+        lacks
     }
 
     fn keeps_memory_in_file(&self) -> bool {

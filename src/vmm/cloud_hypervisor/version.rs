@@ -48,18 +48,18 @@ impl Version {
         [
             (
                 self.saves_sparsely(),
-                "a snapshot takes as long, and as much of the disk, as all of the memory; \
-                 v52 and later save what the guest has touched",
+                "a snapshot takes as long, and as much of the disk, as all of the memory (v52 \
+                 and later save what the guest has touched)",
             ),
             (
                 self.is_told_image_types(),
                 "it guesses the format of a disk from what is in it, which its guest can \
-                 change; v50.1 and later are told that it is raw",
+                 change (v50.1 and later are told that it is raw)",
             ),
             (
                 self.resumes_vcpus_last(),
-                "a wake that fails at its very end loses the guest; with v52 and later it \
-                 sleeps on",
+                "a wake that fails at its very end loses the guest (with v52 and later it \
+                 sleeps on)",
             ),
         ]
         .into_iter()

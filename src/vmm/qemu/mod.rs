@@ -114,6 +114,16 @@ impl Vmm for Qemu {
         running.identity(|version, digest| self.describe(version, digest))
     }
 
+    fn lacks(&self, _: &str) -> Vec<&'static str> {
+        match self.accelerator {
+            Accelerator::Kvm => Vec::new(),
+            Accelerator::Tcg => vec![
+                "its guest runs many times slower than it could, as this host has no hardware \
+                 virtualisation (`dozed doctor` says why)",
+            ],
+        }
+    }
+
     fn keeps_memory_in_file(&self) -> bool {
         true
     }
