@@ -28,6 +28,11 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts a daemon on a host that has the stand-in at `version`.
     pub(crate) fn start(version: &str) -> Self {
+        Self::start_by(version, spawn)
+    }
+
+    /// Starts one as [`Daemon::start`] does, by `spawn`, which gets its directory.
+    pub(crate) fn start_by(version: &str, spawn: impl FnOnce(&Path) -> Arc<Process>) -> Self {
         let standin = Standin::new(version);
         let dir = open_dir("dozed");
         let path = |name: &str| dir.path().join(name);
@@ -154,7 +159,8 @@ impl Drop for Daemon {
     }
 }
 
-fn spawn(dir: &Path) -> Arc<Process> {
+/// Starts the program on the settings in `dir`.
+pub(crate) fn spawn(dir: &Path) -> Arc<Process> {
     let program = Path::new(env!("CARGO_BIN_EXE_dozed"));
     let settings = dir.join("dozed.toml").into_os_string();
     let args = ["run".into(), "--config".into(), settings];

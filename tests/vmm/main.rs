@@ -15,7 +15,7 @@ mod contract;
 mod daemon;
 mod files;
 mod matrix;
-
+mod old_kernel;
 mod restart;
 mod silence;
 mod support;
