@@ -22,6 +22,9 @@ pub(super) const DUE_TO_SLEEP: &str = "SELECT sleep_at, row FROM sandbox WHERE s
 pub(super) const DUE_TO_DELETE: &str = "SELECT delete_at, row FROM sandbox WHERE state = ?1 \
      AND (delete_at, row) > (?2, ?3) AND delete_at <= ?4 ORDER BY delete_at, row LIMIT ?5";
 
+pub(super) const BETWEEN: &str = "SELECT row FROM sandbox \
+     WHERE state IN ('booting', 'snapshotting', 'restoring', 'deleting') LIMIT ?1";
+
 /// Before every deadline.
 const START: Due = Due { at: Timestamp::from_millis(i64::MIN), row: RowId(0) };
 /// After every deadline.
@@ -66,6 +69,33 @@ impl Index {
         let sleep = self.due_to_sleep(END, passed, 1)?;
         let delete = self.due_to_delete(END, passed, 1)?;
         Ok(sleep.into_iter().chain(delete).map(|due| due.at).min())
+    }
+
+    /// Returns up to `limit` sandboxes that are in one of the states in the middle of an
+    /// operation.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn between(&self, limit: usize) -> Result<Vec<RowId>, Error> {
+        let none = |(state, count): &(State, usize)| match state {
+            State::Stopped | State::Running | State::Snapshotted => true,
+            State::Booting | State::Snapshotting | State::Restoring | State::Deleting => {
+                *count == 0
+            }
+        };
+        if self.count_by_state().iter().all(none) {
+            return Ok(Vec::new());
+        }
+        let connection = lock(&self.connection);
+        let open = connection.as_ref().ok_or(Error::Closed)?;
+        let rows = || -> rusqlite::Result<Vec<RowId>> {
+            open.prepare_cached(BETWEEN)?
+                .query_map([i64::try_from(limit).unwrap_or(i64::MAX)], |found| {
+                    Ok(RowId(found.get::<_, i64>(0)?.cast_unsigned()))
+                })?
+                .collect()
+        };
+        rows().map_err(Error::sql(&self.path, || "looking in the index for leftovers".to_owned()))
     }
 
     fn due(

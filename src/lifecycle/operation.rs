@@ -71,7 +71,7 @@ impl Operations {
     }
 
     /// Begins an operation. The caller has the sandbox's lock.
-    fn begin(&self, entry: &Entry) -> Result<Operation<'_>, Error> {
+    pub(super) fn begin(&self, entry: &Entry) -> Result<Operation<'_>, Error> {
         let mut table = lock(&self.table);
         if table.doomed.contains(&entry.row()) {
             return Err(Error::Gone { id: entry.id().clone() });

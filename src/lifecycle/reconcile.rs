@@ -23,7 +23,7 @@
 use std::{collections::HashSet, thread};
 
 use super::{
-    Entry, Error, Lifecycle, chain,
+    Entry, Error, Lifecycle, Outcome, chain,
     exits::end,
     machines::Live,
     memory_of,
@@ -165,6 +165,20 @@ impl Lifecycle {
         operation: &Operation<'_>,
     ) -> Result<(), Error> {
         if self.is_unsettled(entry) { self.recover(held, entry, operation) } else { Ok(()) }
+    }
+
+    /// Brings what an operation left that could not be taken back to an end, if that can be
+    /// done by now: its VMM answers again, or has died. Why the operation failed stays in
+    /// `error`.
+    ///
+    /// # Errors
+    /// Where it still cannot.
+    pub fn settle_leftover(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
+        let operation = self.operations.begin(entry)?;
+        if self.is_settled(entry) {
+            return Ok(Outcome::Already);
+        }
+        self.recover(held, entry, &operation).map(|()| Outcome::Done)
     }
 
     /// Brings a record to the state that the table above says.

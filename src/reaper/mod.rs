@@ -5,7 +5,10 @@
 //! and has slept for longer than its `delete_after`. Both are looked at again under
 //! the sandbox's lock, so that a touch that came meanwhile wins.
 //!
-//! One thread looks, at every tick, at the next deadline and when the bell rings: two
+//! Besides, what an operation left in the middle, as its VMM did not answer, is brought to an
+//! end once that is possible.
+//!
+//! One thread looks, at every tick, at the next deadline and when the bell rings: a few
 //! range scans of the index. A few workers act, so that a slow sandbox does not hold
 //! up the others. A sandbox whose lock is taken is passed over until the next look; one
 //! that fails is left alone for longer each time.
@@ -32,6 +35,8 @@ use crate::{
 
 /// How many due sandboxes are read from the index at a time.
 const PAGE: usize = 64;
+/// How many leftovers are looked at in one go; there is one for each VMM that is stuck.
+const LEFTOVERS_MAX: usize = 1024;
 /// The first wait after a failure; it doubles with each.
 const RETRY_FIRST: Duration = Duration::from_secs(30);
 /// The longest wait after failures.
@@ -44,12 +49,13 @@ const LOOK_MIN: Duration = Duration::from_millis(50);
 enum Due {
     Sleep(RowId),
     Delete(RowId),
+    Settle(RowId),
 }
 
 impl Due {
     fn row(self) -> RowId {
         match self {
-            Self::Sleep(row) | Self::Delete(row) => row,
+            Self::Sleep(row) | Self::Delete(row) | Self::Settle(row) => row,
         }
     }
 }
@@ -138,7 +144,26 @@ impl Shared {
         let index = self.lifecycle.index();
         self.hand_out(give, Due::Sleep, |after| index.due_to_sleep(now, after, PAGE));
         self.hand_out(give, Due::Delete, |after| index.due_to_delete(now, after, PAGE));
+        self.hand_out_leftovers(give, now);
         self.lifecycle.ticked(now);
+    }
+
+    /// Hands out what is in the middle of an operation. If that is still under way, its lock
+    /// is taken, and it is passed over.
+    fn hand_out_leftovers(&self, give: &mpsc::Sender<Due>, now: Timestamp) {
+        let rows = self.lifecycle.index().between(LEFTOVERS_MAX).unwrap_or_else(|error| {
+            tracing::error!(error = chain(&error), "looking for leftovers");
+            Vec::new()
+        });
+        let is_due = |row: &RowId| {
+            let retry_at = self.lifecycle.by_row(*row).and_then(|entry| entry.record().retry_at);
+            retry_at.is_none_or(|at| at <= now)
+        };
+        for row in rows.into_iter().filter(is_due) {
+            if lock(&self.in_hand).insert(row) && give.send(Due::Settle(row)).is_err() {
+                return;
+            }
+        }
     }
 
     /// Hands all that is due to the workers, but for what they have already.
@@ -188,6 +213,9 @@ impl Shared {
                 ("putting an idle one to sleep", { self.lifecycle.sleep(&held, &entry, Why::Idle) })
             }
             Due::Delete(_) => ("deleting a stale one", self.lifecycle.destroy_stale(&held, &entry)),
+            Due::Settle(_) => {
+                ("settling a leftover", self.lifecycle.settle_leftover(&held, &entry))
+            }
         };
         match result {
             Ok(outcome) => {

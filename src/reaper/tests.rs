@@ -82,6 +82,30 @@ fn a_stale_one_is_deleted_unless_it_is_pinned() {
 }
 
 #[test]
+fn what_a_deaf_vmm_left_in_the_middle_is_settled_once_it_hears_again() {
+    let host = awake("a");
+    host.vmm.fail_next(Call::Save, Fault::Refuse);
+    // Neither the undo nor the recovery after it can resume the guest, nor the first look.
+    for _ in 0..3 {
+        host.vmm.fail_next(Call::Resume, Fault::Refuse);
+    }
+    host.sleep("a").unwrap_err();
+    let why = host.error("a");
+    assert_eq!(host.state("a"), State::Snapshotting);
+    let reaper = reap(&host);
+    wait_for("the first try", || host.entry("a").record().retry_at.is_some());
+    look(&host);
+    assert_eq!(host.state("a"), State::Snapshotting);
+    host.clock.advance(RETRY_FIRST);
+    look(&host);
+    wait_for("a to run", || host.state("a") == State::Running);
+    assert!(host.guest_runs("a"));
+    assert!(why.contains("as planned"), "{why}");
+    assert_eq!(host.error("a"), why);
+    reaper.stop();
+}
+
+#[test]
 fn one_that_fails_is_left_alone_for_a_while_and_does_not_starve_the_others() {
     let host = awake("a");
     host.create("b");
