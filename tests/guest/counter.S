@@ -24,6 +24,9 @@
 #                nothing; -no-reboot makes QEMU leave then
 #     idle       prints its ready line and then halts for ever, with neither timer
 #                nor interrupts, so that hundreds of guests take no CPU
+#     poll=N     neither halts nor takes interrupts: it looks N times between two lines
+#                whether somebody types, and types it back.  For KVMs that run such
+#                code by an emulator, which has no interrupts for it
 #     seed=N     starts the pattern elsewhere, so that guests differ in their sums
 #
 # It boots by the PVH protocol, which QEMU and Cloud Hypervisor share: 32-bit
@@ -34,6 +37,7 @@
         .set    COM1, 0x3f8
         .set    COM1_STATUS, COM1 + 5
         .set    CAN_SEND, 0x20            # "Transmitter holding register empty".
+        .set    HAS_RECEIVED, 1           # "Data ready".
         .set    SEND_SPINS, 100000        # A UART that nobody drains costs a byte, not the guest.
 
         .set    SLEEP_CONTROL, 0x600      # Cloud Hypervisor's; QEMU's microvm has nothing there.
@@ -109,8 +113,10 @@ start:
         jz      2f
         call    read_options
 2:
+        cmpl    $0, poll
+        jne     3f
         call    set_up_interrupts
-        call    fill_marker
+3:      call    fill_marker
         xorl    %ebp, %ebp                # %ebp is the count, and nothing else, from here on.
         call    touch_pages
 
@@ -121,10 +127,13 @@ start:
         call    end_line
         cmpl    $0, idle
         jne     rest
-        sti
 
 # Waits for ticks, and prints a line at every tenth.
 count:
+        movl    poll, %ecx
+        testl   %ecx, %ecx
+        jnz     listen
+        sti
         movl    ticks, %eax
         movl    %eax, %edx
         subl    last_line, %edx
@@ -142,15 +151,30 @@ count:
 1:      sti
         jmp     count
 
+# Looks %ecx times whether somebody types.
+listen:
+        pushl   %ecx
+        movw    $COM1_STATUS, %dx
+        inb     %dx, %al
+        testb   $HAS_RECEIVED, %al
+        jz      1f
+        movw    $COM1, %dx
+        inb     %dx, %al
+        call    print_byte
+1:      popl    %ecx
+        decl    %ecx
+        jnz     listen
+        jmp     3f
+
 2:      movl    %eax, last_line           # Not ten more: a late guest makes no burst of lines.
-        incl    %ebp
+3:      incl    %ebp
         incl    count_in_memory
         cmpl    %ebp, count_in_memory
         jne     torn
         cmpl    $0, churn
-        je      3f
+        je      4f
         call    touch_pages
-3:      movl    $count_text, %esi
+4:      movl    $count_text, %esi
         call    print
         movl    %ebp, %eax
         call    print_hex
@@ -411,6 +435,7 @@ options:
         .long   quit_name, quit
         .long   seed_name, seed
         .long   idle_name, idle
+        .long   poll_name, poll
         .long   0
 busy_name:  .asciz "busy"
 churn_name: .asciz "churn"
@@ -418,6 +443,7 @@ touch_name: .asciz "touch="
 quit_name:  .asciz "quit="
 seed_name:  .asciz "seed="
 idle_name:  .asciz "idle"
+poll_name:  .asciz "poll="
 
 ready_text: .asciz "counter guest ready sum "
 count_text: .asciz "count "
@@ -442,3 +468,4 @@ touch:           .skip 4
 quit:            .skip 4
 seed:            .skip 4
 idle:            .skip 4
+poll:            .skip 4

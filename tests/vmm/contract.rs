@@ -7,7 +7,7 @@ use std::{
 };
 
 use dozed::{
-    sys::{cancel::Cancel, command, process::Exit},
+    sys::{cancel::Cancel, command, kvm, process::Exit},
     vmm::{Error, Machine, Plan, PlannedDisk, Vmm, cloud_hypervisor::CloudHypervisor, qemu::Qemu},
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -21,6 +21,8 @@ use crate::{
 struct Subject {
     vmm: Box<dyn Vmm>,
     kernel: PathBuf,
+    /// What its guests are told besides.
+    words: &'static str,
     /// Keeps the stand-in's program and its knobs.
     _standin: Option<Standin>,
 }
@@ -28,24 +30,26 @@ struct Subject {
 impl Subject {
     fn qemu() -> Self {
         let vmm = Box::new(Qemu::find().unwrap());
-        Self { vmm, kernel: counter_guest(), _standin: None }
+        Self { vmm, kernel: counter_guest(), words: "", _standin: None }
     }
 
     fn standin(version: &str) -> Self {
         let standin = Standin::new(version);
         let vmm = Box::new(CloudHypervisor::at(standin.program()).unwrap());
-        Self { vmm, kernel: counter_guest(), _standin: Some(standin) }
+        Self { vmm, kernel: counter_guest(), words: "", _standin: Some(standin) }
     }
 
     /// The real one, where there is one.
     fn cloud_hypervisor() -> Option<Self> {
         command::find("cloud-hypervisor")?;
         let vmm = Box::new(CloudHypervisor::find().unwrap());
-        Some(Self { vmm, kernel: counter_guest(), _standin: None })
+        // A KVM that is not of the hardware runs such a guest, if it does, by an emulator.
+        let words = if kvm::usable().is_ok() { "" } else { "poll=200" };
+        Some(Self { vmm, kernel: counter_guest(), words, _standin: None })
     }
 
     fn host(&self, cmdline: &str) -> Host {
-        Host::new(&self.kernel, cmdline)
+        Host::new(&self.kernel, &format!("{cmdline} {}", self.words))
     }
 
     /// Boots a guest that counts.
