@@ -286,6 +286,7 @@ fn settings(config: &Config) -> Settings {
         sandboxes_max: config.limits.sandboxes,
         wakes_max: config.limits.wakes,
         sleeps_max: config.limits.sleeps,
+        holds_max: config.limits.holds,
         memory_budget_bytes: config.limits.memory_bytes,
         active_cpu_percent: config.activity.cpu_percent,
         verify_memory: config.snapshot.verify == Verify::Full,

@@ -128,6 +128,7 @@ fn each_key_of_the_tables_is_listed_in_order() {
         disk_bytes: 0,
         cached_bytes: None,
         lacks: Vec::new(),
+        holders: Vec::new(),
         wall: &wall,
     };
     let daemon = DaemonFacts {

@@ -101,6 +101,9 @@ pub struct Limits {
     /// How many may be put to sleep at a time.
     #[serde(deserialize_with = "number::<_, _, 1, 1024>")]
     pub sleeps: usize,
+    /// How many holds a user may have at a time: files `awake` that are open for writing.
+    #[serde(deserialize_with = "number::<_, _, 1, 1_000_000>")]
+    pub holds: usize,
     /// How much memory all sandboxes that are awake may have together.
     #[serde(rename = "memory", deserialize_with = "memory_from_text")]
     pub memory_bytes: Option<u64>,
@@ -197,7 +200,7 @@ impl Default for Activity {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { sandboxes: 10_000, wakes: 16, sleeps: 8, memory_bytes: None }
+        Self { sandboxes: 10_000, wakes: 16, sleeps: 8, holds: 1024, memory_bytes: None }
     }
 }
 

@@ -33,6 +33,7 @@ fn every_key_is_read() {
         sandboxes = 7
         wakes = 1
         sleeps = 2
+        holds = 5
         memory = "16GiB"
         [snapshot]
         verify = "state"
@@ -58,7 +59,13 @@ fn every_key_is_read() {
             delete_after: Period::After(Duration::from_secs(7 * 86_400)),
         },
         activity: Activity { cpu_percent: 0 },
-        limits: Limits { sandboxes: 7, wakes: 1, sleeps: 2, memory_bytes: Some(16 << 30) },
+        limits: Limits {
+            sandboxes: 7,
+            wakes: 1,
+            sleeps: 2,
+            holds: 5,
+            memory_bytes: Some(16 << 30),
+        },
         snapshot: Snapshot { verify: Verify::State },
         vmm: Vmm { cloud_hypervisor: Some("/bin/true".into()), qemu: Some("/bin/false".into()) },
         template: Spec {

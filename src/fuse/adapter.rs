@@ -8,26 +8,24 @@ use std::{
 };
 
 use fuser::{
-    BsdFileFlags, Errno as Number, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags,
+    BsdFileFlags, Errno as Number, FileHandle, Filesystem, Generation, INodeNo, InitFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags,
     PollNotifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use rustix::fs::OFlags;
-
 use super::{
     translate::{
-        BLOCK_BYTES, attr_ttl, caller, caught, file_attr, give, node, number, reply_attr,
-        reply_entry, reply_written,
+        BLOCK_BYTES, attr_ttl, caller, caught, file_attr, give, is_nonblocking, node, number,
+        reply_attr, reply_entry, reply_opened, reply_written,
     },
     waiting::{Once, Waiting},
 };
 use crate::{
     sync::Arc,
     sys::pool::Pool,
-    tree::{AttrChange, Errno, Job, Tree, Written},
+    tree::{Access, AttrChange, Errno, Job, Opened, Tree, Written},
 };
 
 /// The largest write. A document is smaller; a larger one arrives whole, to be refused.
@@ -76,30 +74,51 @@ impl Adapter {
 }
 
 impl Adapter {
-    /// Answers a write by a job that its writer can be interrupted in.
-    fn write_later(&self, job: Job<usize>, tid: u32, reply: ReplyWrite) {
+    /// Answers a request of the thread `tid` by a job that it can be interrupted in. Whoever
+    /// is not there any more for the answer has `unwanted` called with what the job made.
+    fn later_unless_signalled<T: Send + 'static, R: Send + 'static>(
+        &self,
+        job: Job<T>,
+        tid: u32,
+        reply: R,
+        answer: fn(R, Result<T, Number>),
+        unwanted: impl FnOnce(T) + Send + 'static,
+    ) {
         let reply = Once::new(reply);
         let (interrupted, mine) = (reply.clone(), reply.clone());
         let waiting = Arc::clone(&self.waiting);
         let place = waiting.enter(tid, move || {
             if let Some(reply) = interrupted.take() {
-                reply.error(Number::EINTR);
+                answer(reply, Err(Number::EINTR));
             }
         });
         let queued = self.pool.run(move || {
             let result = caught(job).map_err(number);
             waiting.leave(place);
-            if let Some(reply) = mine.take() {
-                reply_written(reply, result);
+            match (mine.take(), result) {
+                (Some(reply), result) => answer(reply, result),
+                (None, Ok(made)) => unwanted(made),
+                (None, Err(_)) => {}
             }
         });
         if let Err(full) = queued {
-            tracing::warn!("{full}; a write is refused");
+            tracing::warn!("{full}; one more is refused");
             self.waiting.leave(place);
             if let Some(reply) = reply.take() {
-                reply.error(Number::EBUSY);
+                answer(reply, Err(Number::EBUSY));
             }
         }
+    }
+
+    fn write_later(&self, job: Job<usize>, tid: u32, reply: ReplyWrite) {
+        self.later_unless_signalled(job, tid, reply, reply_written, drop);
+    }
+
+    fn open_later(&self, job: Job<u64>, tid: u32, reply: ReplyOpen) {
+        let tree = Arc::clone(&self.tree);
+        self.later_unless_signalled(job, tid, reply, reply_opened, move |handle| {
+            tree.close(handle);
+        });
     }
 }
 
@@ -200,16 +219,28 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
-        match self.call(|tree| tree.open(node(ino)?, for_writing)) {
-            // Verdicts come from write, so nobody has to ask again at close.
-            Ok(handle) => reply.opened(
-                FileHandle(handle),
-                FopenFlags::FOPEN_DIRECT_IO
-                    | FopenFlags::FOPEN_NOFLUSH
-                    | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
-            ),
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let access = match flags.acc_mode() {
+            OpenAccMode::O_RDONLY => Access::Read,
+            OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR if is_nonblocking(flags) => {
+                Access::WriteNonblocking
+            }
+            OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR => Access::Write,
+        };
+        let caller = caller(request);
+        match self.call(|tree| tree.open(node(ino)?, access, caller)) {
+            Ok(Opened::Now(handle)) => reply_opened(reply, Ok(handle)),
+            Ok(Opened::Later(job)) => self.open_later(job, request.pid(), reply),
+            Ok(Opened::Started(handle, job)) => {
+                let started = self.pool.run(move || {
+                    // Nobody waits for the result; `error` has it.
+                    caught(job).ok();
+                });
+                if started.is_err() {
+                    self.tree.close(handle);
+                }
+                reply_opened(reply, started.map(|()| handle).map_err(|_| Number::EBUSY));
+            }
             Err(errno) => reply.error(errno),
         }
     }
@@ -245,8 +276,7 @@ impl Filesystem for Adapter {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let nonblocking =
-            OFlags::from_bits_retain(flags.0.cast_unsigned()).contains(OFlags::NONBLOCK);
+        let nonblocking = is_nonblocking(flags);
         match self.call(|tree| Ok(tree.write(node(ino)?, handle.0, data, nonblocking))) {
             Ok(Written::Now(result)) => reply_written(reply, result.map_err(number)),
             Ok(Written::Later(job)) => self.write_later(job, request.pid(), reply),

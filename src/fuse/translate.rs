@@ -6,9 +6,10 @@ use std::{
 };
 
 use fuser::{
-    Errno as Number, FileAttr, FileType, Generation, INodeNo, ReplyAttr, ReplyEntry, ReplyWrite,
-    Request,
+    Errno as Number, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, OpenFlags,
+    ReplyAttr, ReplyEntry, ReplyOpen, ReplyWrite, Request,
 };
+use rustix::fs::OFlags;
 
 use super::waiting::Once;
 use crate::tree::{Attr, Caller, Errno, Node};
@@ -87,6 +88,23 @@ pub(super) fn reply_entry(reply: ReplyEntry, result: Result<Attr, Number>) {
 pub(super) fn reply_attr(reply: ReplyAttr, result: Result<Attr, Number>) {
     match result {
         Ok(attr) => reply.attr(&attr_ttl(&attr), &file_attr(&attr)),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+pub(super) fn is_nonblocking(flags: OpenFlags) -> bool {
+    OFlags::from_bits_retain(flags.0.cast_unsigned()).contains(OFlags::NONBLOCK)
+}
+
+pub(super) fn reply_opened(reply: ReplyOpen, result: Result<u64, Number>) {
+    match result {
+        // Verdicts come from write, so nobody has to ask again at close.
+        Ok(handle) => reply.opened(
+            FileHandle(handle),
+            FopenFlags::FOPEN_DIRECT_IO
+                | FopenFlags::FOPEN_NOFLUSH
+                | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+        ),
         Err(errno) => reply.error(errno),
     }
 }

@@ -26,12 +26,14 @@ pub enum Signal {
     Cpu,
     /// Something typed on the console.
     Console,
+    /// An open `awake`.
+    Hold,
 }
 
 impl Signal {
     /// All of them, in the order in which `activity` lists them.
-    pub const ALL: [Self; 6] =
-        [Self::Control, Self::Touch, Self::Boot, Self::Wake, Self::Cpu, Self::Console];
+    pub const ALL: [Self; 7] =
+        [Self::Control, Self::Touch, Self::Boot, Self::Wake, Self::Cpu, Self::Console, Self::Hold];
 
     /// Returns the key of the signal in `activity`.
     #[must_use]
@@ -43,6 +45,7 @@ impl Signal {
             Self::Wake => "wake",
             Self::Cpu => "cpu",
             Self::Console => "console",
+            Self::Hold => "hold",
         }
     }
 }

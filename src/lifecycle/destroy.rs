@@ -15,14 +15,15 @@ impl Lifecycle {
     /// is called off, and its VMM is killed. `finish_destroy` must follow.
     ///
     /// # Errors
-    /// `Pinned`; `Gone` where somebody else has begun.
+    /// `Pinned`, `Held`; `Gone` where somebody else has begun.
     pub fn doom(&self, entry: &Entry) -> Result<(), Error> {
         if entry.record().pinned {
             return Err(Error::Pinned { id: entry.id().clone() });
         }
-        if !self.operations.doom(entry.row()) {
-            return Err(Error::Gone { id: entry.id().clone() });
-        }
+        self.unless_held(entry, || {
+            let first = self.operations.doom(entry.row());
+            first.then_some(()).ok_or_else(|| Error::Gone { id: entry.id().clone() })
+        })?;
         if let Some(live) = self.machines.get(entry.row()) {
             live.process.kill();
         }

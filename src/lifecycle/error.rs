@@ -39,6 +39,30 @@ pub enum Error {
         /// The sandbox.
         id: SandboxId,
     },
+    /// It is held awake.
+    #[error(
+        "{id} is held awake by {by}; they let go of it when they close its file `awake`, or \
+         end"
+    )]
+    Held {
+        /// The sandbox.
+        id: SandboxId,
+        /// Who holds it.
+        by: String,
+    },
+    /// The user holds as many as one may.
+    #[error(
+        "user {uid} has {limit} files `awake` open, which is the limit ([limits] holds), so {id} \
+         is not held"
+    )]
+    TooManyHolds {
+        /// The sandbox.
+        id: SandboxId,
+        /// The user.
+        uid: u32,
+        /// The limit.
+        limit: usize,
+    },
     /// Hardware changes only while stopped.
     #[error("the hardware of {id} cannot change while it is {state}, only while it is stopped")]
     NotStopped {
@@ -233,6 +257,8 @@ impl Error {
             | Self::Exists { .. }
             | Self::Refused(_)
             | Self::Pinned { .. }
+            | Self::Held { .. }
+            | Self::TooManyHolds { .. }
             | Self::NotStopped { .. }
             | Self::NotRunning { .. }
             | Self::NoKernel { .. }

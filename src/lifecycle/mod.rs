@@ -23,6 +23,7 @@ mod create;
 mod destroy;
 mod error;
 mod exits;
+mod holds;
 mod machines;
 mod operation;
 mod policy;
@@ -48,6 +49,8 @@ use admission::Admission;
 pub use console::ConsoleLog;
 use cooling::Cooling;
 pub use error::{Error, Fault, chain};
+use holds::Holds;
+pub use holds::{HoldId, Holder};
 use machines::Machines;
 use operation::Operations;
 pub use policy::Policy;
@@ -85,6 +88,8 @@ pub struct Settings {
     pub wakes_max: usize,
     /// How many may be going to sleep at once.
     pub sleeps_max: usize,
+    /// How many holds a user may have at a time.
+    pub holds_max: usize,
     /// How much memory all that are awake may have together.
     pub memory_budget_bytes: Option<u64>,
     /// Guest CPU in percent of one host CPU from which on a guest counts as active.
@@ -129,6 +134,7 @@ pub struct Lifecycle {
     operations: Operations,
     admission: Arc<Admission>,
     activities: Activities,
+    holds: Holds,
     cooling: Cooling,
     /// For the work that nobody waits for: guests that end, trash.
     pool: Arc<Pool>,
@@ -190,6 +196,7 @@ impl Lifecycle {
             operations: Operations::default(),
             admission,
             activities: Activities::default(),
+            holds: Holds::default(),
             cooling: Cooling::default(),
             pool: parts.pool,
             bell: Bell::default(),

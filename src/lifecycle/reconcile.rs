@@ -60,6 +60,7 @@ pub struct Reconciled {
 impl Lifecycle {
     /// Brings every record to a legal state. Called once, before the mount.
     pub fn reconcile(&self) -> Reconciled {
+        self.respect_earlier_holds();
         let mut unsettled = Vec::new();
         let mut last = RowId(0);
         loop {

@@ -51,8 +51,12 @@ impl Lifecycle {
 
     /// Says whether the reason to sleep holds, by the activity of this moment.
     fn is_wanted(&self, entry: &Entry, record: &Record, why: Why) -> Result<bool, Error> {
+        if why != Why::Idle && record.state == State::Running {
+            self.refuse_held(entry)?;
+        }
         let count = entry.activity_count();
         match why {
+            Why::Idle if self.is_held(entry.row()) => Ok(false),
             Why::Asked => Ok(true),
             Why::AskedAt(wanted) if wanted == count => Ok(true),
             Why::AskedAt(_) => Err(Error::Active { id: entry.id().clone(), count }),

@@ -257,6 +257,7 @@ pub(crate) fn start(
         sandboxes_max: 3,
         wakes_max: 2,
         sleeps_max: 2,
+        holds_max: 3,
         memory_budget_bytes,
         active_cpu_percent: 5,
         verify_memory: true,

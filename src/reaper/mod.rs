@@ -135,10 +135,14 @@ impl Shared {
     /// One look: what counts as activity first, so that it is seen before the verdict.
     fn look(&self, give: &mpsc::Sender<Due>) {
         self.lifecycle.sample_activity();
+        self.lifecycle.sample_holds();
         self.lifecycle.trim_consoles();
         self.lifecycle.cool();
         if let Err(error) = self.lifecycle.flush_activity() {
             tracing::error!(error = chain(&error), "writing activity to the index");
+        }
+        if let Err(error) = self.lifecycle.forget_holds() {
+            tracing::error!(error = chain(&error), "forgetting holds that have ended");
         }
         let now = self.lifecycle.clock().now();
         let index = self.lifecycle.index();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::*;
 use crate::{
     lifecycle::{
-        Policy, Signal,
+        Holder, Policy, Signal,
         testing::{Host, wait_for},
     },
     sandbox::{Period, State},
@@ -194,4 +194,53 @@ fn each_failure_doubles_the_wait_up_to_a_limit() {
     assert_eq!(backoff(7), Duration::from_secs(1920));
     assert_eq!(backoff(8), RETRY_MAX);
     assert_eq!(backoff(u32::MAX), RETRY_MAX);
+}
+
+fn holder() -> Holder {
+    Holder { pid: 7, uid: 1, command: "bash".into() }
+}
+
+#[test]
+fn one_that_is_held_is_not_put_to_sleep_and_idles_from_the_end_of_its_hold() {
+    let mut host = awake("a");
+    let hold = host.daemon.hold(&host.entry("a"), holder()).unwrap();
+    host.daemon.note_hold(&host.entry("a"));
+    let reaper = reap(&host);
+    for _ in 0..3 {
+        host.clock.advance(Duration::from_secs(3600));
+        look(&host);
+    }
+    // Also where the reaper had found it before it was held.
+    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
+    assert!(matches!(host.sleep_because("a", Why::Asked), Err(Error::Held { .. })));
+    host.daemon.give_up(hold);
+    host.clock.advance(Duration::from_secs(59));
+    look(&host);
+    assert_eq!(host.state("a"), State::Running);
+    host.clock.advance(Duration::from_secs(1));
+    look(&host);
+    wait_for("a to sleep", || host.state("a") == State::Snapshotted);
+    reaper.stop();
+    host.restart();
+    host.wake("a").unwrap();
+    host.clock.advance(Duration::from_secs(60));
+    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Done, "it was not held");
+}
+
+#[test]
+fn what_an_earlier_daemon_held_is_left_alone_for_a_while() {
+    let mut host = awake("a");
+    host.set("a", Policy::IdleAfter(Period::After(Duration::from_secs(1)))).unwrap();
+    host.daemon.hold(&host.entry("a"), holder()).unwrap();
+    host.daemon.note_hold(&host.entry("a"));
+    host.restart();
+    let reaper = reap(&host);
+    host.clock.advance(Duration::from_secs(119));
+    look(&host);
+    assert_eq!(host.state("a"), State::Running);
+    // It is nobody's by now, so whoever asks for it may have it asleep.
+    host.clock.advance(Duration::from_secs(2));
+    look(&host);
+    wait_for("a to sleep", || host.state("a") == State::Snapshotted);
+    reaper.stop();
 }

@@ -10,6 +10,21 @@ pub fn groups_of(tid: u32) -> Vec<u32> {
     groups.split_whitespace().filter_map(|group| group.parse().ok()).collect()
 }
 
+/// Returns the process of a thread, where it can be seen.
+#[must_use]
+pub fn process_of(tid: u32) -> Option<u32> {
+    field(&status_of(tid)?, "Tgid:")?.trim().parse().ok()
+}
+
+/// Returns the name of the program that a thread runs, without control characters and
+/// blanks: anybody can call theirs what they like.
+#[must_use]
+pub fn command_of(tid: u32) -> Option<String> {
+    let name = fs::read_to_string(format!("/proc/{tid}/comm")).ok()?;
+    let plain = |c: char| if c.is_control() || c.is_whitespace() { '_' } else { c };
+    Some(name.trim_end_matches('\n').chars().map(plain).collect())
+}
+
 /// Signals that are news and no wish to end anything. A shell has a handler for the end of
 /// its children, and Go sends SIGURG to its own threads; neither expects a write to fail.
 const NEWS: u64 = bit(libc::SIGCHLD) | bit(libc::SIGCONT) | bit(libc::SIGURG) | bit(libc::SIGWINCH);
@@ -60,6 +75,15 @@ mod tests {
         assert!(!has_signal(tid));
         assert!(has_signal(u32::MAX / 2));
         assert!(!has_signal(0));
+    }
+
+    #[test]
+    fn our_own_thread_has_a_process_and_a_command_and_a_thread_that_is_gone_has_none() {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+        assert_eq!(process_of(tid), Some(std::process::id()));
+        assert!(command_of(tid).is_some_and(|name| !name.contains(['\n', ' '])));
+        assert_eq!(process_of(u32::MAX / 2), None);
+        assert_eq!(command_of(u32::MAX / 2), None);
     }
 
     #[test]

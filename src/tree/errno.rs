@@ -64,9 +64,9 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         E::Locked { .. } | E::Active { .. } => Errno::Again,
         E::Exists { .. } => Errno::Exist,
         E::Pinned { .. } => Errno::Perm,
-        E::NotStopped { .. } | E::NoSlot { .. } => Errno::Busy,
+        E::NotStopped { .. } | E::NoSlot { .. } | E::Held { .. } => Errno::Busy,
         E::NoMemory { .. } => Errno::NoMem,
-        E::TooMany { .. } => Errno::Dquot,
+        E::TooMany { .. } | E::TooManyHolds { .. } => Errno::Dquot,
         // A sandbox without a kernel cannot be woken until its config changes: the
         // verb makes no sense in this state.
         E::Refused(_) | E::NoKernel { .. } | E::NotRunning { .. } => Errno::Inval,

@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::Node;
-use crate::sync::{Arc, Mutex, lock};
+use crate::{
+    lifecycle::HoldId,
+    sync::{Arc, Mutex, lock},
+};
 
 /// An open file. A handle that is not known, since an earlier daemon gave it out, is
 /// as good as one that nothing was read from yet.
@@ -19,6 +22,8 @@ pub(super) struct Handle {
     pub(super) start: u64,
     /// Whether something was written to it.
     pub(super) written: bool,
+    /// The hold that it is.
+    hold: Option<HoldId>,
 }
 
 /// The table of open files.
@@ -36,7 +41,17 @@ impl Handles {
 
     pub(super) fn open(&self, node: Node, start: u64) -> u64 {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        lock(&self.table).insert(number, Handle { node, text: None, start, written: false });
+        lock(&self.table)
+            .insert(number, Handle { node, text: None, start, written: false, hold: None });
+        number
+    }
+
+    /// Opens a file that is a hold for as long as it is open.
+    pub(super) fn open_hold(&self, node: Node, hold: HoldId) -> u64 {
+        let number = self.open(node, 0);
+        if let Some(handle) = lock(&self.table).get_mut(&number) {
+            handle.hold = Some(hold);
+        }
         number
     }
 
@@ -47,6 +62,7 @@ impl Handles {
             text: None,
             start: 0,
             written: false,
+            hold: None,
         })
     }
 
@@ -63,7 +79,8 @@ impl Handles {
         table.get_mut(&number).is_none_or(|handle| !std::mem::replace(&mut handle.written, true))
     }
 
-    pub(super) fn close(&self, number: u64) {
-        lock(&self.table).remove(&number);
+    /// Closes a file; returns the hold that ends with it.
+    pub(super) fn close(&self, number: u64) -> Option<HoldId> {
+        lock(&self.table).remove(&number)?.hold
     }
 }

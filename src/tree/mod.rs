@@ -11,6 +11,7 @@ mod errno;
 mod handle;
 mod modes;
 mod node;
+mod open;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ pub use errno::Errno;
 use handle::Handles;
 use modes::Modes;
 pub use node::{DaemonFile, File, Node};
+pub use open::{Access, Opened};
 pub use view::{DaemonFacts, Facts};
 pub use write::{AttrChange, Job, Removal, Written};
 
@@ -186,6 +188,7 @@ impl Tree {
             File::Status
             | File::Error
             | File::Config
+            | File::Awake
             | File::Idle
             | File::IdleAfter
             | File::DeleteAfter

@@ -40,6 +40,7 @@ pub enum File {
     Status,
     Error,
     Config,
+    Awake,
     Activity,
     Idle,
     IdleAfter,
@@ -72,11 +73,12 @@ impl DaemonFile {
 
 impl File {
     /// All of them, in the order in which they are listed.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::State,
         Self::Status,
         Self::Error,
         Self::Config,
+        Self::Awake,
         Self::Activity,
         Self::Idle,
         Self::IdleAfter,
@@ -93,6 +95,7 @@ impl File {
             Self::Status => "status",
             Self::Error => "error",
             Self::Config => "config",
+            Self::Awake => "awake",
             Self::Activity => "activity",
             Self::Idle => "idle",
             Self::IdleAfter => "idle_after",
@@ -107,6 +110,7 @@ impl File {
     pub fn mode(self) -> u16 {
         match self {
             Self::State
+            | Self::Awake
             | Self::Activity
             | Self::IdleAfter
             | Self::DeleteAfter
@@ -130,6 +134,7 @@ impl File {
             Self::DeleteAfter => 8,
             Self::Pinned => 9,
             Self::Console => 10,
+            Self::Awake => 11,
         }
     }
 }

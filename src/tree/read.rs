@@ -1,8 +1,8 @@
-//! Opening and reading.
+//! Reading.
 
 use std::time::SystemTime;
 
-use super::{Attr, Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree};
+use super::{Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree};
 use crate::{
     lifecycle::Entry,
     sandbox::{Record, RowId},
@@ -13,33 +13,6 @@ use crate::{
 const LIST_PAGE: usize = 1024;
 
 impl Tree {
-    /// Opens a file. Nothing happens to the sandbox by it.
-    ///
-    /// # Errors
-    /// `Acces` for writing what is only read; `NoEnt` where the sandbox is gone.
-    pub fn open(&self, node: Node, for_writing: bool) -> Result<u64, Errno> {
-        let attr: Attr = self.attr(node)?;
-        // The kernel has checked the caller's permissions; root passes all of them.
-        let read_only = match node {
-            Node::Root | Node::Daemon(_) => true,
-            Node::Dir(_) => true,
-            Node::File(_, file) => file.mode() & 0o222 == 0,
-        };
-        if for_writing && read_only {
-            return Err(Errno::Acces);
-        }
-        let start = match attr.node {
-            Node::File(row, File::Console) => self.console_start(row),
-            Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::File(..) => 0,
-        };
-        Ok(self.handles.open(node, start))
-    }
-
-    /// Closes an open file.
-    pub fn close(&self, handle: u64) {
-        self.handles.close(handle);
-    }
-
     /// Reads at most `size` bytes from `offset` of what the file was when it was read
     /// from offset 0.
     ///
@@ -87,6 +60,7 @@ impl Tree {
             File::Status => self.facts(&entry, &record, |facts| facts.status()),
             File::Error => self.facts(&entry, &record, |facts| facts.error()),
             File::Config => record.spec.to_toml(),
+            File::Awake => self.facts(&entry, &record, |facts| facts.awake()),
             File::Activity => self.facts(&entry, &record, |facts| facts.activity()),
             File::Idle => self.facts(&entry, &record, |facts| facts.idle()),
             File::IdleAfter => format!("{}\n", record.idle_after),
@@ -109,6 +83,7 @@ impl Tree {
             disk_bytes: self.lifecycle.disk_bytes(record),
             cached_bytes: self.lifecycle.cached_bytes(record),
             lacks: self.lifecycle.lacks(record),
+            holders: self.lifecycle.holders(record.row),
             wall: &|at| clock.wall(at),
         })
     }
@@ -155,6 +130,7 @@ impl Tree {
             disk_bytes: 0,
             cached_bytes: None,
             lacks: Vec::new(),
+            holders: Vec::new(),
             wall: &|at| clock.wall(at),
         }
         .list_line()
@@ -165,9 +141,5 @@ impl Tree {
     pub(super) fn console_facts(&self, record: &Arc<Record>) -> (u64, SystemTime) {
         let log = self.lifecycle.console(record);
         (log.len - log.start, log.mtime.unwrap_or_else(|| self.system_time(record.since)))
-    }
-
-    fn console_start(&self, row: RowId) -> u64 {
-        self.lifecycle.by_row(row).map_or(0, |entry| self.lifecycle.console(&entry.record()).start)
     }
 }

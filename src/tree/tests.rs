@@ -22,9 +22,18 @@ fn node(tree: &Tree, id: &str, file: File) -> Node {
     tree.lookup(dir, file.name().as_bytes()).unwrap().node
 }
 
-fn read(tree: &Tree, id: &str, file: File) -> String {
+/// Opens a file, and does the job at once if there is one.
+fn open(tree: &Arc<Tree>, node: Node, access: Access) -> Result<u64, Errno> {
+    match tree.open(node, access, ROOT)? {
+        Opened::Now(handle) => Ok(handle),
+        Opened::Later(job) => job(),
+        Opened::Started(handle, job) => job().map(|()| handle),
+    }
+}
+
+fn read(tree: &Arc<Tree>, id: &str, file: File) -> String {
     let node = node(tree, id, file);
-    let handle = tree.open(node, false).unwrap();
+    let handle = open(tree, node, Access::Read).unwrap();
     let text = tree.read(node, handle, 0, 1 << 20, ROOT).unwrap();
     tree.close(handle);
     String::from_utf8(text).unwrap()
@@ -95,7 +104,7 @@ fn what_is_wrong_has_an_errno_and_a_sentence_and_changes_nothing() {
     }
     for file in [File::Status, File::Error, File::Idle] {
         assert_eq!(write(&tree, "a", file, "x"), Err(Errno::Acces));
-        assert_eq!(tree.open(node(&tree, "a", file), true), Err(Errno::Acces));
+        assert_eq!(open(&tree, node(&tree, "a", file), Access::Write), Err(Errno::Acces));
     }
 }
 
@@ -134,7 +143,7 @@ fn a_document_that_comes_in_pieces_is_refused_at_the_second() {
     host.create("a");
     let tree = tree(&host);
     let config = node(&tree, "a", File::Config);
-    let handle = tree.open(config, true).unwrap();
+    let handle = open(&tree, config, Access::Write).unwrap();
     let write = |data: &[u8]| match tree.write(config, handle, data, false) {
         Written::Now(result) => result,
         Written::Later(job) | Written::Started(_, job) => job(),
@@ -169,7 +178,7 @@ fn a_reader_sees_one_text_from_its_first_byte_to_its_last() {
     host.create("a");
     let tree = tree(&host);
     let state = node(&tree, "a", File::State);
-    let handle = tree.open(state, false).unwrap();
+    let handle = open(&tree, state, Access::Read).unwrap();
     assert_eq!(tree.read(state, handle, 0, 3, ROOT).unwrap(), b"sto");
     host.wake("a").unwrap();
     assert_eq!(tree.read(state, handle, 3, 100, ROOT).unwrap(), b"pped\n");
@@ -186,7 +195,7 @@ fn an_open_file_of_a_deleted_sandbox_answers_enodev_and_its_inode_is_not_used_ag
     host.create("a");
     let tree = tree(&host);
     let state = node(&tree, "a", File::State);
-    let handle = tree.open(state, false).unwrap();
+    let handle = open(&tree, state, Access::Read).unwrap();
     let removal = tree.remove_dir(Node::Root, b"a").unwrap();
     assert_eq!(tree.lookup(Node::Root, b"a"), Err(Errno::NoEnt));
     assert_eq!(removal.finish(None), Ok(true));
@@ -248,7 +257,7 @@ fn strangers_see_neither_the_line_nor_the_files_of_a_sandbox() {
     let tree = tree(&host);
     let list = tree.lookup(Node::Root, b"dozed.list").unwrap().node;
     let seen = |uid, gid| {
-        let handle = tree.open(list, false).unwrap();
+        let handle = open(&tree, list, Access::Read).unwrap();
         let caller = Caller { uid, gid, tid: 0 };
         String::from_utf8(tree.read(list, handle, 0, 4096, caller).unwrap()).unwrap()
     };
@@ -337,4 +346,48 @@ fn a_panic_in_one_operation_is_an_eio_and_never_hangs_the_mount() {
     assert!(!Path::exists(&dir.path().join("a")));
     wait_for("locks to be free", || host.daemon.locks_in_use() == 0);
     mounted.unmount().unwrap();
+}
+
+#[test]
+fn an_open_awake_wakes_and_holds_until_it_is_closed() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    let awake = node(&tree, "a", File::Awake);
+    assert_eq!(read(&tree, "a", File::Awake), "");
+    assert_eq!(read(&tree, "a", File::State), "stopped\n", "looking wakes nobody");
+
+    let first = open(&tree, awake, Access::Write).unwrap();
+    let second = open(&tree, awake, Access::WriteNonblocking).unwrap();
+    assert_eq!(read(&tree, "a", File::State), "running\n");
+    assert_eq!(read(&tree, "a", File::Awake).lines().count(), 2);
+    assert!(read(&tree, "a", File::Idle).starts_with("verdict held\nbecause held awake by "));
+    assert!(read(&tree, "a", File::Idle).contains("\nsleeps_at none\n"));
+
+    assert_eq!(write(&tree, "a", File::State, "sleep"), Err(Errno::Busy));
+    assert!(read(&tree, "a", File::Error).starts_with("a is held awake by ? (pid 0, uid 0), "));
+    assert!(matches!(tree.remove_dir(Node::Root, b"a"), Err(Errno::Busy)));
+    tree.close(first);
+    assert_eq!(write(&tree, "a", File::State, "sleep"), Err(Errno::Busy));
+    tree.close(second);
+    assert_eq!(write(&tree, "a", File::State, "sleep"), Ok(5));
+    assert!(tree.remove_dir(Node::Root, b"a").unwrap().finish(None).unwrap());
+}
+
+#[test]
+fn a_hold_that_cannot_wake_is_none_and_each_user_has_a_bounded_number() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    let awake = node(&tree, "a", File::Awake);
+    host.vmm.fail_next(Call::Boot, Fault::Refuse);
+    assert_eq!(open(&tree, awake, Access::Write), Err(Errno::Io));
+    assert_eq!(read(&tree, "a", File::Awake), "");
+    assert!(read(&tree, "a", File::Error).contains("as planned"));
+
+    let held: Vec<u64> = (0..3).map(|_| open(&tree, awake, Access::Write).unwrap()).collect();
+    assert_eq!(open(&tree, awake, Access::Write), Err(Errno::Dquot));
+    assert!(read(&tree, "a", File::Error).contains("[limits] holds"));
+    held.into_iter().for_each(|handle| tree.close(handle));
+    open(&tree, awake, Access::Write).unwrap();
 }

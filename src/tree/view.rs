@@ -6,7 +6,7 @@
 use std::{fmt::Write, time::Duration};
 
 use crate::{
-    lifecycle::{Signal, Signals},
+    lifecycle::{Holder, Signal, Signals},
     sandbox::{Period, Record, State, Timestamp},
 };
 
@@ -33,6 +33,8 @@ pub struct Facts<'a> {
     pub cached_bytes: Option<u64>,
     /// A sentence for each thing that its VMM lacks.
     pub lacks: Vec<&'static str>,
+    /// Who holds it awake, and since when.
+    pub holders: Vec<(Holder, Timestamp)>,
     /// Says when a moment was, by the wall clock.
     pub wall: &'a dyn Fn(Timestamp) -> jiff::Timestamp,
 }
@@ -82,6 +84,16 @@ impl Facts<'_> {
         format!("{}\n", self.error.as_deref().unwrap_or("ok"))
     }
 
+    /// `awake`: who holds it, a line for each hold: process, user, seconds, command.
+    #[must_use]
+    pub fn awake(&self) -> String {
+        let mut text = String::new();
+        for (Holder { pid, uid, command }, since) in &self.holders {
+            line(&mut text, &pid.to_string(), format_args!("{uid} {} {command}", self.age(*since)));
+        }
+        text
+    }
+
     /// `activity`: what counts, and how long ago it was.
     #[must_use]
     pub fn activity(&self) -> String {
@@ -89,13 +101,18 @@ impl Facts<'_> {
         line(&mut text, "count", self.activity_count);
         line(&mut text, "last", self.time(self.last_activity));
         line(&mut text, "last_age_seconds", self.age(self.last_activity));
-        for signal in Signal::ALL {
+        let age = |text: &mut String, signal: Signal| {
             let age = self.signals.last(signal).map(|at| self.age(at));
-            line(&mut text, &format!("{}_age_seconds", signal.word()), or_none(age));
+            line(text, &format!("{}_age_seconds", signal.word()), or_none(age));
+        };
+        for signal in Signal::ALL.into_iter().filter(|signal| *signal != Signal::Hold) {
+            age(&mut text, signal);
         }
         let percent = self.signals.cpu_percent.map(|percent| format!("{percent:.1}"));
         line(&mut text, "cpu_percent", or_none(percent));
         line(&mut text, "cpu_counts_from_percent", self.active_cpu_percent);
+        age(&mut text, Signal::Hold);
+        line(&mut text, "holds", self.holders.len());
         text
     }
 
@@ -103,8 +120,10 @@ impl Facts<'_> {
     #[must_use]
     pub fn idle(&self) -> String {
         let record = self.record;
-        let sleeps = record.sleep_at(self.last_activity);
+        // What is held has no time to sleep at.
+        let sleeps = self.holders.is_empty().then(|| record.sleep_at(self.last_activity)).flatten();
         let (verdict, because) = match (record.state, sleeps) {
+            (State::Running, None) if !self.holders.is_empty() => ("held", self.held()),
             (State::Running, None) => ("exempt", "idle_after is never".to_owned()),
             (State::Running, Some(due)) if record.retry_at.is_some_and(|at| at > self.now) => (
                 "put-off",
@@ -127,6 +146,19 @@ impl Facts<'_> {
         text
     }
 
+    /// Says who holds it: the one who has for the longest.
+    fn held(&self) -> String {
+        let Some((Holder { pid, uid, command }, since)) = self.holders.first() else {
+            return NONE.to_owned();
+        };
+        let more = match self.holders.len() - 1 {
+            0 => String::new(),
+            more => format!(", and by {more} more"),
+        };
+        let age = self.age(*since);
+        format!("held awake by {command} (pid {pid}, uid {uid}) for {age} s{more}")
+    }
+
     fn latest(&self) -> String {
         let age = self.age(self.last_activity);
         match self.signals.latest() {
@@ -139,6 +171,7 @@ impl Facts<'_> {
                     Signal::Wake => "its wake",
                     Signal::Cpu => "guest CPU above the threshold",
                     Signal::Console => "input on its console",
+                    Signal::Hold => "a hold",
                 };
                 format!("the last activity was {what}, {age} s ago")
             }

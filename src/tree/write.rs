@@ -109,6 +109,7 @@ impl Tree {
                 }),
             },
             File::Console => Ok((len > 0).then(|| self.write_console(&entry, data.to_vec()))),
+            File::Awake => Ok(None), // To hold it open is all that there is to do.
             File::Status | File::Error | File::Idle => return Written::Now(Err(Errno::Acces)),
         };
         match parsed {
@@ -340,7 +341,7 @@ impl Tree {
 }
 
 /// Logs a failure once, here at the edge, and returns its errno.
-fn answer(entry: &Entry, doing: &str, error: &Error) -> Errno {
+pub(super) fn answer(entry: &Entry, doing: &str, error: &Error) -> Errno {
     let errno = errno::of(error);
     let error = chain(error);
     if matches!(errno, Errno::Io | Errno::TimedOut | Errno::NoSpc) {

@@ -10,6 +10,7 @@
 mod contract;
 mod crash;
 mod damage;
+mod hold;
 mod linux;
 mod looking;
 mod loss;

@@ -1,0 +1,125 @@
+//! Opening and closing. Only `awake` that is opened for writing does something by it.
+
+use super::{Caller, Errno, File, Job, Node, Tree, errno, write::answer};
+use crate::{
+    lifecycle::{Entry, HoldId, Holder, Wait},
+    sandbox::RowId,
+    sync::Arc,
+    sys::task::{command_of, process_of},
+};
+
+/// What a file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reading.
+    Read,
+    /// Writing, and perhaps reading.
+    Write,
+    /// The same, by a caller who does not wait.
+    WriteNonblocking,
+}
+
+/// How an open is answered; each number is to be closed by [`Tree::close`].
+pub enum Opened {
+    /// At once.
+    Now(u64),
+    /// By a job that may take long.
+    Later(Job<u64>),
+    /// At once; the job that was started goes on.
+    Started(u64, Job<()>),
+}
+
+impl std::fmt::Debug for Opened {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Now(handle) => f.debug_tuple("Now").field(handle).finish(),
+            Self::Later(_) => f.write_str("Later"),
+            Self::Started(handle, _) => f.debug_tuple("Started").field(handle).finish(),
+        }
+    }
+}
+
+impl Tree {
+    /// Opens a file. Nothing happens to the sandbox by it, but by `awake` for writing: that
+    /// wakes it, and holds it awake until it is closed.
+    ///
+    /// # Errors
+    /// `Acces` for writing what is only read; `NoEnt` where the sandbox is gone; of a hold
+    /// those of a wake, and `Dquot`.
+    pub fn open(
+        self: &Arc<Self>,
+        node: Node,
+        access: Access,
+        caller: Caller,
+    ) -> Result<Opened, Errno> {
+        let attr = self.attr(node)?;
+        // The kernel has checked the caller's permissions; root passes all of them.
+        let read_only = match node {
+            Node::Root | Node::Daemon(_) => true,
+            Node::Dir(_) => true,
+            Node::File(_, file) => file.mode() & 0o222 == 0,
+        };
+        if access != Access::Read && read_only {
+            return Err(Errno::Acces);
+        }
+        let start = match attr.node {
+            Node::File(row, File::Awake) if access != Access::Read => {
+                return self.open_hold(row, access, caller);
+            }
+            Node::File(row, File::Console) => self.console_start(row),
+            Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::File(..) => 0,
+        };
+        Ok(Opened::Now(self.handles.open(node, start)))
+    }
+
+    /// Closes an open file, and ends the hold that it is.
+    pub fn close(&self, handle: u64) {
+        if let Some(hold) = self.handles.close(handle) {
+            self.lifecycle.give_up(hold);
+        }
+    }
+
+    fn open_hold(
+        self: &Arc<Self>,
+        row: RowId,
+        access: Access,
+        caller: Caller,
+    ) -> Result<Opened, Errno> {
+        let entry = self.entry(row)?;
+        let holder = Holder {
+            pid: process_of(caller.tid).unwrap_or(caller.tid),
+            uid: caller.uid,
+            command: command_of(caller.tid).unwrap_or_else(|| "?".to_owned()).into(),
+        };
+        let node = Node::File(row, File::Awake);
+        // It is held from now on, so that nobody puts it to sleep before it is awake.
+        let enter = move |this: &Self, entry: &Entry| -> Result<HoldId, Errno> {
+            this.lifecycle.hold(entry, holder).map_err(|error| {
+                this.lifecycle.note(entry, &error);
+                answer(entry, "holding", &error)
+            })
+        };
+        let this = Arc::clone(self);
+        if access == Access::WriteNonblocking {
+            let handle = self.handles.open_hold(node, enter(self, &entry)?);
+            return Ok(Opened::Started(handle, Box::new(move || this.wake_held(&entry))));
+        }
+        Ok(Opened::Later(Box::new(move || {
+            let hold = enter(&this, &entry)?;
+            this.wake_held(&entry).inspect_err(|_| this.lifecycle.give_up(hold))?;
+            Ok(this.handles.open_hold(node, hold))
+        })))
+    }
+
+    fn wake_held(&self, entry: &Arc<Entry>) -> Result<(), Errno> {
+        self.lifecycle.note_hold(entry);
+        let held = self.lifecycle.lock(entry, Wait::ForIt).map_err(|error| errno::of(&error))?;
+        let woken = self.lifecycle.wake(&held, entry);
+        drop(held);
+        woken.map(drop).map_err(|error| answer(entry, "waking to hold", &error))
+    }
+
+    fn console_start(&self, row: RowId) -> u64 {
+        self.lifecycle.by_row(row).map_or(0, |entry| self.lifecycle.console(&entry.record()).start)
+    }
+}
