@@ -429,9 +429,22 @@ impl Lifecycle {
     }
 }
 
-/// Returns where the guests of a VMM have their memory.
-fn memory_of(vmm: &dyn Vmm) -> snapshot::Memory {
-    if vmm.keeps_memory_in_file() { snapshot::Memory::Mapped } else { snapshot::Memory::Copied }
+/// Returns where the guest of a sandbox has its memory, that runs or ran on `vmm`. It is so
+/// for as long as the sandbox is not stopped, since neither of the two changes before.
+fn memory_of(vmm: &dyn Vmm, record: &Record) -> snapshot::Memory {
+    if vmm.keeps_memory_in_file(record.spec.memory_mode) {
+        snapshot::Memory::Mapped
+    } else {
+        snapshot::Memory::Copied
+    }
+}
+
+/// Refuses a sandbox whose VMM cannot have its memory as `config` says.
+fn check_fit(vmm: &dyn Vmm, record: &Record) -> Result<(), Error> {
+    match vmm.unfit(record.spec.memory_mode, record.spec.restore_mode) {
+        Some(why) => Err(Error::NoVmm { id: record.id.clone(), why }),
+        None => Ok(()),
+    }
 }
 
 /// Whether a caller waits for a lock.

@@ -244,7 +244,7 @@ impl Lifecycle {
             return self.lose(held, entry, LOST);
         };
         let failed = snapshot_failed(entry, "undoing the snapshot of");
-        let memory = memory_of(self.vmm_of(&record)?.as_ref());
+        let memory = memory_of(self.vmm_of(&record)?.as_ref(), &record);
         home.recover_partials(memory).map_err(failed)?;
         self.take_over(entry, &process, cancel)?;
         self.step(held, entry, Step::Undo, |_| ())?;
@@ -264,7 +264,7 @@ impl Lifecycle {
         let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
         let generation = record.snapshot.map(|facts| facts.generation);
         let consumed = survey.committed.is_none();
-        let memory = || self.vmm_of(&record).map(|vmm| memory_of(vmm.as_ref()));
+        let memory = || self.vmm_of(&record).map(|vmm| memory_of(vmm.as_ref(), &record));
         match process {
             Some(process) if consumed => {
                 self.take_over(entry, &process, cancel)?;

@@ -83,7 +83,7 @@ impl Lifecycle {
         let memory_bytes = lock(&live.machine).save_bytes();
         home.check_space(memory_bytes + SLEEP_RESERVE_BYTES).map_err(no_space)?;
         let vmm = self.vmm_of(&record)?;
-        let memory = memory_of(vmm.as_ref());
+        let memory = memory_of(vmm.as_ref(), &record);
         let identity =
             vmm.identity_of(&live.process).map_err(vmm_failed(entry, "asking what runs"))?;
 

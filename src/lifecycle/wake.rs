@@ -3,8 +3,8 @@
 use std::{path::Path, thread};
 
 use super::{
-    Arrow, Entry, Error, Lifecycle, Outcome, Signal, exits::end, memory_of, operation::Operation,
-    undo::Undo,
+    Arrow, Entry, Error, Lifecycle, Outcome, Signal, check_fit, exits::end, memory_of,
+    operation::Operation, undo::Undo,
 };
 use crate::{
     lock::Held,
@@ -114,7 +114,8 @@ impl Lifecycle {
         let vmm = self.vmm_that_made(&record, &snapshot.manifest().vmm)?;
         let identity = vmm.identity().map_err(vmm_failed(entry, "asking what would wake"))?;
         self.check_origin(&record, &snapshot, &identity)?;
-        let memory = memory_of(vmm.as_ref());
+        check_fit(vmm.as_ref(), &record)?;
+        let memory = memory_of(vmm.as_ref(), &record);
         self.check_room(entry, memory, facts.bytes)?;
 
         // A crash after this line is found at start-up.
@@ -261,7 +262,8 @@ impl Lifecycle {
         let home = self.home(&record);
         let vmm = self.vmm_to_boot(&record)?;
         let identity = vmm.identity().map_err(vmm_failed(entry, "asking what would boot"))?;
-        let memory = memory_of(vmm.as_ref());
+        check_fit(vmm.as_ref(), &record)?;
+        let memory = memory_of(vmm.as_ref(), &record);
 
         // A crash after this line is found at start-up.
         self.step(held, entry, Step::Boot, |record| record.vmm = Some(named(&identity)))?;
@@ -332,6 +334,8 @@ impl Lifecycle {
             token: self.token(record.row),
             vcpus: record.spec.vcpus,
             memory_bytes: record.spec.memory_bytes,
+            memory_mode: record.spec.memory_mode,
+            restore_mode: record.spec.restore_mode,
             kernel: record.spec.kernel.clone(),
             initramfs: record.spec.initramfs.clone(),
             cmdline: record.spec.cmdline.clone(),

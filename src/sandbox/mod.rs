@@ -14,7 +14,7 @@ mod time;
 pub use id::{IdError, SandboxId};
 pub use period::{Period, PeriodError};
 pub use record::{Owner, ProcessIdentity, Record, RowId, SnapshotFacts};
-pub use spec::{Disk, NetMode, Spec, SpecDocument, SpecError, VmmChoice};
+pub use spec::{Disk, MemoryMode, NetMode, RestoreMode, Spec, SpecDocument, SpecError, VmmChoice};
 pub(crate) use spec::{line_of, memory_from_text};
 pub use state::{Refused, State, Step};
 pub use time::Timestamp;

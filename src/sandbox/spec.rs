@@ -42,6 +42,34 @@ pub enum NetMode {
     None,
 }
 
+/// Where the memory of a sandbox's guest is while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryMode {
+    /// What its VMM does best.
+    #[default]
+    Auto,
+    /// In the process of the VMM; a sleep writes it and a wake reads it.
+    Shared,
+    /// In a file of the store, which is the snapshot's while it sleeps.
+    File,
+}
+
+/// How memory that is in no file comes back at a wake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestoreMode {
+    /// What the version of the VMM does best.
+    #[default]
+    Auto,
+    /// All of it, before the guest runs.
+    Copy,
+    /// Each page when the guest wants it, and the others behind its back.
+    OnDemand,
+    /// Each page when the guest wants it, for as long as it lives.
+    CopyOnWrite,
+}
+
 /// A disk of a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct Disk {
@@ -61,6 +89,10 @@ pub struct Spec {
     /// The size of its memory, whole MiB.
     #[serde(rename = "memory", serialize_with = "memory_as_text")]
     pub memory_bytes: u64,
+    /// Where its memory is while it runs.
+    pub memory_mode: MemoryMode,
+    /// How its memory comes back at a wake.
+    pub restore_mode: RestoreMode,
     /// The kernel: an ELF with a PVH note, or a bzImage.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
@@ -102,6 +134,8 @@ impl Default for Spec {
             vmm: VmmChoice::Auto,
             vcpus: 1,
             memory_bytes: 256 * MIB,
+            memory_mode: MemoryMode::Auto,
+            restore_mode: RestoreMode::Auto,
             kernel: None,
             initramfs: None,
             cmdline: "console=ttyS0".to_owned(),
@@ -123,6 +157,8 @@ pub struct SpecDocument {
     vcpus: Option<u8>,
     #[serde(default, deserialize_with = "memory_from_text")]
     memory: Option<u64>,
+    memory_mode: Option<Spanned<MemoryMode>>,
+    restore_mode: Option<Spanned<RestoreMode>>,
     kernel: Option<Spanned<AbsolutePath>>,
     initramfs: Option<Spanned<AbsolutePath>>,
     #[serde(default, deserialize_with = "cmdline_from_text")]
@@ -201,16 +237,30 @@ impl SpecDocument {
             let message = format!("`disks`: a sandbox has at most {DISKS_MAX} disks");
             return Err(SpecError { line: None, message });
         }
-        Ok(Spec {
+        let line = |start: Option<usize>| start.map(|start| line_of(text, start));
+        let memory_line = line(self.memory_mode.as_ref().map(|mode| mode.span().start));
+        let restore_line = line(self.restore_mode.as_ref().map(|mode| mode.span().start));
+        let spec = Spec {
             vmm: self.vmm.unwrap_or(base.vmm),
             vcpus: self.vcpus.unwrap_or(base.vcpus),
             memory_bytes: self.memory.unwrap_or(base.memory_bytes),
+            memory_mode: self.memory_mode.map_or(base.memory_mode, Spanned::into_inner),
+            restore_mode: self.restore_mode.map_or(base.restore_mode, Spanned::into_inner),
             kernel: kernel.or_else(|| base.kernel.clone()),
             initramfs: initramfs.or_else(|| base.initramfs.clone()),
             cmdline: self.cmdline.unwrap_or_else(|| base.cmdline.clone()),
             net: self.net.unwrap_or(base.net),
             disks,
-        })
+        };
+        spec.check_memory_mode().map_err(|why| SpecError {
+            line: memory_line,
+            message: format!("`memory_mode`: {why}"),
+        })?;
+        spec.check_restore_mode().map_err(|why| SpecError {
+            line: restore_line.or(memory_line),
+            message: format!("`restore_mode`: {why}"),
+        })?;
+        Ok(spec)
     }
 }
 
@@ -227,6 +277,35 @@ impl Spec {
         let document: SpecDocument =
             toml::from_str(text).map_err(|error| SpecError::from_toml(&error, text))?;
         document.into_spec(base, text, missing)
+    }
+
+    /// Refuses memory that the VMM, if it is said which, does not have.
+    fn check_memory_mode(&self) -> Result<(), &'static str> {
+        match (self.vmm, self.memory_mode) {
+            (VmmChoice::Qemu, MemoryMode::Shared) => {
+                Err("qemu has the memory of its guests in a file; write \"auto\" or \"file\", or \
+                     vmm = \"cloud-hypervisor\"")
+            }
+            (VmmChoice::Qemu, MemoryMode::Auto | MemoryMode::File)
+            | (VmmChoice::Auto | VmmChoice::CloudHypervisor, _) => Ok(()),
+        }
+    }
+
+    /// Refuses a way to restore that there is not, or not of memory such as this.
+    fn check_restore_mode(&self) -> Result<(), &'static str> {
+        let in_file = self.vmm == VmmChoice::Qemu || self.memory_mode == MemoryMode::File;
+        match self.restore_mode {
+            RestoreMode::Auto | RestoreMode::Copy => Ok(()),
+            RestoreMode::OnDemand | RestoreMode::CopyOnWrite if in_file => {
+                Err("memory that is in a file is not read at a wake; write \"auto\" or \"copy\", \
+                     or memory_mode = \"shared\" with vmm = \"cloud-hypervisor\"")
+            }
+            RestoreMode::OnDemand => Ok(()),
+            RestoreMode::CopyOnWrite => {
+                Err("\"copy-on-write\" takes a Cloud Hypervisor later than v53.0, and no release \
+                     is; write \"auto\", \"copy\" or \"on-demand\"")
+            }
+        }
     }
 
     /// Returns the document that reads back as this spec.
@@ -318,7 +397,8 @@ mod tests {
 
     #[test]
     fn a_spec_reads_back_as_it_was_written() {
-        let text = "vmm = \"qemu\"\nvcpus = 2\nmemory = \"2GiB\"\nkernel = \"/k\"\n\
+        let text = "vmm = \"qemu\"\nvcpus = 2\nmemory = \"2GiB\"\nmemory_mode = \"file\"\n\
+                    restore_mode = \"copy\"\nkernel = \"/k\"\n\
                     cmdline = \"quiet\"\nnet = \"none\"\n\n\
                     [[disks]]\npath = \"/d\"\nreadonly = true\n";
         let spec = parse(text).unwrap();
@@ -346,6 +426,12 @@ mod tests {
             ("vcpus = 65", 1, "from 1 to 64, not 65"),
             ("vmm = \"xen\"", 1, "expected one of `auto`, `qemu`, `cloud-hypervisor`"),
             ("kernel = \"k\"", 1, "write an absolute one"),
+            ("memory_mode = \"tmpfs\"", 1, "expected one of `auto`, `shared`, `file`"),
+            ("restore_mode = \"lazy\"", 1, "expected one of `auto`, `copy`, `on-demand`"),
+            ("vmm = \"qemu\"\nmemory_mode = \"shared\"", 2, "qemu has the memory of its guests"),
+            ("vmm = \"qemu\"\nrestore_mode = \"on-demand\"", 2, "in a file is not read at a wake"),
+            ("restore_mode = \"on-demand\"\nmemory_mode = \"file\"", 1, "is not read at a wake"),
+            ("restore_mode = \"copy-on-write\"", 1, "takes a Cloud Hypervisor later than v53.0"),
             ("[[disks]]\npath = \"/d\"\nsize = 1", 3, "unknown field `size`"),
             ("vcpus = \n", 1, ""),
         ] {
@@ -353,6 +439,17 @@ mod tests {
             assert!(error.message.contains(says), "{text:?}: {error}");
             assert_eq!(error.line, Some(line), "{text:?}: {error}");
         }
+    }
+
+    #[test]
+    fn a_mode_that_does_not_fit_what_the_template_says_is_refused_too() {
+        let base = Spec { memory_mode: MemoryMode::Shared, ..Spec::default() };
+        let over = |text| Spec::parse(text, &base, &|_| None);
+        let error = over("vmm = \"qemu\"").unwrap_err();
+        assert_eq!(error.line, None);
+        assert!(error.message.starts_with("`memory_mode`: qemu has"), "{error}");
+        over("vmm = \"qemu\"\nmemory_mode = \"auto\"").unwrap();
+        over("vmm = \"cloud-hypervisor\"\nrestore_mode = \"on-demand\"").unwrap();
     }
 
     #[test]

@@ -14,3 +14,4 @@ pub mod pool;
 pub mod process;
 pub mod task;
 pub mod tsc;
+pub mod userfaultfd;

@@ -21,7 +21,7 @@ use std::{
 
 use super::{Error, Machine, Plan, SAVED_MEMORY, Vmm, VmmIdentity};
 use crate::{
-    sandbox::VmmChoice,
+    sandbox::{MemoryMode, RestoreMode, VmmChoice},
     sync::{Arc, Mutex, lock},
     sys::{
         cancel::Cancel,
@@ -67,8 +67,11 @@ pub(crate) struct FakeHost {
     faults: Mutex<Vec<(Call, Fault)>>,
     calls: Mutex<Vec<Call>>,
     version: Mutex<Option<&'static str>>,
-    /// Whether memory is the process's own rather than a file that it maps.
+    /// Whether memory is the process's own rather than a file that it maps, where nobody
+    /// says which.
     copies_memory: AtomicBool,
+    /// Why it runs nothing.
+    objection: Mutex<Option<&'static str>>,
 }
 
 /// A machine as it is, whoever drives it.
@@ -77,6 +80,8 @@ struct Board {
     running: bool,
     /// Whether a later caller cannot know that it has not run.
     may_have_run: bool,
+    /// Whether its memory is its own.
+    copies: bool,
     memory: File,
     /// Keeps its process alive.
     _input: UnixStream,
@@ -98,13 +103,22 @@ impl FakeHost {
         *lock(&self.version) = Some(version);
     }
 
+    /// Has it find a reason to run nothing, or none.
+    pub(crate) fn object(&self, why: Option<&'static str>) {
+        *lock(&self.objection) = why;
+    }
+
     /// Has it keep the memory of its machines to itself from now on.
     pub(crate) fn copy_memory(&self) {
         self.copies_memory.store(true, Ordering::SeqCst);
     }
 
-    fn copies_memory(&self) -> bool {
-        self.copies_memory.load(Ordering::SeqCst)
+    fn copies_memory(&self, mode: MemoryMode) -> bool {
+        match mode {
+            MemoryMode::Auto => self.copies_memory.load(Ordering::SeqCst),
+            MemoryMode::Shared => true,
+            MemoryMode::File => false,
+        }
     }
 
     /// Returns how often the guest of a process was let run, if it is known by that.
@@ -190,7 +204,8 @@ impl FakeVmm {
             Process::spawn(Launch { stdin, ..Launch::new(Path::new("/bin/sh"), &args, log) })
                 .map_err(failed)?;
         plan.cancel.ends_with(&process);
-        let memory = if self.0.copies_memory() {
+        let copies = self.0.copies_memory(plan.memory_mode);
+        let memory = if copies {
             tempfile::tempfile()
         } else {
             File::options().read(true).write(true).open(&plan.memory)
@@ -200,6 +215,7 @@ impl FakeVmm {
         let board = Arc::new(Mutex::new(Board {
             running: false,
             may_have_run: false,
+            copies,
             memory,
             _input: ours,
         }));
@@ -243,8 +259,12 @@ impl Vmm for FakeVmm {
         if version == "1.0" { vec!["it is a fake", "it is an old one"] } else { Vec::new() }
     }
 
-    fn keeps_memory_in_file(&self) -> bool {
-        !self.0.copies_memory()
+    fn keeps_memory_in_file(&self, mode: MemoryMode) -> bool {
+        !self.0.copies_memory(mode)
+    }
+
+    fn unfit(&self, _: MemoryMode, _: RestoreMode) -> Option<String> {
+        lock(&self.0.objection).map(str::to_owned)
     }
 
     fn identity_of(&self, _: &Process) -> Result<Arc<VmmIdentity>, Error> {
@@ -265,9 +285,9 @@ impl Vmm for FakeVmm {
             self.0.call(Call::Restore, Some(&machine.process), &plan.cancel)?;
             let state = fs::read_to_string(dir.join("vmstate")).unwrap_or_default();
             let runs = runs_in(&dir.join(SAVED_MEMORY));
-            if self.0.copies_memory() {
+            let board = lock(&machine.board);
+            if board.copies {
                 let failed = |source| Error::Host { doing: "loading".to_owned(), source };
-                let board = lock(&machine.board);
                 board.memory.write_all_at(&runs.to_le_bytes(), 0).map_err(failed)?;
             }
             let runs = runs.to_string();
@@ -344,7 +364,7 @@ impl Machine for FakeMachine {
         read.map_err(failed)?;
         // What is written before a fault stays: partial files are for the caller to remove.
         fs::write(dir.join("vmstate"), u64::from_le_bytes(count).to_string()).map_err(failed)?;
-        if self.host.copies_memory() {
+        if board.copies {
             let copied = File::create_new(dir.join(SAVED_MEMORY)).and_then(|copy| {
                 copy.set_len(board.memory.metadata()?.len())?;
                 copy.write_all_at(&count, 0)

@@ -15,7 +15,7 @@ use std::{
 };
 
 use crate::{
-    sandbox::{SandboxId, VmmChoice},
+    sandbox::{MemoryMode, RestoreMode, SandboxId, VmmChoice},
     sync::Arc,
     sys::{
         cancel::Cancel,
@@ -59,12 +59,17 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// is looked at and nobody is asked.
     fn lacks(&self, version: &str) -> Vec<&'static str>;
 
-    /// Says whether the guest's memory is the file [`Plan::memory`], which the VMM maps.
+    /// Says whether a guest that is to have its memory as `mode` says has it in the file
+    /// [`Plan::memory`], which the VMM maps.
     ///
     /// If not, it is memory of the process: `save` writes it to [`SAVED_MEMORY`] in its
     /// directory, and `restore` copies it from there, so that the file is the same before
     /// and after the guest has run. Only [`Machine::never_ran`] can tell then.
-    fn keeps_memory_in_file(&self) -> bool;
+    fn keeps_memory_in_file(&self, mode: MemoryMode) -> bool;
+
+    /// Returns why it cannot run a machine with such memory, or not on this host, and what to
+    /// do about it; nothing if it can.
+    fn unfit(&self, memory: MemoryMode, restore: RestoreMode) -> Option<String>;
 
     /// Starts a machine up to just before its first instruction. It need not have been
     /// made yet: whatever the first `resume` of it says may be about that.
@@ -164,6 +169,10 @@ pub struct Plan {
     pub vcpus: u8,
     /// The size of memory.
     pub memory_bytes: u64,
+    /// Where the memory is.
+    pub memory_mode: MemoryMode,
+    /// How memory that is in no file comes back.
+    pub restore_mode: RestoreMode,
     /// The kernel; needed to boot, not to restore.
     pub kernel: Option<PathBuf>,
     /// The initial RAM file system.
@@ -172,7 +181,7 @@ pub struct Plan {
     pub cmdline: String,
     /// The disks, as the machine is to open them.
     pub disks: Vec<PlannedDisk>,
-    /// The file that the memory is mapped from, shared, by a VMM that does so. `boot` finds
+    /// The file that the memory is mapped from, shared, where it is in a file. `boot` finds
     /// an empty file here, `restore` the memory of the snapshot.
     pub memory: PathBuf,
     /// A directory for sockets, this sandbox's own, on a tmpfs. It exists.

@@ -27,6 +27,8 @@
 #     poll=N     neither halts nor takes interrupts: it looks N times between two lines
 #                whether somebody types, and types it back.  For KVMs that run such
 #                code by an emulator, which has no interrupts for it
+#     clock      tells KVM where it wants to find the wall clock, as every Linux does; KVM
+#                writes there at once, and again whenever a VMM sets that register
 #     seed=N     starts the pattern elsewhere, so that guests differ in their sums
 #
 # It boots by the PVH protocol, which QEMU and Cloud Hypervisor share: 32-bit
@@ -60,6 +62,8 @@
         .set    TICK_VECTOR, 0x20
         .set    SPURIOUS_VECTOR, 0xff
         .set    VECTORS, 256
+
+        .set    WALL_CLOCK, 0x4b564d00    # KVM's register for where to write the wall clock.
 
         .set    CODE, 8
         .set    DATA, 16
@@ -116,7 +120,13 @@ start:
         cmpl    $0, poll
         jne     3f
         call    set_up_interrupts
-3:      call    fill_marker
+3:      cmpl    $0, clock
+        je      4f
+        movl    $WALL_CLOCK, %ecx
+        movl    $wall_clock, %eax
+        xorl    %edx, %edx
+        wrmsr
+4:      call    fill_marker
         xorl    %ebp, %ebp                # %ebp is the count, and nothing else, from here on.
         call    touch_pages
 
@@ -436,6 +446,7 @@ options:
         .long   seed_name, seed
         .long   idle_name, idle
         .long   poll_name, poll
+        .long   clock_name, clock
         .long   0
 busy_name:  .asciz "busy"
 churn_name: .asciz "churn"
@@ -444,6 +455,7 @@ quit_name:  .asciz "quit="
 seed_name:  .asciz "seed="
 idle_name:  .asciz "idle"
 poll_name:  .asciz "poll="
+clock_name: .asciz "clock"
 
 ready_text: .asciz "counter guest ready sum "
 count_text: .asciz "count "
@@ -469,3 +481,5 @@ quit:            .skip 4
 seed:            .skip 4
 idle:            .skip 4
 poll:            .skip 4
+clock:           .skip 4
+wall_clock:      .skip 12              # Its version, seconds and nanoseconds.

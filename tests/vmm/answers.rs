@@ -2,8 +2,9 @@
 //! passes against it would prove nothing.
 
 use std::{
-    fs,
+    fs::{self, File},
     os::unix::{fs::MetadataExt, net::UnixListener},
+    path::Path,
     thread,
     time::Duration,
 };
@@ -225,8 +226,6 @@ fn only_shared_memory_is_saved_sparsely_and_a_file_of_ours_not_at_all() {
     let zone = |size| json!({ "id": "mem0", "size": size, "file": file, "shared": true });
     let memory = json!({ "size": 0, "zones": [zone(64 * MIB)] });
     running.must_with("vm.create", &running.config(&memory, ""));
-    // It has to have its size already.
-    assert_eq!(running.put("vm.boot").0, 500);
     fs::File::options().write(true).open(&file).unwrap().set_len(64 * MIB).unwrap();
     running.must("vm.boot");
     counted(&running, 1);
@@ -234,6 +233,63 @@ fn only_shared_memory_is_saved_sparsely_and_a_file_of_ours_not_at_all() {
     running.must_with("vm.snapshot", &url);
     assert!(!running.path("snapshot/memory-ranges").exists());
     assert!(fs::metadata(&file).unwrap().blocks() > 0);
+}
+
+#[test]
+fn memory_in_a_file_is_taken_as_it_is_found() {
+    let zone = |file: &Path| {
+        let zone = json!({ "id": "mem0", "size": 64 * MIB, "file": file, "shared": true });
+        json!({ "size": 0, "zones": [zone] })
+    };
+    let standin = Standin::new("53.0");
+    let boot = |running: &Running| {
+        running.must_with("vm.create", &running.config(&zone(&running.path("memory")), ""));
+        running.put("vm.boot")
+    };
+    let running = Running::start(&standin);
+    let last = |answer: &(u16, Value)| chain(answer).split_off(2);
+    let gone = boot(&running);
+    assert_eq!(gone.0, 500);
+    assert_eq!(
+        last(&gone),
+        [
+            "Memory manager error",
+            "Failed to stat filesystem",
+            "No such file or directory (os error 2)"
+        ]
+    );
+    let running = Running::start(&standin);
+    fs::create_dir(running.path("memory")).unwrap();
+    let said = "Using a directory as a backing file for memory is not supported";
+    assert_eq!(last(&boot(&running)), ["Memory manager error", said]);
+    // That it is too short is found out by who uses what is not there.
+    let running = Running::start(&standin);
+    fs::write(running.path("memory"), "").unwrap();
+    let config = running.config(&zone(&running.path("memory")), "");
+    running.must_with("vm.create", &config);
+    running.exchange("PUT /api/v1/vm.boot HTTP/1.1\r\n\r\n");
+    assert_eq!(running.process.wait(SOON), Some(Exit::Signal(7)));
+}
+
+#[test]
+fn a_guest_is_told_the_time_before_it_runs() {
+    let standin = Standin::new("53.0");
+    let running = Running::start(&standin);
+    let file = running.path("memory");
+    File::create(&file).unwrap().set_len(64 * MIB).unwrap();
+    let zone = json!({ "id": "mem0", "size": 64 * MIB, "file": file, "shared": true });
+    running.boot(&json!({ "size": 0, "zones": [zone] }), "");
+    counted(&running, 1);
+    let url = pause_for_snapshot(&running, "snapshot");
+    running.must_with("vm.snapshot", &url);
+    let running = Running::start_in(&standin, running.kill());
+    let before = fs::read(&file).unwrap();
+    let source =
+        json!({ "source_url": running.url("snapshot"), "memory_restore_mode": "OnDemand" });
+    // There is nothing to load, so it does not matter how.
+    running.must_with("vm.restore", &source);
+    assert!(before != fs::read(&file).unwrap());
+    assert_eq!(running.get("vm.info").1["state"], "Paused");
 }
 
 #[test]

@@ -7,8 +7,12 @@ use std::{
 };
 
 use dozed::{
+    sandbox::MemoryMode,
     sys::{cancel::Cancel, command, kvm, process::Exit},
-    vmm::{Error, Machine, Plan, PlannedDisk, Vmm, cloud_hypervisor::CloudHypervisor, qemu::Qemu},
+    vmm::{
+        Error, Machine, Plan, PlannedDisk, SAVED_MEMORY, Vmm, cloud_hypervisor::CloudHypervisor,
+        qemu::Qemu,
+    },
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
@@ -21,6 +25,7 @@ use crate::{
 struct Subject {
     vmm: Box<dyn Vmm>,
     kernel: PathBuf,
+    memory: MemoryMode,
     /// What its guests are told besides.
     words: &'static str,
     /// Keeps the stand-in's program and its knobs.
@@ -28,28 +33,38 @@ struct Subject {
 }
 
 impl Subject {
+    fn of(vmm: Box<dyn Vmm>) -> Self {
+        let (kernel, memory) = (counter_guest(), MemoryMode::Auto);
+        Self { vmm, kernel, memory, words: "", _standin: None }
+    }
+
     fn qemu() -> Self {
-        let vmm = Box::new(Qemu::find().unwrap());
-        Self { vmm, kernel: counter_guest(), words: "", _standin: None }
+        Self::of(Box::new(Qemu::find().unwrap()))
     }
 
     fn standin(version: &str) -> Self {
         let standin = Standin::new(version);
         let vmm = Box::new(CloudHypervisor::at(standin.program()).unwrap());
-        Self { vmm, kernel: counter_guest(), words: "", _standin: Some(standin) }
+        Self { _standin: Some(standin), ..Self::of(vmm) }
     }
 
     /// The real one, where there is one.
     fn cloud_hypervisor() -> Option<Self> {
         command::find("cloud-hypervisor")?;
-        let vmm = Box::new(CloudHypervisor::find().unwrap());
-        // A KVM that is not of the hardware runs such a guest, if it does, by an emulator.
-        let words = if kvm::usable().is_ok() { "" } else { "poll=200" };
-        Some(Self { vmm, kernel: counter_guest(), words, _standin: None })
+        // As every Linux does, it tells KVM where it wants to find the wall clock. A KVM that
+        // is not of the hardware runs such a guest, if it does, by an emulator.
+        let words = if kvm::usable().is_ok() { "clock" } else { "clock poll=200" };
+        Some(Self { words, ..Self::of(Box::new(CloudHypervisor::find().unwrap())) })
+    }
+
+    fn with_memory_in_a_file(self) -> Self {
+        Self { memory: MemoryMode::File, ..self }
     }
 
     fn host(&self, cmdline: &str) -> Host {
-        Host::new(&self.kernel, &format!("{cmdline} {}", self.words))
+        let mut host = Host::new(&self.kernel, &format!("{cmdline} {}", self.words));
+        host.plan.memory_mode = self.memory;
+        host
     }
 
     /// Boots a guest that counts.
@@ -78,6 +93,20 @@ macro_rules! contract {
             })*
         }
 
+        mod standin_with_memory_in_a_file {
+            $(#[test]
+            fn $name() {
+                super::$name(&super::Subject::standin("53.0").with_memory_in_a_file());
+            })*
+        }
+
+        mod standin_of_the_oldest_with_memory_in_a_file {
+            $(#[test]
+            fn $name() {
+                super::$name(&super::Subject::standin("44.0").with_memory_in_a_file());
+            })*
+        }
+
         mod standin_of_the_oldest {
             $(#[test]
             fn $name() {
@@ -100,6 +129,15 @@ macro_rules! contract {
                 }
             })*
         }
+
+        mod cloud_hypervisor_with_memory_in_a_file {
+            $(#[test]
+            fn $name() {
+                if let Some(subject) = super::Subject::cloud_hypervisor() {
+                    super::$name(&subject.with_memory_in_a_file());
+                }
+            })*
+        }
     };
 }
 
@@ -108,6 +146,7 @@ contract! {
     pausing_and_resuming_again_is_no_error,
     a_machine_that_runs_is_not_saved,
     the_guest_counts_on_through_twenty_sleeps,
+    a_machine_that_was_restored_and_not_resumed_leaves_its_snapshot_as_it_was,
     a_save_without_room_can_be_taken_back,
     a_save_to_nowhere_can_be_taken_back,
     a_torn_snapshot_leaves_no_process_and_the_whole_one_loads,
@@ -187,13 +226,41 @@ fn the_guest_counts_on_through_twenty_sleeps(subject: &Subject) {
     host.assert_whole();
 }
 
+fn a_machine_that_was_restored_and_not_resumed_leaves_its_snapshot_as_it_was(subject: &Subject) {
+    let host = subject.host("touch=4");
+    let mut machine = subject.run(&host);
+    machine.pause().unwrap();
+    let dir = host.snapshot_dir("snapshot");
+    machine.save(&dir).unwrap();
+    end(&*machine);
+    let in_file = subject.vmm.keeps_memory_in_file(subject.memory);
+    let memory = if in_file { host.plan.memory.clone() } else { dir.join(SAVED_MEMORY) };
+    assert_eq!(dir.join(SAVED_MEMORY).exists(), !in_file);
+    let content = || {
+        let mut files = state_files(&dir);
+        files.push(memory.clone());
+        files.iter().map(|file| fs::read(file).unwrap()).collect::<Vec<_>>()
+    };
+    let before = content();
+    for _ in 0..2 {
+        let machine = subject.vmm.restore(&host.plan, &dir).unwrap();
+        assert!(content() == before, "while it is paused");
+        end(&*machine);
+        assert!(content() == before, "when it is gone");
+    }
+    let mut machine = subject.vmm.restore(&host.plan, &dir).unwrap();
+    machine.resume().unwrap();
+    host.wait_for_count(host.last_count() + 2);
+    host.assert_whole();
+}
+
 fn a_save_without_room_can_be_taken_back(subject: &Subject) {
     let host = subject.host("touch=4");
     let mut machine = subject.run(&host);
     machine.pause().unwrap();
     let full = host.snapshot_dir("full");
-    // Room for a page of each of two small files.
-    mount("none", &full, "tmpfs", MountFlags::empty(), c"size=16k").unwrap();
+    // Room for a page of the first of two small files.
+    mount("none", &full, "tmpfs", MountFlags::empty(), c"size=4k").unwrap();
     let error = machine.save(&full).unwrap_err();
     unmount(&full, UnmountFlags::DETACH).unwrap();
     assert!(!error.to_string().is_empty());

@@ -93,6 +93,11 @@ impl Daemon {
         fs::write(self.sandbox(id).join("state"), verb)
     }
 
+    /// Writes the `config` of a sandbox, which is stopped.
+    pub(crate) fn configure(&self, id: &str, text: &str) -> io::Result<()> {
+        fs::write(self.sandbox(id).join("config"), text)
+    }
+
     /// Reads a file of a sandbox.
     pub(crate) fn read(&self, id: &str, name: &str) -> String {
         let text = fs::read(self.sandbox(id).join(name)).unwrap();

@@ -10,6 +10,7 @@ use std::{
 };
 
 use dozed::{
+    sandbox::{MemoryMode, RestoreMode},
     sys::{
         cancel::Cancel,
         process::{Exit, Process},
@@ -44,6 +45,8 @@ impl Host {
             token: format!("dozed-contract-{}-{count}-", std::process::id()),
             vcpus: 1,
             memory_bytes: MEMORY_BYTES,
+            memory_mode: MemoryMode::Auto,
+            restore_mode: RestoreMode::Auto,
             kernel: Some(kernel.to_owned()),
             initramfs: None,
             cmdline: cmdline.to_owned(),

@@ -7,7 +7,7 @@ use super::{
     testing::{Host, PATIENCE, crash, name, start, wait_for},
 };
 use crate::{
-    sandbox::{Disk, Owner, Spec, State},
+    sandbox::{Disk, MemoryMode, Owner, Spec, State},
     snapshot::MEMORY,
     vmm::fake::{Call, Fault},
 };
@@ -15,4 +15,5 @@ use crate::{
 mod copied;
 mod crashes;
 mod failures;
+mod mixed;
 mod roads;

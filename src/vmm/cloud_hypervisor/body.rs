@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::version::Version;
-use crate::vmm::Plan;
+use super::{memory_file, restore_mode, version::Version};
+use crate::{sandbox::RestoreMode, vmm::Plan};
 
 /// The answer to `vmm.ping`.
 #[derive(Debug, Deserialize)]
@@ -65,6 +65,8 @@ struct Memory {
     size: u64,
     shared: bool,
     thp: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    zones: Option<Value>,
 }
 
 #[derive(Debug, Serialize)]
@@ -124,11 +126,13 @@ pub(super) struct RestoreSource {
 }
 
 impl<'a> VmConfig<'a> {
-    /// Returns the machine of `plan` that boots `kernel`. It is shut in to the paths of
-    /// `rules`, and those that the plan names, if there are any.
+    /// Returns the machine of `plan` that boots `kernel`, with its memory in `memory_file`,
+    /// if in any. It is shut in to the paths of `rules`, and those that the plan names, if
+    /// there are any.
     pub(super) fn new(
         plan: &'a Plan,
         kernel: &'a Path,
+        memory_file: Option<&Path>,
         version: Version,
         rules: Option<Vec<LandlockRule>>,
     ) -> Self {
@@ -140,9 +144,7 @@ impl<'a> VmConfig<'a> {
         });
         Self {
             cpus: Cpus { boot_vcpus: plan.vcpus, max_vcpus: plan.vcpus },
-            // Shared memory is a file in memory, of which only what the guest has touched
-            // is saved. A huge page would be saved whole for any byte of it.
-            memory: Memory { size: plan.memory_bytes, shared: true, thp: false },
+            memory: Memory::new(plan.memory_bytes, memory_file),
             payload: Payload {
                 kernel,
                 initramfs: plan.initramfs.as_deref(),
@@ -161,24 +163,45 @@ impl<'a> VmConfig<'a> {
     }
 }
 
-impl RestoreSource {
-    /// Has the memory copied, and the machine left paused.
-    pub(super) fn copying(source_url: String, version: Version) -> Self {
-        // Loading it page by page would fill all of the memory in the background, holes
-        // too, and refuse the next snapshot until that is done.
-        let memory_restore_mode = version.has_restore_modes().then_some("Copy");
-        Self { source_url, prefault: false, memory_restore_mode }
+impl Memory {
+    /// A huge page would be saved, or take room on the disk, whole for any byte of it.
+    fn new(bytes: u64, file: Option<&Path>) -> Self {
+        match file {
+            // Shared memory is a file in memory, of which only what the guest has touched
+            // is saved.
+            None => Self { size: bytes, shared: true, thp: false, zones: None },
+            Some(file) => {
+                let zones = Some(memory_file::zones(bytes, file));
+                Self { size: 0, shared: false, thp: false, zones }
+            }
+        }
     }
 }
 
-/// Has the configuration in a snapshot name what is to be used now: the disks where
-/// they are, and the paths that the VMM may use.
+impl RestoreSource {
+    /// Has the memory loaded as `mode` says, and the machine left paused.
+    ///
+    /// # Errors
+    /// Says what the version cannot do.
+    pub(super) fn new(
+        source_url: String,
+        mode: RestoreMode,
+        version: Version,
+    ) -> Result<Self, String> {
+        let memory_restore_mode = restore_mode::word(mode, version)?;
+        Ok(Self { source_url, prefault: false, memory_restore_mode })
+    }
+}
+
+/// Has the configuration in a snapshot name what is to be used now: the disks and the
+/// memory where they are, and the paths that the VMM may use.
 ///
 /// # Errors
 /// Says what does not fit.
 pub(super) fn adapt(
     config: &mut Value,
     plan: &Plan,
+    memory_file: Option<&Path>,
     rules: Option<&[LandlockRule]>,
 ) -> Result<(), String> {
     let none = Vec::new();
@@ -195,6 +218,7 @@ pub(super) fn adapt(
     let Some(config) = config.as_object_mut() else {
         return Err("its config.json is no object".to_owned());
     };
+    memory_file::adapt(config.entry("memory").or_insert_with(|| json!({})), memory_file)?;
     config.insert("landlock_enable".to_owned(), json!(rules.is_some()));
     config.insert("landlock_rules".to_owned(), json!(rules));
     Ok(())

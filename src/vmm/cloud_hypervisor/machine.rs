@@ -20,10 +20,13 @@ use super::{
     body::{Info, Ping, RestoreSource, SnapshotTarget, State, VmConfig},
     confinement,
     console::{self, Console},
+    memory_file,
+    restore_mode::STILL_LOADING,
     version::{OLDEST, Version},
     view,
 };
 use crate::{
+    sandbox::RestoreMode,
     sync::Arc,
     sys::{
         clock::{self, Deadline, Stopwatch},
@@ -59,6 +62,11 @@ const MEMORY_MIN_BYTES_PER_SECOND: u64 = 32 << 20;
 const LOCK_LIMIT: Duration = Duration::from_secs(2);
 const LOCK_LOOK: Duration = Duration::from_millis(5);
 
+/// How often a machine that is still loading is asked whether it is through: soon, for a
+/// small one, and not so often that a large one has nothing else to do.
+const LOADING_LOOK_FIRST: Duration = Duration::from_millis(20);
+const LOADING_LOOK_MOST: Duration = Duration::from_millis(500);
+
 /// A Cloud Hypervisor that runs one sandbox, or is about to.
 #[derive(Debug)]
 pub(super) struct CloudMachine {
@@ -68,6 +76,10 @@ pub(super) struct CloudMachine {
     typing: Allowance,
     known_for: Stopwatch,
     memory_bytes: u64,
+    /// Whether its memory is in a file of the store.
+    in_file: bool,
+    /// How memory that is in none came back, if it was woken.
+    restore_mode: RestoreMode,
     /// The disks that the guest may write to.
     disks: Vec<PathBuf>,
     version: Version,
@@ -78,18 +90,24 @@ pub(super) struct CloudMachine {
 impl CloudMachine {
     /// Starts one that has the machine's configuration and has not made it.
     pub(super) fn boot(program: &Path, plan: &Plan, kernel: &Path) -> Result<Self, Error> {
+        let memory = memory_file::open(plan)?;
+        let path = memory.as_ref().map(memory_file::path);
         begin(
             plan,
             "starting",
-            || Self::spawn(program, plan),
-            |machine| machine.create(plan, kernel),
+            || Self::spawn(program, plan, memory),
+            |machine| machine.create(plan, kernel, path.as_deref()),
         )
     }
 
     /// Starts one that has loaded the snapshot in `dir`, and is paused.
     pub(super) fn restore(program: &Path, plan: &Plan, dir: &Path) -> Result<Self, Error> {
-        let spawn = || Self::spawn(program, plan);
-        begin(plan, "loading the snapshot", spawn, |machine| machine.load(plan, dir))
+        let memory = memory_file::open(plan)?;
+        let path = memory.as_ref().map(memory_file::path);
+        let spawn = || Self::spawn(program, plan, memory);
+        begin(plan, "loading the snapshot", spawn, |machine| {
+            machine.load(plan, dir, path.as_deref())
+        })
     }
 
     /// Takes over one that is there already. If it is busy with a snapshot that nobody
@@ -112,13 +130,15 @@ impl CloudMachine {
             typing: Allowance::new(len_of(&plan.console_log)),
             known_for: Stopwatch::start(),
             memory_bytes: plan.memory_bytes,
+            in_file: memory_file::is_wanted(plan.memory_mode),
+            restore_mode: plan.restore_mode,
             disks: writable.map(|disk| disk.path.clone()).collect(),
             version: OLDEST,
             may_have_run: false,
         }
     }
 
-    fn spawn(program: &Path, plan: &Plan) -> Result<Self, Error> {
+    fn spawn(program: &Path, plan: &Plan, memory: Option<OwnedFd>) -> Result<Self, Error> {
         let (log, last_words) = log::open(&plan.vmm_log)
             .map_err(host(format!("opening {}", plan.vmm_log.display())))?;
         let stdout = OpenOptions::new()
@@ -142,7 +162,7 @@ impl CloudMachine {
             name: Some(OsStr::new(&plan.token)),
             stdin: Some(master),
             stdout: Some(stdout),
-            inherited: vec![terminal, listener],
+            inherited: [terminal, listener].into_iter().chain(memory).collect(),
             privileges: Privileges::None,
             ..Launch::new(program, &args, log)
         })
@@ -165,22 +185,28 @@ impl CloudMachine {
             .ok_or_else(|| api::nonsense(call, &format!("it is version {}", ping.version)))
     }
 
-    fn create(&mut self, plan: &Plan, kernel: &Path) -> Result<(), Error> {
+    fn create(
+        &mut self,
+        plan: &Plan,
+        kernel: &Path,
+        memory_file: Option<&Path>,
+    ) -> Result<(), Error> {
         wait_for_disks(plan)?;
         self.greet()?;
         let rules = confinement::rules(plan);
-        let config = VmConfig::new(plan, kernel, self.version, rules);
+        let config = VmConfig::new(plan, kernel, memory_file, self.version, rules);
         let call = Call { name: "vm.create", doing: "starting", limit: ANSWER_LIMIT };
         Ok(api::put_with(&self.peer, call, &config)?)
     }
 
     /// Loads the snapshot in `dir`. What a restore needs of the host is looked at before
     /// memory is read, which takes its time.
-    fn load(&mut self, plan: &Plan, dir: &Path) -> Result<(), Error> {
+    fn load(&mut self, plan: &Plan, dir: &Path, memory_file: Option<&Path>) -> Result<(), Error> {
         wait_for_disks(plan)?;
         self.greet()?;
-        let view = view::make(plan, dir)?;
-        let source = RestoreSource::copying(url(&view)?, self.version);
+        let view = view::make(plan, dir, memory_file)?;
+        let source = RestoreSource::new(url(&view)?, plan.restore_mode, self.version)
+            .map_err(|said| Error::Refused { command: "vm.restore".to_owned(), said })?;
         let limit = memory_limit(self.memory_bytes);
         let call = Call { name: "vm.restore", doing: "loading the snapshot", limit };
         api::put_with(&self.peer, call, &source)?;
@@ -204,6 +230,27 @@ impl CloudMachine {
         }
     }
 
+    /// Has it write a snapshot. It refuses to, unless it is paused, and as long as it is still
+    /// loading what its guest was woken from, which it goes on with while it is paused.
+    fn save_when_loaded(&self, target: &SnapshotTarget) -> Result<(), Error> {
+        let limit = memory_limit(self.memory_bytes);
+        let call = Call { name: "vm.snapshot", doing: "saving its state", limit };
+        let deadline = Deadline::after(limit);
+        let mut look = LOADING_LOOK_FIRST;
+        loop {
+            match api::put_with(&self.peer, call, target).map_err(Error::from) {
+                Err(Error::Refused { said, .. }) if said.contains(STILL_LOADING) => {}
+                done => return done,
+            }
+            if deadline.passed() {
+                let command = "loading what the guest was woken from".to_owned();
+                return Err(Error::TimedOut { command, limit });
+            }
+            clock::pause_for(look);
+            look = (look * 2).min(LOADING_LOOK_MOST);
+        }
+    }
+
     fn save_files(&self, dir: &Path) -> Result<(), Error> {
         for disk in &self.disks {
             // It writes through the page cache. What the guest's memory counts on as
@@ -222,6 +269,12 @@ impl CloudMachine {
                     said: format!("it wrote {} bytes of {name} and no more", text.len()),
                 });
             }
+            if self.in_file && name == STATE_FILE {
+                memory_file::keep_from_changing(&path, &text)?;
+            }
+        }
+        if self.in_file {
+            return memory_file::refuse_copy(&dir.join(MEMORY_FILE));
         }
         files::rename(&dir.join(MEMORY_FILE), &dir.join(SAVED_MEMORY))
             .map_err(host(format!("naming the memory in {}", dir.display())))
@@ -266,7 +319,11 @@ impl Machine for CloudMachine {
     }
 
     fn save_bytes(&self) -> u64 {
-        if !self.version.saves_sparsely() {
+        if self.in_file {
+            return 0;
+        }
+        // What loads on demand has all of its memory when it is through.
+        if !self.version.saves_sparsely() || self.restore_mode == RestoreMode::OnDemand {
             return self.memory_bytes;
         }
         // All that it has of such files is the guest's memory.
@@ -275,10 +332,7 @@ impl Machine for CloudMachine {
 
     fn save(&mut self, dir: &Path) -> Result<(), Error> {
         let target = SnapshotTarget { destination_url: url(dir)? };
-        let limit = memory_limit(self.memory_bytes);
-        let call = Call { name: "vm.snapshot", doing: "saving its state", limit };
-        // It refuses to, unless it is paused.
-        api::put_with(&self.peer, call, &target)?;
+        self.save_when_loaded(&target)?;
         self.save_files(dir)
     }
 

@@ -2,7 +2,8 @@
 //!
 //! The guest's memory is shared memory of the VMM's process. A sleep writes what the guest
 //! has touched of it beside the state of the devices; a wake copies it back, and the
-//! snapshot is then of no more use to the guest that runs.
+//! snapshot is then of no more use to the guest that runs. Or it is a file of the store,
+//! where `config` says so, which is mapped and never copied.
 //!
 //! It is started with an API socket that it inherits, and obeys by HTTP on that. It has
 //! no way to make a machine and not let it run, so until its first `resume` a machine
@@ -17,6 +18,8 @@ mod body;
 mod confinement;
 mod console;
 mod machine;
+mod memory_file;
+mod restore_mode;
 mod version;
 mod view;
 
@@ -31,9 +34,9 @@ use super::{
     program::{Program, host_cpu},
 };
 use crate::{
-    sandbox::VmmChoice,
+    sandbox::{MemoryMode, RestoreMode, VmmChoice},
     sync::Arc,
-    sys::{command, process::Process},
+    sys::{command, host, process::Process, userfaultfd},
 };
 
 const PROGRAM: &str = "cloud-hypervisor";
@@ -127,8 +130,14 @@ impl Vmm for CloudHypervisor {
         lacks
     }
 
-    fn keeps_memory_in_file(&self) -> bool {
-        false
+    fn keeps_memory_in_file(&self, mode: MemoryMode) -> bool {
+        memory_file::is_wanted(mode)
+    }
+
+    fn unfit(&self, memory: MemoryMode, restore: RestoreMode) -> Option<String> {
+        let version = self.identity().ok().and_then(|is| Version::parse(&is.version))?;
+        let (uid, gid) = host::own_ids();
+        restore_mode::objection(memory, restore, version, || userfaultfd::is_open_to(uid, gid))
     }
 
     fn boot(&self, plan: &Plan) -> Result<Box<dyn Machine>, Error> {

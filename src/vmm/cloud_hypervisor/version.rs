@@ -37,6 +37,12 @@ impl Version {
         self >= Self { major: 52, minor: 0 }
     }
 
+    /// Whether it saves all of the memory of a guest that was woken on demand. The first that
+    /// loads so leaves out of a snapshot what the guest has not wanted yet.
+    pub(super) fn saves_while_loading_on_demand(self) -> bool {
+        self >= Self { major: 53, minor: 0 }
+    }
+
     /// Whether it lets the vCPUs run as the last act of a resume. Before, one that failed
     /// may have let them run.
     pub(super) fn resumes_vcpus_last(self) -> bool {

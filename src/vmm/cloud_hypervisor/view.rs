@@ -28,9 +28,10 @@ fn path(plan: &Plan) -> PathBuf {
     plan.runtime_dir.join("snapshot")
 }
 
-/// Makes the view of the snapshot in `dir`, with the disks of today, and returns it.
-pub(super) fn make(plan: &Plan, dir: &Path) -> Result<PathBuf, Error> {
-    let config = adapted(plan, dir)?;
+/// Makes the view of the snapshot in `dir`, with the disks of today and the memory in
+/// `memory_file`, if it is in one, and returns it.
+pub(super) fn make(plan: &Plan, dir: &Path, memory_file: Option<&Path>) -> Result<PathBuf, Error> {
+    let config = adapted(plan, dir, memory_file)?;
     let view = path(plan);
     let made = || -> io::Result<()> {
         remove_tree(&view)?;
@@ -42,6 +43,9 @@ pub(super) fn make(plan: &Plan, dir: &Path) -> Result<PathBuf, Error> {
             .open(view.join(CONFIG_FILE))?
             .write_all(config.to_string().as_bytes())?;
         symlink(dir.join(STATE_FILE), view.join(STATE_FILE))?;
+        if memory_file.is_some() {
+            return Ok(());
+        }
         symlink(dir.join(SAVED_MEMORY), view.join(MEMORY_FILE))
     };
     made().map_err(host(format!("making {}", view.display())))?;
@@ -54,12 +58,12 @@ pub(super) fn remove(plan: &Plan) -> Result<(), Error> {
     remove_tree(&view).map_err(host(format!("removing {}", view.display())))
 }
 
-fn adapted(plan: &Plan, dir: &Path) -> Result<Value, Error> {
+fn adapted(plan: &Plan, dir: &Path, memory_file: Option<&Path>) -> Result<Value, Error> {
     let path = dir.join(CONFIG_FILE);
     let text = fs::read(&path).map_err(host(format!("reading {}", path.display())))?;
     let mut config: Value = serde_json::from_slice(&text)
         .map_err(|error| host(format!("reading {}", path.display()))(error.into()))?;
-    adapt(&mut config, plan, confinement::rules(plan).as_deref())
+    adapt(&mut config, plan, memory_file, confinement::rules(plan).as_deref())
         .map_err(|said| Error::Refused { command: "vm.restore".to_owned(), said })?;
     Ok(config)
 }

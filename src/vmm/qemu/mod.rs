@@ -28,7 +28,7 @@ use super::{
     program::{Program, host_cpu},
 };
 use crate::{
-    sandbox::VmmChoice,
+    sandbox::{MemoryMode, RestoreMode, VmmChoice},
     sync::Arc,
     sys::{command, kvm, process::Process, tsc},
 };
@@ -124,8 +124,23 @@ impl Vmm for Qemu {
         }
     }
 
-    fn keeps_memory_in_file(&self) -> bool {
+    fn keeps_memory_in_file(&self, _: MemoryMode) -> bool {
         true
+    }
+
+    fn unfit(&self, memory: MemoryMode, restore: RestoreMode) -> Option<String> {
+        let wrong = match (memory, restore) {
+            (MemoryMode::Shared, _) => "memory_mode = \"shared\"",
+            (_, RestoreMode::OnDemand) => "restore_mode = \"on-demand\"",
+            (_, RestoreMode::CopyOnWrite) => "restore_mode = \"copy-on-write\"",
+            (MemoryMode::Auto | MemoryMode::File, RestoreMode::Auto | RestoreMode::Copy) => {
+                return None;
+            }
+        };
+        Some(format!(
+            "qemu has the memory of its guests in a file, so there is no {wrong}; write \"auto\", \
+             or use vmm = \"cloud-hypervisor\""
+        ))
     }
 
     fn boot(&self, plan: &Plan) -> Result<Box<dyn Machine>, Error> {

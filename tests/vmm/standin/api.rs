@@ -106,7 +106,7 @@ fn hang() -> ! {
 }
 
 /// Lets that much time pass, however long it is.
-fn stall(time: Duration) {
+pub(crate) fn stall(time: Duration) {
     let watch = Stopwatch::start();
     while let Some(left) = time.checked_sub(watch.elapsed()) {
         thread::park_timeout(left.max(Duration::from_millis(1)));

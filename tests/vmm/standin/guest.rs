@@ -5,6 +5,9 @@
 //! line over memory that never changes after boot. What is typed is printed with `heard`
 //! before it.
 //!
+//! As every Linux does, it has told KVM where it wants to find the wall clock. KVM writes it
+//! there whenever that is set, also by the VMM for a guest that is paused.
+//!
 //! Words of the kernel's command line, others being skipped:
 //!
 //! - `quit=N` powers the machine off after N lines
@@ -29,6 +32,7 @@ const TICK: Duration = Duration::from_millis(20);
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 const COUNT_AT: u64 = MIB;
+const WALL_CLOCK_AT: u64 = MIB + PAGE;
 const MARKER_AT: u64 = 2 * MIB;
 const MARKER_BYTES: usize = 256 * 1024;
 const TOUCH_FROM: u64 = 16 * MIB;
@@ -46,6 +50,16 @@ pub(crate) struct Options {
     garbage: u64,
 }
 
+/// The registers that say where the wall clock is wanted, which are one.
+const WALL_CLOCK_MSRS: [u32; 2] = [0x11, 0x4b56_4d00];
+
+/// A register that is known by a number.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Msr {
+    index: u32,
+    data: u64,
+}
+
 /// What of a guest is not in memory. It is saved with the devices.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Registers {
@@ -56,6 +70,9 @@ pub(crate) struct Registers {
     /// How much the balloon has, and is to have.
     pub(crate) balloon: u64,
     pub(crate) balloon_wanted: u64,
+    /// Where KVM is to write the wall clock; nought is nowhere.
+    #[serde(skip)]
+    wall_clock: u64,
 }
 
 /// A guest and the thread that is its CPU.
@@ -112,7 +129,30 @@ impl Options {
 impl Registers {
     /// Those of a guest that has not run.
     pub(crate) fn at_boot(options: Options, balloon_wanted: u64) -> Self {
-        Self { options, count: 0, ready: false, balloon: 0, balloon_wanted }
+        Self { options, count: 0, ready: false, balloon: 0, balloon_wanted, wall_clock: 0 }
+    }
+
+    /// Returns what has a number.
+    pub(crate) fn msrs(&self) -> Vec<Msr> {
+        WALL_CLOCK_MSRS.map(|index| Msr { index, data: self.wall_clock }).into()
+    }
+
+    /// Takes over what has a number.
+    pub(crate) fn set_msrs(&mut self, msrs: &[Msr]) {
+        let clock = msrs.iter().find(|msr| WALL_CLOCK_MSRS.contains(&msr.index));
+        self.wall_clock = clock.map_or(0, |msr| msr.data);
+    }
+
+    /// Does what KVM does when the registers are set: the number of times that it did goes
+    /// up by two, and the time is behind it.
+    pub(crate) fn write_wall_clock(&self, memory: &Memory) -> io::Result<()> {
+        if self.wall_clock == 0 {
+            return Ok(());
+        }
+        let mut version = [0; 4];
+        memory.read(self.wall_clock, &mut version)?;
+        let version = u32::from_le_bytes(version).wrapping_add(2);
+        memory.write(self.wall_clock, &version.to_le_bytes())
     }
 }
 
@@ -145,10 +185,26 @@ impl Guest {
         self.shared.control.lock().expect("the CPU does not panic").registers.clone()
     }
 
+    /// Returns what keeps the guest from doing anything.
+    pub(crate) fn brake(&self) -> Brake {
+        Brake(Arc::clone(&self.shared))
+    }
+
     /// Has the balloon take so much. A paused guest does it when it runs again.
     pub(crate) fn want_balloon(&self, bytes: u64) {
         let mut control = self.shared.control.lock().expect("the CPU does not panic");
         control.registers.balloon_wanted = bytes;
+    }
+}
+
+/// Keeps a guest from doing anything for as long as something takes.
+#[derive(Debug)]
+pub(crate) struct Brake(Arc<Shared>);
+
+impl Brake {
+    pub(crate) fn hold<T>(&self, act: impl FnOnce() -> T) -> T {
+        let _held = self.0.control.lock().expect("the CPU does not panic");
+        act()
     }
 }
 
@@ -209,6 +265,8 @@ impl Machine {
         }
         self.memory.write(MARKER_AT, &marker)?;
         self.memory.write(COUNT_AT, &0_u32.to_le_bytes())?;
+        registers.wall_clock = WALL_CLOCK_AT;
+        registers.write_wall_clock(&self.memory)?;
         let (touch, garbage) = (registers.options.touch, registers.options.garbage);
         for page in 0..(touch + garbage) / PAGE {
             let at = TOUCH_FROM + page * PAGE;

@@ -3,6 +3,7 @@
 //! ```json
 //! { "version": "53.0",
 //!   "userfaultfd": true,
+//!   "loading_millis": 0,
 //!   "faults": [
 //!     { "endpoint": "vm.snapshot", "call": 1,
 //!       "act": { "error": { "status": 500, "chain": ["Error from API", "…"] } } },
@@ -18,6 +19,7 @@ use std::{
     env, fs,
     io::Write,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde::Deserialize;
@@ -55,6 +57,8 @@ pub(crate) struct Knobs {
     version: Version,
     /// Whether the host lets this user have page faults handed to it.
     pub(crate) userfaultfd: bool,
+    /// How long it takes at the least to load on demand all that nobody demands.
+    pub(crate) loading: Duration,
 }
 
 #[derive(Debug, Deserialize)]
@@ -64,6 +68,8 @@ struct File {
     version: String,
     #[serde(default = "yes")]
     userfaultfd: bool,
+    #[serde(default)]
+    loading_millis: u64,
     #[serde(default)]
     faults: Vec<Fault>,
 }
@@ -114,7 +120,8 @@ impl Knobs {
         let file = read(&dir)?;
         let version = Version::parse(&file.version)
             .ok_or_else(|| format!("standin.json: {} is no version", file.version))?;
-        Ok(Self { dir, text: file.version, version, userfaultfd: file.userfaultfd })
+        let loading = Duration::from_millis(file.loading_millis);
+        Ok(Self { dir, text: file.version, version, userfaultfd: file.userfaultfd, loading })
     }
 
     /// Says whether this version has what came with `since`.

@@ -5,11 +5,13 @@ use std::{
     io,
     os::unix::fs::{FileExt, MetadataExt},
     path::Path,
+    thread,
 };
 
 use rustix::{
     fs::{FallocateFlags, MemfdFlags, SeekFrom, fallocate, memfd_create, seek},
     io::Errno,
+    process::{Signal, getpid, kill_process},
 };
 
 use crate::{
@@ -63,12 +65,14 @@ impl Memory {
     /// Reads guest memory, which is in one region.
     pub(crate) fn read(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
         let region = self.region(at)?;
+        region.end_where_there_is_no_file(at + bytes.len() as u64)?;
         region.file.read_exact_at(bytes, at - region.start)
     }
 
     /// Writes guest memory, which is in one region.
     pub(crate) fn write(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
         let region = self.region(at)?;
+        region.end_where_there_is_no_file(at + bytes.len() as u64)?;
         region.file.write_all_at(bytes, at - region.start)
     }
 
@@ -94,7 +98,7 @@ impl Region {
         let Some(path) = &zone.file else {
             return Ok(Self { start, bytes, file: anonymous(bytes)?, shared: zone.shared });
         };
-        let file = open_backing(path, bytes, zone.shared)?;
+        let file = open_backing(path, zone.shared)?;
         if zone.shared {
             return Ok(Self { start, bytes, file, shared: true });
         }
@@ -102,6 +106,19 @@ impl Region {
         let own = anonymous(bytes)?;
         copy_sparse(&file, 0, &own, 0, bytes)?;
         Ok(Self { start, bytes, file: own, shared: false })
+    }
+
+    /// Ends the process as the kernel does, where memory up to `end` is used that its file
+    /// is too short for. Nobody looks at how long the file is before.
+    fn end_where_there_is_no_file(&self, end: u64) -> io::Result<()> {
+        if self.file.metadata()?.len() >= end - self.start {
+            return Ok(());
+        }
+        loop {
+            // The first only undoes what Rust does about this signal.
+            kill_process(getpid(), Signal::BUS)?;
+            thread::yield_now();
+        }
     }
 
     /// Says whether a snapshot leaves it out, as its file has it already.
@@ -116,18 +133,14 @@ fn anonymous(bytes: u64) -> Result<File, Failure> {
     Ok(file)
 }
 
-fn open_backing(path: &Path, bytes: u64, shared: bool) -> Result<File, Failure> {
+fn open_backing(path: &Path, shared: bool) -> Result<File, Failure> {
+    path.metadata().within("Failed to stat filesystem")?;
     if path.is_dir() {
         let said = "Using a directory as a backing file for memory is not supported";
         return Err(Failure::new(said));
     }
     let file = OpenOptions::new().read(true).write(shared).open(path);
-    let file = file.within("Failed to create shared file")?;
-    if file.metadata()?.len() < bytes {
-        let said = "The specified file offset and length is greater then file length";
-        return Err(Failure::new(said).within("Error from region creation"));
-    }
-    Ok(file)
+    file.within("Failed to create shared file")
 }
 
 /// Copies what is not a hole. As the real one, it takes the end of a file that is too

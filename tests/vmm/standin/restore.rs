@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::{
     config::{MemoryConfig, VmConfig},
     failure::{Failure, Within},
-    guest::Registers,
+    guest::{Msr, Registers},
     memory::{Memory, copy_dense, copy_sparse},
     snapshot::{CONFIG, MEMORY, Range, STATE},
 };
@@ -23,6 +23,13 @@ pub(crate) struct State {
     ranges: Vec<Range>,
 }
 
+impl State {
+    /// Says whether there is memory to load.
+    pub(crate) fn has_memory(&self) -> bool {
+        !self.ranges.is_empty()
+    }
+}
+
 /// Reads the description of the VM.
 pub(crate) fn config(dir: &Path) -> Result<VmConfig, Failure> {
     read(&dir.join(CONFIG), "config")
@@ -31,7 +38,11 @@ pub(crate) fn config(dir: &Path) -> Result<VmConfig, Failure> {
 /// Reads the state of the devices.
 pub(crate) fn state(dir: &Path) -> Result<State, Failure> {
     let state: Value = read(&dir.join(STATE), "state")?;
-    let registers = part(&state, "cpu-manager")?;
+    let cpu: Value = part(&state["snapshots"]["cpu-manager"], "0")?;
+    let msrs = serde_json::from_value::<Vec<Msr>>(cpu["Kvm"]["msrs"].clone());
+    let registers = serde_json::from_value(cpu["Kvm"]["regs"].clone());
+    let mut registers: Registers = registers.map_err(|error| damaged(&error.to_string()))?;
+    registers.set_msrs(&msrs.map_err(|error| damaged(&error.to_string()))?);
     let memory: Value = part(&state, "memory-manager")?;
     let ranges = serde_json::from_value(memory["memory_ranges"]["data"].clone());
     let ranges = ranges.map_err(|error| damaged(&error.to_string()))?;

@@ -62,13 +62,16 @@ pub(crate) fn write(
     let ranges = ranges(memory)?;
     let config = serde_json::to_string(config).expect("it is JSON");
     write_once(&dir.join(CONFIG), &config, "config")?;
-    let registers = serde_json::to_value(registers).expect("it is JSON");
+    let cpu = json!({ "Kvm": { "msrs": registers.msrs(), "regs": registers } });
     let memory_state = json!({ "memory_ranges": { "data": ranges } });
     let part =
         |state: &Value| json!({ "snapshot_data": { "state": text(state) }, "snapshots": {} });
     let state = json!({
         "snapshot_data": { "state": text(&json!({ "clock": null })) },
-        "snapshots": { "cpu-manager": part(&registers), "memory-manager": part(&memory_state) },
+        "snapshots": {
+            "cpu-manager": { "snapshots": { "0": part(&cpu) } },
+            "memory-manager": part(&memory_state),
+        },
     });
     write_once(&dir.join(STATE), &text(&state), "state")?;
     if ranges.is_empty() {

@@ -10,11 +10,13 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use rustix::fs::{FlockOperation, fcntl_lock};
 
 use crate::{
+    api::stall,
     config::{Disk, ImageType, Payload, VmConfig, Vsock},
     failure::{Failure, Within},
     guest::{Guest, Registers},
@@ -23,6 +25,9 @@ use crate::{
     serial::Serial,
     server::Waker,
 };
+
+/// How much is loaded at a time of what nobody demands.
+const FILL_BYTES: usize = 1 << 20;
 
 /// What state a VM is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,15 +121,22 @@ impl Vm {
         self.state = to;
     }
 
-    /// Fills all of memory in the background, holes as well.
-    pub(crate) fn fill(&self) -> Result<(), Failure> {
+    /// Fills all of memory in the background, holes as well, which takes no less than `time`.
+    pub(crate) fn fill(&self, time: Duration) -> Result<(), Failure> {
         let (memory, filling) = (Arc::clone(&self.memory), Arc::clone(&self.filling));
+        let brake = self.guest.brake();
         filling.store(true, Ordering::SeqCst);
         thread::Builder::new().name("prefault".to_owned()).spawn(move || {
             for region in &memory.regions {
-                copy_dense(&region.file, 0, &region.file, 0, region.bytes)
-                    .expect("memory can be written to");
+                for at in (0..region.bytes).step_by(FILL_BYTES) {
+                    let bytes = (region.bytes - at).min(FILL_BYTES as u64);
+                    // What the guest writes meanwhile would be lost.
+                    brake
+                        .hold(|| copy_dense(&region.file, at, &region.file, at, bytes))
+                        .expect("memory can be written to");
+                }
             }
+            stall(time);
             filling.store(false, Ordering::SeqCst);
         })?;
         Ok(())

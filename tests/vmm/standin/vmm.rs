@@ -22,6 +22,9 @@ use crate::{
     vm::{Vm, VmState, check_payload},
 };
 
+/// Where the kernel is in a guest's memory.
+const KERNEL_AT: u64 = 1 << 20;
+
 /// A VMM.
 #[derive(Debug)]
 pub(crate) struct Vmm {
@@ -90,6 +93,8 @@ impl Vmm {
         let vm = self.vm.insert(vm);
         vm.lock_disks()?;
         check_payload(&payload)?;
+        // The kernel is put there.
+        vm.memory.read(KERNEL_AT, &mut [0])?;
         vm.go(VmState::Running);
         self.events.tell("vm", "booted");
         Ok(())
@@ -196,7 +201,9 @@ impl Vmm {
         let state = restore::state(dir).within("Cannot restore VM")?;
         self.config = Some(config.clone());
         let serial = self.open_console()?;
-        if mode == RestoreMode::OnDemand && !self.knobs.userfaultfd {
+        // What has its memory in files has nothing to load, however that is to be done.
+        let on_demand = mode == RestoreMode::OnDemand && state.has_memory();
+        if on_demand && !self.knobs.userfaultfd {
             return Err(Failure::new("Operation not permitted (os error 1)")
                 .within("Failed to create userfaultfd")
                 .within("On-demand restore failed")
@@ -205,14 +212,15 @@ impl Vmm {
         let sparse = self.knobs.has(SPARSE);
         let memory =
             restore::memory(dir, &config.memory, &state, sparse).within("Memory manager error")?;
+        state.registers.write_wall_clock(&memory)?;
         let around = (&self.knobs, self.waker.clone());
         let vm = Vm::make(&config, memory, state.registers, VmState::Paused, serial, around)?;
         self.confinement.confine(&config);
         self.events.tell("vm", "restoring");
         let vm = self.vm.insert(vm);
         vm.lock_disks()?;
-        if mode == RestoreMode::OnDemand && self.knobs.has(PREFAULT) {
-            vm.fill()?;
+        if on_demand && self.knobs.has(PREFAULT) {
+            vm.fill(self.knobs.loading)?;
         }
         self.events.tell("vm", "restored");
         Ok(())

@@ -19,7 +19,7 @@ fn rules() -> Vec<LandlockRule> {
 fn a_machine_is_described_by_what_its_plan_says_and_no_more() {
     let dir = tempfile::tempdir().unwrap();
     let plan = plan(&dir);
-    let config = VmConfig::new(&plan, Path::new("/k"), version("53.0"), Some(rules()));
+    let config = VmConfig::new(&plan, Path::new("/k"), None, version("53.0"), Some(rules()));
     assert_eq!(
         serde_json::to_value(&config).unwrap(),
         json!({
@@ -41,17 +41,31 @@ fn a_machine_is_described_by_what_its_plan_says_and_no_more() {
 }
 
 #[test]
+fn memory_in_a_file_is_a_piece_of_its_own_and_nothing_else_is_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = Path::new("/proc/self/fd/7");
+    let plan = plan(&dir);
+    let config = VmConfig::new(&plan, Path::new("/k"), Some(file), version("44.0"), None);
+    let zone = json!({ "id": "mem0", "size": 256 << 20, "file": file, "shared": true });
+    assert_eq!(
+        serde_json::to_value(&config).unwrap()["memory"],
+        json!({ "size": 0, "shared": false, "thp": false, "zones": [zone] })
+    );
+}
+
+#[test]
 fn an_old_version_is_not_told_what_it_would_ignore() {
     let dir = tempfile::tempdir().unwrap();
     let plan = plan(&dir);
     let disk = |text| {
-        let config = VmConfig::new(&plan, Path::new("/k"), version(text), None);
+        let config = VmConfig::new(&plan, Path::new("/k"), None, version(text), None);
         serde_json::to_value(&config).unwrap()["disks"][0].clone()
     };
     assert_eq!(disk("50.0").get("image_type"), None);
     assert_eq!(disk("50.1")["image_type"], "Raw");
     let restore = |text| {
-        let source = RestoreSource::copying("file:///s".to_owned(), version(text));
+        let url = "file:///s".to_owned();
+        let source = RestoreSource::new(url, RestoreMode::Auto, version(text)).unwrap();
         serde_json::to_value(&source).unwrap()
     };
     assert_eq!(restore("51.1"), json!({ "source_url": "file:///s", "prefault": false }));
@@ -68,14 +82,14 @@ fn a_snapshot_is_loaded_with_the_disks_and_the_rules_of_today() {
         "cpus": { "boot_vcpus": 2 },
     });
     let mut config = saved.clone();
-    adapt(&mut config, &plan, Some(&rules())).unwrap();
+    adapt(&mut config, &plan, None, Some(&rules())).unwrap();
     assert_eq!(config["disks"][0], json!({ "id": "_disk0", "path": plan.disks[0].path }));
     assert_eq!(config["disks"][1]["path"], json!(plan.disks[1].path));
     assert_eq!(config["landlock_rules"], json!([{ "path": "/store/7", "access": "rw" }]));
     assert_eq!(config["landlock_enable"], true);
     assert_eq!(config["cpus"], saved["cpus"]);
 
-    adapt(&mut config, &plan, None).unwrap();
+    adapt(&mut config, &plan, None, None).unwrap();
     assert_eq!(
         (&config["landlock_enable"], &config["landlock_rules"]),
         (&json!(false), &Value::Null)
@@ -86,9 +100,12 @@ fn a_snapshot_is_loaded_with_the_disks_and_the_rules_of_today() {
         (json!([]), "the snapshot has 0 disks, and the sandbox has 2"),
     ] {
         let mut config = wrong;
-        assert_eq!(adapt(&mut config, &plan, None), Err(says.to_owned()));
+        assert_eq!(adapt(&mut config, &plan, None, None), Err(says.to_owned()));
     }
     let plan = Plan { disks: Vec::new(), ..plan };
-    assert_eq!(adapt(&mut json!([]), &plan, None), Err("its config.json is no object".to_owned()));
-    adapt(&mut json!({}), &plan, None).unwrap();
+    assert_eq!(
+        adapt(&mut json!([]), &plan, None, None),
+        Err("its config.json is no object".to_owned())
+    );
+    adapt(&mut json!({}), &plan, None, None).unwrap();
 }

@@ -23,6 +23,8 @@ fn plan(dir: &TempDir) -> Plan {
         token: format!("dozed-ch-test-{}-", std::process::id()),
         vcpus: 2,
         memory_bytes: 256 << 20,
+        memory_mode: MemoryMode::Auto,
+        restore_mode: RestoreMode::Auto,
         kernel: Some(path("kernel")),
         initramfs: None,
         cmdline: "console=ttyS0".to_owned(),

@@ -63,6 +63,8 @@ impl Host {
             token: format!("dozed-qemu-test-{}-{count}-", std::process::id()),
             vcpus: 1,
             memory_bytes: 256 << 20,
+            memory_mode: MemoryMode::Auto,
+            restore_mode: RestoreMode::Auto,
             kernel: None,
             initramfs: None,
             cmdline: String::new(),
