@@ -1,4 +1,4 @@
-//! The VMM alone, put to sleep and woken by a script that does the least that can be done.
+//! QEMU alone, put to sleep and woken by a script that does the least that can be done.
 //!
 //! It runs the command line of a sandbox's own VMM on its own copy of the snapshot. It
 //! checks nothing, records nothing, and does not survive a crash.
@@ -18,7 +18,7 @@ use dozed::{
         cancel::Cancel,
         clock::Stopwatch,
         files::{copy_image, sync_file},
-        process::Process,
+        process::{Launch, Process},
     },
 };
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -32,7 +32,16 @@ use super::{
 
 /// What QEMU's state is called in a snapshot of the daemon's.
 const STATE: &str = "vmstate";
-const EXIT_LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const EXIT_LIMIT: Duration = Duration::from_secs(30);
+
+/// A VMM that is driven by the least of scripts.
+pub(crate) trait Script: Send {
+    /// Restores and resumes the machine; returns how long that took.
+    fn wake(&mut self) -> Result<Duration>;
+
+    /// Pauses, saves, syncs and kills it; returns how long that took.
+    fn sleep(&mut self) -> Result<Duration>;
+}
 
 /// A machine that sleeps, or runs.
 #[derive(Debug)]
@@ -68,14 +77,18 @@ impl Bare {
         let (site, socket) = (Arc::clone(site), runtime.join("qmp.sock"));
         Ok(Self { site, program, args, dir, socket, awake: None })
     }
+}
 
-    /// Restores and resumes it; returns how long that took.
-    pub(crate) fn wake(&mut self) -> Result<Duration> {
+impl Script for Bare {
+    fn wake(&mut self) -> Result<Duration> {
         let log = File::create(self.dir.join("log"))?;
         let watch = Stopwatch::start();
         fs::remove_file(&self.socket).ok();
         let socket = UnixListener::bind(&self.socket)?;
-        let process = self.site.spawn(&self.program, &self.args, Some(socket.into()), log)?;
+        let process = self.site.spawn(Launch {
+            stdin: Some(socket.into()),
+            ..Launch::new(&self.program, &self.args, log)
+        })?;
         let state = File::open(self.dir.join(STATE))?;
         let woken = Qmp::connect(&self.socket).and_then(|mut qmp| {
             qmp.migrate("migrate-incoming", &state)?;
@@ -91,8 +104,7 @@ impl Bare {
         Ok(took)
     }
 
-    /// Pauses, saves, syncs and kills it; returns how long that took.
-    pub(crate) fn sleep(&mut self) -> Result<Duration> {
+    fn sleep(&mut self) -> Result<Duration> {
         let (mut qmp, process) = self.awake.take().ok_or("the bare machine sleeps")?;
         let watch = Stopwatch::start();
         qmp.run("stop", &json!({}))?;
@@ -162,7 +174,7 @@ fn copy_pipes(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Returns the directory of the snapshot that a sandbox sleeps on.
-fn snapshot_in(home: &Path) -> Result<PathBuf> {
+pub(crate) fn snapshot_in(home: &Path) -> Result<PathBuf> {
     for entry in fs::read_dir(home)? {
         let path = entry?.path();
         let is_number = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());

@@ -11,7 +11,7 @@ use std::{
 
 use dozed::sys::{
     clock::Stopwatch,
-    process::{Exit, Process},
+    process::{Exit, Launch, Process},
 };
 
 use super::site::{Result, Site, clear_place, complain, wait_for};
@@ -69,7 +69,7 @@ impl Daemon {
         ];
         let mut heard = usize::try_from(log.metadata()?.len())?;
         let watch = Stopwatch::start();
-        let process = self.site.spawn(Path::new(PROGRAM), &args, None, log)?;
+        let process = self.site.spawn(Launch::new(Path::new(PROGRAM), &args, log))?;
         let mut text = Vec::new();
         let took = wait_for("the daemon to serve", || {
             said.read_to_end(&mut text)?;

@@ -12,7 +12,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use dozed::sys::{mount, process::Process};
+use dozed::sys::{
+    mount,
+    process::{Launch, Process},
+};
 use fuser::{
     Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
     InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty,
@@ -46,7 +49,7 @@ impl Empty {
         std::fs::create_dir(&mounted)?;
         let args: Vec<OsString> = vec![SERVE.into(), mounted.clone().into()];
         let log = File::create(dir.join("log"))?;
-        let process = site.spawn(&std::env::current_exe()?, &args, None, log)?;
+        let process = site.spawn(Launch::new(&std::env::current_exe()?, &args, log))?;
         wait_for("the empty file system", || {
             if let Some(exit) = process.exited() {
                 return Err(format!("the empty file system ended: {exit}").into());

@@ -151,7 +151,7 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>> {
         against,
         ratio: String::new(),
         at_most,
-        met,
+        verdict: met.into(),
     };
     let whole_most = DAEMON_MOST_BYTES + count * KIB;
     Ok(vec![

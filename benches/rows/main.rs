@@ -1,12 +1,13 @@
 //! Measures the rows of the design's table of figures, each next to its limit, measured
 //! in the same run: one of ours, one of theirs, in turns.
 //!
-//!     scripts/bench [--quick] [ROW ...]
+//!     scripts/bench [--quick] [--cloud-hypervisor PATH] [ROW ...]
 //!
 //! It prints a line for each, and `MISSED` where the limit was not kept. The exit code
 //! says only whether everything worked. `docs/performance.md` tells how to read it.
 
 mod bare;
+mod cloud;
 mod daemon;
 mod empty;
 mod filled;
@@ -39,10 +40,11 @@ type Measure = fn(&Bench) -> Result<Vec<Line>>;
 
 /// All rows. The tick comes last: its million rows leave this process large, and a large
 /// process is slow to fork, which would be held against the bare VMM.
-const ROWS: [(&[&str], Measure); 8] = [
+const ROWS: [(&[&str], Measure); 9] = [
     (&["cat-state"], looking::cat_state),
     (&["wake", "sleep"], roads::one),
     (&["large"], roads::large),
+    (&["cloud-wake", "cloud-sleep", "cloud-large"], roads::cloud),
     (&["no-op"], looking::no_op),
     (&["memory"], filled::memory),
     (&["crowd"], roads::crowd),
@@ -51,12 +53,15 @@ const ROWS: [(&[&str], Measure); 8] = [
 ];
 
 const HELP: &str = "\
-usage: scripts/bench [--quick] [ROW ...]
+usage: scripts/bench [--quick] [--cloud-hypervisor PATH] [ROW ...]
 
 Measures the figures of docs/performance.md; without a ROW, all of them.
-Rows: cat-state wake sleep large no-op memory crowd restart tick
+Rows: cat-state wake sleep large cloud-wake cloud-sleep cloud-large no-op memory crowd
+      restart tick
 
-  --quick  fewer rounds, smaller numbers
+  --quick                   fewer rounds, smaller numbers
+  --cloud-hypervisor PATH   the program for the rows cloud-*, which otherwise are of the
+                            system's, or \"not here\"
 ";
 
 /// Exit code of a program that was ended by SIGINT, as shells have it.
@@ -68,6 +73,8 @@ pub(crate) struct Bench {
     site: Arc<Site>,
     /// The counter guest.
     kernel: PathBuf,
+    /// The Cloud Hypervisor that was named.
+    cloud_hypervisor: Option<PathBuf>,
     quick: bool,
     /// The names of the rows to measure; all of them if there is none.
     chosen: Vec<String>,
@@ -85,13 +92,14 @@ impl Bench {
 
 /// What the command line asks for.
 enum Task {
-    Run { quick: bool, kernel: PathBuf, chosen: Vec<String> },
+    Run { quick: bool, kernel: PathBuf, cloud_hypervisor: Option<PathBuf>, chosen: Vec<String> },
     ServeEmpty(PathBuf),
     Help,
 }
 
 fn task() -> Result<Task> {
     let (mut quick, mut kernel, mut chosen) = (false, None, Vec::new());
+    let mut cloud_hypervisor = None;
     let mut args = env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
@@ -99,6 +107,13 @@ fn task() -> Result<Task> {
                 return Ok(Task::ServeEmpty(args.next().ok_or("where to mount it?")?.into()));
             }
             "--kernel" => kernel = args.next().map(PathBuf::from), // By the script.
+            "--cloud-hypervisor" => {
+                let path = PathBuf::from(args.next().ok_or("which Cloud Hypervisor?")?);
+                cloud_hypervisor = Some(
+                    path.canonicalize()
+                        .map_err(|error| format!("there is no {}: {error}", path.display()))?,
+                );
+            }
             "--quick" => quick = true,
             "--bench" => {} // Cargo's way of saying `cargo bench`.
             "--help" | "-h" => return Ok(Task::Help),
@@ -108,12 +123,15 @@ fn task() -> Result<Task> {
     }
     // As `cargo test --benches` runs it: there is nothing to measure then.
     let Some(kernel) = kernel else { return Ok(Task::Help) };
-    Ok(Task::Run { quick, kernel: kernel.canonicalize()?, chosen })
+    Ok(Task::Run { quick, kernel: kernel.canonicalize()?, cloud_hypervisor, chosen })
 }
 
 fn main() -> ExitCode {
     let done = task().and_then(|task| match task {
-        Task::Run { quick, kernel, chosen } => run(quick, kernel, chosen),
+        Task::Run { quick, kernel, cloud_hypervisor, chosen } => {
+            let site = Site::new()?;
+            run(Bench { site, kernel, cloud_hypervisor, quick, chosen })
+        }
         Task::ServeEmpty(mount) => empty::serve(Path::new(&mount)),
         Task::Help => Ok(io::stdout().write_all(HELP.as_bytes())?),
     });
@@ -135,11 +153,10 @@ impl Drop for Clearing {
     }
 }
 
-fn run(quick: bool, kernel: PathBuf, chosen: Vec<String>) -> Result<()> {
+fn run(bench: Bench) -> Result<()> {
+    let _clearing = Clearing(Arc::clone(&bench.site));
+    let to_clear = Arc::clone(&bench.site);
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
-    let site = Site::new()?;
-    let _clearing = Clearing(Arc::clone(&site));
-    let to_clear = Arc::clone(&site);
     thread::Builder::new().name("signals".to_owned()).spawn(move || {
         if signals.forever().next().is_some() {
             to_clear.clear();
@@ -151,7 +168,6 @@ fn run(quick: bool, kernel: PathBuf, chosen: Vec<String>) -> Result<()> {
         }
     })?;
 
-    let bench = Bench { site, kernel, quick, chosen };
     writeln!(io::stdout(), "{HEAD}")?;
     for (names, measure) in ROWS {
         if names.iter().any(|name| bench.is_chosen(name)) {

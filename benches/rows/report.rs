@@ -55,6 +55,24 @@ impl fmt::Display for Bound {
     }
 }
 
+/// What comes of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Its limit is kept.
+    Met,
+    /// It is not.
+    Missed,
+    /// There is nothing here to measure.
+    NotHere,
+}
+
+impl From<bool> for Verdict {
+    /// Says whether a limit is `met`.
+    fn from(met: bool) -> Self {
+        if met { Self::Met } else { Self::Missed }
+    }
+}
+
 /// One line of the table.
 #[derive(Debug)]
 pub(crate) struct Line {
@@ -71,7 +89,7 @@ pub(crate) struct Line {
     /// What is allowed.
     pub(crate) at_most: String,
     /// Whether it is.
-    pub(crate) met: bool,
+    pub(crate) verdict: Verdict,
 }
 
 impl Line {
@@ -97,7 +115,20 @@ impl Line {
             against: format!("{whose}: {theirs}"),
             ratio: format!("{:.2} ×", median.as_secs_f64() / limit.as_secs_f64()),
             at_most: bound.to_string(),
-            met,
+            verdict: met.into(),
+        }
+    }
+
+    /// Says why a row was not measured, which is no failure.
+    pub(crate) fn not_here(row: &'static str, why: &str) -> Self {
+        Self {
+            row,
+            what: format!("not here: {why}"),
+            ours: String::new(),
+            against: String::new(),
+            ratio: String::new(),
+            at_most: String::new(),
+            verdict: Verdict::NotHere,
         }
     }
 
@@ -115,7 +146,7 @@ impl Line {
             against: String::new(),
             ratio: String::new(),
             at_most: Bound::Within(most).to_string(),
-            met: ours.median() <= most,
+            verdict: (ours.median() <= most).into(),
         }
     }
 }
@@ -123,8 +154,12 @@ impl Line {
 impl fmt::Display for Line {
     /// A row of a table in Markdown, which also reads well on a terminal.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { row, what, ours, against, ratio, at_most, met } = self;
-        let verdict = if *met { "ok" } else { "MISSED" };
+        let Self { row, what, ours, against, ratio, at_most, verdict } = self;
+        let verdict = match verdict {
+            Verdict::Met => "ok",
+            Verdict::Missed => "MISSED",
+            Verdict::NotHere => "not here",
+        };
         write!(f, "| {row} | {what} | {ours} | {against} | {ratio} | {at_most} | {verdict} |")
     }
 }

@@ -6,7 +6,8 @@ use dozed::sys::clock::{Stopwatch, pause_for};
 
 use super::{
     Bench,
-    bare::Bare,
+    bare::{Bare, Script},
+    cloud::{self, BareCloud},
     daemon::{Daemon, Hardware},
     report::{Bound, Line, Samples},
     site::Result,
@@ -19,8 +20,31 @@ const WARM_UP: usize = 2;
 const MORE: Duration = Duration::from_millis(3);
 /// How many wake at once.
 const CROWD: usize = 16;
-/// What tells a daemon that its one guest may be as many.
-const NO_CONFIG: &str = "";
+/// How much memory the guests have of which sizes are not compared.
+const MEMORY: &str = "256MiB";
+/// The sizes that are, with QEMU. The last one is a number of the design's table.
+const SIZES: [&str; 3] = [MEMORY, "2GiB", "4GiB"];
+/// With Cloud Hypervisor they are fewer, as nothing tells one more that is larger.
+const CLOUD_SIZES: [&str; 2] = [MEMORY, "2GiB"];
+
+/// Which VMM a row is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Qemu,
+    Cloud,
+}
+
+impl Kind {
+    /// Returns the command line of a guest that does as `words` say.
+    fn cmdline(self, words: &str) -> String {
+        match self {
+            Self::Qemu => words.to_owned(),
+            // Not every KVM that runs a guest which computes has timers for it. All of
+            // the memory is saved and loaded anyway, whatever the guest did meanwhile.
+            Self::Cloud => format!("idle {words}").trim_end().to_owned(),
+        }
+    }
+}
 
 /// Sleeps and wakes of one, and how long each took.
 #[derive(Debug, Default)]
@@ -43,7 +67,7 @@ fn nap(daemon: &Daemon, id: &str) -> Result<(Duration, Duration)> {
     Ok((wake, daemon.timed(id, "sleep")?))
 }
 
-fn bare_nap(bare: &mut Bare) -> Result<(Duration, Duration)> {
+fn bare_nap(bare: &mut dyn Script) -> Result<(Duration, Duration)> {
     let wake = bare.wake()?;
     pause_for(RUN_TIME);
     Ok((wake, bare.sleep()?))
@@ -56,20 +80,63 @@ fn sleeper(daemon: &Daemon, id: &str, hardware: &Hardware<'_>) -> Result<()> {
     daemon.write(id, "state", "sleep")
 }
 
-/// Sleep and wake against the same of the bare VMM.
+/// Sleep and wake against the same of the bare QEMU.
 pub(crate) fn one(bench: &Bench) -> Result<Vec<Line>> {
-    let daemon = Daemon::started(&bench.site, "one", NO_CONFIG)?;
+    let daemon = Daemon::started(&bench.site, "one", "")?;
+    against_bare(bench, &daemon, Kind::Qemu, ("wake", "sleep"))
+}
+
+/// Sleeps and wakes with QEMU of large guests against those of a small one.
+pub(crate) fn large(bench: &Bench) -> Result<Vec<Line>> {
+    let daemon = Daemon::started(&bench.site, "large", "")?;
+    of_sizes(bench, &daemon, Kind::Qemu, "large", &SIZES)
+}
+
+/// As [`one`] and [`large`], with Cloud Hypervisor, where there is one.
+pub(crate) fn cloud(bench: &Bench) -> Result<Vec<Line>> {
+    const ROWS: [&str; 3] = ["cloud-wake", "cloud-sleep", "cloud-large"];
+    let program = match cloud::find(bench.cloud_hypervisor.clone()) {
+        Ok(program) => program.canonicalize()?,
+        Err(why) => return Ok(ROWS.map(|row| Line::not_here(row, &why)).into()),
+    };
+    let config =
+        format!("[vmm]\ncloud_hypervisor = {program:?}\n[template]\nvmm = \"cloud-hypervisor\"\n");
+    let daemon = Daemon::started(&bench.site, "cloud", &config)?;
     let mut lines = Vec::new();
-    for (id, cmdline, touched) in [("one-small", "", "little"), ("one-64", "touch=64", "64 MiB")] {
-        let hardware = Hardware { kernel: &bench.kernel, memory: "256MiB", cmdline };
-        sleeper(&daemon, id, &hardware)?;
-        daemon.write(id, "state", "wake")?;
-        let mut bare = Bare::copy(&bench.site, &daemon, id)?;
+    if bench.is_chosen(ROWS[0]) || bench.is_chosen(ROWS[1]) {
+        lines.extend(against_bare(bench, &daemon, Kind::Cloud, (ROWS[0], ROWS[1]))?);
+    }
+    if bench.is_chosen(ROWS[2]) {
+        lines.extend(of_sizes(bench, &daemon, Kind::Cloud, ROWS[2], &CLOUD_SIZES)?);
+    }
+    Ok(lines)
+}
+
+/// Makes a sandbox that was woken and sleeps again, and the bare copy of it.
+fn pair(bench: &Bench, daemon: &Daemon, kind: Kind, id: &str) -> Result<Box<dyn Script>> {
+    daemon.write(id, "state", "wake")?;
+    Ok(match kind {
+        Kind::Qemu => Box::new(Bare::copy(&bench.site, daemon, id)?),
+        Kind::Cloud => Box::new(BareCloud::copy(&bench.site, daemon, id)?),
+    })
+}
+
+fn against_bare(
+    bench: &Bench,
+    daemon: &Daemon,
+    kind: Kind,
+    (wake_row, sleep_row): (&'static str, &'static str),
+) -> Result<Vec<Line>> {
+    let mut lines = Vec::new();
+    for (id, touch, touched) in [("one-small", "", "little"), ("one-64", "touch=64", "64 MiB")] {
+        let cmdline = &kind.cmdline(touch);
+        sleeper(daemon, id, &Hardware { kernel: &bench.kernel, memory: MEMORY, cmdline })?;
+        let mut bare = pair(bench, daemon, kind, id)?;
         let (mut ours, mut theirs) = (Naps::default(), Naps::default());
         for round in 0..WARM_UP + bench.rounds(60, 10) {
             // The other one sleeps, so neither disturbs the other.
-            let (wake, sleep) = nap(&daemon, id)?;
-            let (bare_wake, bare_sleep) = bare_nap(&mut bare)?;
+            let (wake, sleep) = nap(daemon, id)?;
+            let (bare_wake, bare_sleep) = bare_nap(bare.as_mut())?;
             if round >= WARM_UP {
                 ours.add(wake, sleep);
                 theirs.add(bare_wake, bare_sleep);
@@ -77,8 +144,8 @@ pub(crate) fn one(bench: &Bench) -> Result<Vec<Line>> {
         }
         let bound = Bound::TimesPlus(1.1, MORE);
         for (row, what, ours, theirs) in [
-            ("wake", "wake", &ours.wakes, &theirs.wakes),
-            ("sleep", "sleep", &ours.sleeps, &theirs.sleeps),
+            (wake_row, "wake", &ours.wakes, &theirs.wakes),
+            (sleep_row, "sleep", &ours.sleeps, &theirs.sleeps),
         ] {
             let what = format!("{what} of 256 MiB of which the guest touched {touched}");
             lines.push(Line::held_against(row, what, ours, ("bare VMM", theirs), bound));
@@ -87,19 +154,24 @@ pub(crate) fn one(bench: &Bench) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-/// Sleep and wake of large guests against those of a small one that touched as much.
-pub(crate) fn large(bench: &Bench) -> Result<Vec<Line>> {
-    let daemon = Daemon::started(&bench.site, "large", NO_CONFIG)?;
-    let sizes = ["256MiB", "2GiB", "4GiB"];
+/// Sleep and wake of large guests against those of the first, which touched as much.
+fn of_sizes(
+    bench: &Bench,
+    daemon: &Daemon,
+    kind: Kind,
+    row: &'static str,
+    sizes: &[&str],
+) -> Result<Vec<Line>> {
     let mut naps: Vec<(String, Naps)> = Vec::new();
     for memory in sizes {
         let id = format!("large-{}", memory.to_lowercase());
-        sleeper(&daemon, &id, &Hardware { kernel: &bench.kernel, memory, cmdline: "touch=64" })?;
+        let cmdline = &kind.cmdline("touch=64");
+        sleeper(daemon, &id, &Hardware { kernel: &bench.kernel, memory, cmdline })?;
         naps.push((id, Naps::default()));
     }
     for round in 0..WARM_UP + bench.rounds(40, 8) {
         for (id, naps) in &mut naps {
-            let (wake, sleep) = nap(&daemon, id)?;
+            let (wake, sleep) = nap(daemon, id)?;
             if round >= WARM_UP {
                 naps.add(wake, sleep);
             }
@@ -113,7 +185,7 @@ pub(crate) fn large(bench: &Bench) -> Result<Vec<Line>> {
         {
             let what = format!("{what} of {size} of which the guest touched 64 MiB");
             let against = ("of 256MiB", limit);
-            lines.push(Line::held_against("large", what, ours, against, Bound::Times(1.3)));
+            lines.push(Line::held_against(row, what, ours, against, Bound::Times(1.3)));
         }
     }
     Ok(lines)
@@ -121,8 +193,8 @@ pub(crate) fn large(bench: &Bench) -> Result<Vec<Line>> {
 
 /// Many wakes at once against as many bare restores at once.
 pub(crate) fn crowd(bench: &Bench) -> Result<Vec<Line>> {
-    let daemon = Daemon::started(&bench.site, "crowd", NO_CONFIG)?;
-    let hardware = Hardware { kernel: &bench.kernel, memory: "256MiB", cmdline: "touch=16" };
+    let daemon = Daemon::started(&bench.site, "crowd", "")?;
+    let hardware = Hardware { kernel: &bench.kernel, memory: MEMORY, cmdline: "touch=16" };
     let ids: Vec<String> = (0..CROWD).map(|number| format!("crowd-{number}")).collect();
     let mut bares = Vec::new();
     for id in &ids {

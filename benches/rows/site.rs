@@ -1,14 +1,13 @@
 //! Where a run has its files and processes, and how all of them are cleared away.
 //!
 //! Every process that is started has the site's directory in its arguments, as have the
-//! guests that a daemon starts. So they are found, whoever started them and whatever
-//! became of that, and nothing else is.
+//! guests that a daemon starts with QEMU; those that it starts with Cloud Hypervisor have
+//! their log there. So they are found, whoever started them and whatever became of that,
+//! and nothing else is.
 
 use std::{
     error::Error,
-    fs::{self, File},
-    io,
-    os::fd::OwnedFd,
+    fs, io,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
@@ -32,6 +31,9 @@ const WAIT_LIMIT: Duration = Duration::from_secs(120);
 const LOOK_EVERY: Duration = Duration::from_micros(500);
 /// The kinds of mounts that a run makes: with the subtype where the mounter gives it.
 const MOUNT_TYPES: [&str; 3] = ["fuse", "fuse.dozed", "fuse.dozed-empty"];
+
+/// What the program of that VMM is called.
+const CLOUD: &str = "cloud-hypervisor";
 
 /// The site of one run.
 #[derive(Debug)]
@@ -62,19 +64,13 @@ impl Site {
     }
 
     /// Starts a process that has this site's directory in its arguments.
-    pub(crate) fn spawn(
-        &self,
-        program: &Path,
-        args: &[std::ffi::OsString],
-        stdin: Option<OwnedFd>,
-        log: File,
-    ) -> Result<Arc<Process>> {
+    pub(crate) fn spawn(&self, launch: Launch<'_>) -> Result<Arc<Process>> {
         // Held until the process is there, so that whoever clears finds it.
         let cleared = self.cleared.read().unwrap_or_else(PoisonError::into_inner);
         if *cleared {
             return Err("the run was called off".into());
         }
-        Ok(Process::spawn(Launch { stdin, ..Launch::new(program, args, log) })?)
+        Ok(Process::spawn(launch)?)
     }
 
     /// Ends all that was started and removes all that was made.
@@ -105,7 +101,9 @@ pub(crate) fn clear_place(dir: &Path) -> Result<()> {
     let deadline = Deadline::after(EXIT_LIMIT);
     // A daemon that is killed may just have started one more.
     loop {
-        let found: Vec<_> = Process::find(text)?.into_iter().filter(|p| is_ours(p)).collect();
+        let mut found: Vec<_> =
+            Process::find(text)?.into_iter().filter(|process| is_ours(process)).collect();
+        found.extend(cloud_guests(dir)?);
         for process in &found {
             process.kill();
         }
@@ -129,10 +127,35 @@ pub(crate) fn clear_place(dir: &Path) -> Result<()> {
 
 /// Says whether this is a program that a run starts, and not somebody who looks at it.
 fn is_ours(process: &Process) -> bool {
-    let link = format!("/proc/{}/exe", process.identity().pid);
-    let Ok(program) = fs::read_link(link) else { return false };
-    let name = program.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    ["dozed", "rows-", "qemu-system"].iter().any(|ours| name.starts_with(ours))
+    let name = program_name(process.identity().pid).unwrap_or_default();
+    ["dozed", "rows-", "qemu-system", CLOUD].iter().any(|ours| name.starts_with(ours))
+}
+
+fn program_name(pid: u32) -> Option<String> {
+    let program = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+    Some(program.file_name()?.to_str()?.to_owned())
+}
+
+/// Returns the Cloud Hypervisors that have their log below `dir`.
+fn cloud_guests(dir: &Path) -> Result<Vec<Arc<Process>>> {
+    let mut guests = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+        let has_log = |pid: u32| {
+            program_name(pid).is_some_and(|name| name.starts_with(CLOUD))
+                && fs::read_link(format!("/proc/{pid}/fd/2")).is_ok_and(|log| log.starts_with(dir))
+        };
+        if !has_log(pid) {
+            continue;
+        }
+        // It may end at any moment, and then it is not found any more.
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let token = line.split('\0').next().unwrap_or_default();
+        let found = Process::find(token)?;
+        guests.extend(found.into_iter().filter(|process| has_log(process.identity().pid)));
+    }
+    Ok(guests)
 }
 
 /// Waits until `look` finds something.

@@ -2,12 +2,17 @@
 //!
 //! Every row also is an [`Entry`] in RAM, from which everything is read: a look at a
 //! sandbox runs no SQL and waits for no disk. A change is one UPDATE that is durable
-//! before it shows in RAM, and that says which state and owner it expects to find. Only
-//! activity is the other way round: it shows at once and is written behind.
+//! before it shows in RAM, and that says which state and owner it expects to find. There
+//! are two exceptions. Activity is the other way round: it shows at once and is written
+//! behind. And a change by one of the `…_unsynced` shows when a kill of the daemon cannot
+//! take it back any more, while a power cut can until its [`Commit`] was waited for. Such
+//! changes get lost from the last one backwards, never from the middle.
 //!
 //! ```text
-//!   create, advance, amend, remove ──▶ SQLite ──▶ RAM ──▶ every reader
-//!   touch ──▶ RAM ──▶ (flush_activity, at leisure) ──▶ SQLite
+//!   create, advance, amend, remove ──▶ SQLite ──▶ disk ──▶ RAM ──▶ every reader
+//!   advance_unsynced, amend_unsynced ──▶ SQLite ──▶ RAM ──▶ every reader
+//!                                          └──▶ (sync) ──▶ disk
+//!   touch ──▶ RAM ──▶ (flush_activity, at leisure) ──▶ SQLite ──▶ disk
 //! ```
 //!
 //! It has no policy: which step leads where is `sandbox`'s, when a sandbox is due is
@@ -28,6 +33,7 @@ use crate::{
 
 mod due;
 mod entry;
+mod log;
 mod row;
 mod schema;
 mod spec;
@@ -38,12 +44,21 @@ mod tests;
 pub use due::Due;
 use entry::Dirty;
 pub use entry::Entry;
+pub use log::Commit;
+use log::Log;
 use spec::Specs;
 use table::Table;
 
 /// How many activities one transaction writes: some milliseconds of work, during which
 /// a change of state has to wait.
 const FLUSH_MAX: usize = 1000;
+
+/// What a change waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    ForDisk,
+    ForNothing,
+}
 
 /// All sandboxes that there are.
 #[derive(Debug)]
@@ -53,6 +68,8 @@ pub struct Index {
     /// that shows in RAM, so that RAM and disk change in the same order. Leaves are taken
     /// under it.
     connection: Mutex<Option<Connection>>,
+    /// How far what was committed is on the disk. Has a leaf.
+    log: Log,
     /// The entries by row and by name. A leaf.
     table: RwLock<Table>,
     /// The rows whose activity is to be written. Has a leaf.
@@ -147,6 +164,12 @@ pub enum Error {
         /// The latest that we know.
         known: i64,
     },
+    /// The disk did not take what was committed.
+    #[error("bringing the index to the disk; no more changes are taken until the next start")]
+    Unsynced {
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// It has been closed.
     #[error("the index is closed")]
     Closed,
@@ -160,6 +183,7 @@ impl Index {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let mut connection = schema::open(path)?;
         let first_count = schema::mark_open(&mut connection, path)?;
+        let log = Log::open(path).map_err(|source| Error::Unsynced { source })?;
         let specs = Specs::default();
         let dirty = Arc::new(Dirty::default());
         let mut table = Table::default();
@@ -170,6 +194,7 @@ impl Index {
         Ok(Self {
             path: path.to_owned(),
             connection: Mutex::new(Some(connection)),
+            log,
             table: RwLock::new(table),
             dirty,
             specs,
@@ -189,7 +214,7 @@ impl Index {
     ) -> Result<Arc<Entry>, Error> {
         let id = held.id();
         let connection = lock(&self.connection);
-        let open = connection.as_ref().ok_or(Error::Closed)?;
+        let open = self.writable(&connection)?;
         if self.by_id(id).is_some() {
             return Err(Error::Exists { id: id.clone() });
         }
@@ -217,6 +242,7 @@ impl Index {
         };
         record.row = row::insert(open, &record, now)
             .map_err(Error::sql(&self.path, || format!("writing {id} to the index")))?;
+        self.sync(self.log.wrote())?;
         let entry = Arc::new(Entry::new(record, now, self.first_count, &self.dirty));
         write(&self.table).insert(Arc::clone(&entry));
         Ok(entry)
@@ -239,7 +265,30 @@ impl Index {
         change: impl FnOnce(&mut Record),
     ) -> Result<Arc<Record>, Error> {
         let state = entry.record().state.after(step)?;
-        self.update(held, entry, state, |record| {
+        let (record, _synced) = self.update(held, entry, state, Wait::ForDisk, |record| {
+            record.since = now;
+            change(record);
+        })?;
+        Ok(record)
+    }
+
+    /// As [`Index::advance`], and does not wait for the disk. It is on its way there.
+    ///
+    /// # Errors
+    /// As [`Index::advance`].
+    ///
+    /// # Panics
+    /// As [`Index::advance`].
+    pub fn advance_unsynced(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        step: Step,
+        now: Timestamp,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(Arc<Record>, Commit), Error> {
+        let state = entry.record().state.after(step)?;
+        self.update(held, entry, state, Wait::ForNothing, |record| {
             record.since = now;
             change(record);
         })
@@ -258,7 +307,34 @@ impl Index {
         entry: &Entry,
         change: impl FnOnce(&mut Record),
     ) -> Result<Arc<Record>, Error> {
-        self.update(held, entry, entry.record().state, change)
+        let (record, _synced) =
+            self.update(held, entry, entry.record().state, Wait::ForDisk, change)?;
+        Ok(record)
+    }
+
+    /// As [`Index::amend`], and does not wait for the disk. It is on its way there.
+    ///
+    /// # Errors
+    /// As [`Index::amend`].
+    ///
+    /// # Panics
+    /// As [`Index::advance`].
+    pub fn amend_unsynced(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(Arc<Record>, Commit), Error> {
+        self.update(held, entry, entry.record().state, Wait::ForNothing, change)
+    }
+
+    /// Waits until `commit`, and so whatever was changed before it, is on the disk.
+    ///
+    /// # Errors
+    /// `Unsynced`. What is on the disk is then not known, and nothing can be changed any
+    /// more.
+    pub fn sync(&self, commit: Commit) -> Result<(), Error> {
+        self.log.wait_for(commit).map_err(|source| Error::Unsynced { source })
     }
 
     /// Removes a sandbox. Its number is never used again.
@@ -271,13 +347,14 @@ impl Index {
     pub fn remove(&self, held: &Held, entry: &Entry) -> Result<(), Error> {
         assert_eq!(held.id(), entry.id(), "the lock is that of the sandbox");
         let connection = lock(&self.connection);
-        let open = connection.as_ref().ok_or(Error::Closed)?;
+        let open = self.writable(&connection)?;
         let record = entry.record();
         let gone = row::delete(open, &record)
             .map_err(Error::sql(&self.path, || format!("removing {} from the index", record.id)))?;
         if !gone {
             return Err(Error::lost(&record));
         }
+        self.sync(self.log.wrote())?;
         write(&self.table).remove(entry);
         Ok(())
     }
@@ -345,8 +422,9 @@ impl Index {
     /// What SQLite says.
     pub fn set_meta(&self, key: &str, value: &str) -> Result<(), Error> {
         let connection = lock(&self.connection);
-        schema::set_meta(connection.as_ref().ok_or(Error::Closed)?, key, value)
-            .map_err(Error::sql(&self.path, || format!("writing `{key}` to the index")))
+        schema::set_meta(self.writable(&connection)?, key, value)
+            .map_err(Error::sql(&self.path, || format!("writing `{key}` to the index")))?;
+        self.sync(self.log.wrote())
     }
 
     /// Returns every key that begins with `prefix`, with its text.
@@ -365,8 +443,9 @@ impl Index {
     /// What SQLite says.
     pub fn remove_meta(&self, key: &str) -> Result<(), Error> {
         let connection = lock(&self.connection);
-        schema::remove_meta(connection.as_ref().ok_or(Error::Closed)?, key)
-            .map_err(Error::sql(&self.path, || format!("removing `{key}` from the index")))
+        schema::remove_meta(self.writable(&connection)?, key)
+            .map_err(Error::sql(&self.path, || format!("removing `{key}` from the index")))?;
+        self.sync(self.log.wrote())
     }
 
     /// Writes what is left to write, and notes that all is well, so that the next opening
@@ -388,11 +467,12 @@ impl Index {
         held: &Held,
         entry: &Entry,
         state: State,
+        wait: Wait,
         change: impl FnOnce(&mut Record),
-    ) -> Result<Arc<Record>, Error> {
+    ) -> Result<(Arc<Record>, Commit), Error> {
         assert_eq!(held.id(), entry.id(), "the lock is that of the sandbox");
         let connection = lock(&self.connection);
-        let open = connection.as_ref().ok_or(Error::Closed)?;
+        let open = self.writable(&connection)?;
         let old = entry.record();
         let mut new = Record { state, ..Record::clone(&old) };
         change(&mut new);
@@ -405,10 +485,42 @@ impl Index {
         if !found {
             return Err(Error::lost(&old));
         }
+        let commit = self.log.wrote();
+        match wait {
+            Wait::ForDisk => self.sync(commit)?,
+            Wait::ForNothing => self.log.want(commit),
+        }
         let new = Arc::new(new);
         entry.publish(Arc::clone(&new));
         write(&self.table).moved(old.state, new.state);
-        Ok(new)
+        Ok((new, commit))
+    }
+
+    /// Returns the connection, if what is written by it can reach the disk.
+    fn writable<'a>(&self, connection: &'a Option<Connection>) -> Result<&'a Connection, Error> {
+        self.log.check().map_err(|source| Error::Unsynced { source })?;
+        connection.as_ref().ok_or(Error::Closed)
+    }
+
+    /// Has the disk fail from now on.
+    #[cfg(test)]
+    pub(crate) fn fail_syncs(&self) {
+        self.log.fail();
+    }
+
+    /// Makes at `to` what a power cut leaves of this index in the worst case, seen after
+    /// the next boot.
+    #[cfg(test)]
+    pub(crate) fn cut_power(&self, to: &Path) {
+        let connection = lock(&self.connection);
+        let mut log = std::fs::read(log::name_of(&self.path)).unwrap();
+        log.truncate(usize::try_from(self.log.needed_bytes()).unwrap());
+        std::fs::write(log::name_of(to), log).unwrap();
+        std::fs::copy(&self.path, to).unwrap();
+        drop(connection);
+        let copy = Connection::open(to).unwrap();
+        copy.execute("UPDATE sandbox SET boot_id = 'earlier' WHERE boot_id IS NOT NULL", [])
+            .unwrap();
     }
 
     fn flush_into(&self, connection: &mut Connection) -> Result<usize, Error> {
@@ -431,6 +543,7 @@ impl Index {
             }
         }
         written.map_err(Error::sql(&self.path, || "writing activities to the index".to_owned()))?;
+        self.sync(self.log.wrote())?;
         Ok(rows.len())
     }
 }

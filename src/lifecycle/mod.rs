@@ -11,6 +11,11 @@
 //! boot:  admit → disks → booting → VMM, inert → its identity recorded → resume → running → tell
 //! ```
 //!
+//! A word in small letters is a change of the record. What announces an operation is on
+//! the disk before the word in capitals, which is the operation's commit point, and gets
+//! there while the acts in between are under way. What records a sleep or a wake that is
+//! done is not waited for: it is proven by the files. `reconcile` has the reasons.
+//!
 //! An operation that fails before its commit point is taken back. One that is cut
 //! off, by a crash of the daemon or a panic, leaves one of the three states in the
 //! middle, and `reconcile` brings that to an end from what is on disk and what runs.
@@ -56,7 +61,7 @@ use operation::Operations;
 pub use policy::Policy;
 
 pub use crate::{
-    index::{Due, Entry, Error as IndexError, Index},
+    index::{Commit, Due, Entry, Error as IndexError, Index},
     lock::Held,
 };
 use crate::{
@@ -342,10 +347,36 @@ impl Lifecycle {
             .index
             .advance(held, entry, step, self.now(), change)
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
+        self.tell(&record);
+        Ok(record)
+    }
+
+    /// As `step`, but a power cut may take it back until the commit is waited for, or
+    /// something on the disk proves it.
+    fn step_unsynced(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        step: Step,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(Arc<Record>, Commit), Error> {
+        let (record, commit) = self
+            .index
+            .advance_unsynced(held, entry, step, self.now(), change)
+            .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
+        self.tell(&record);
+        Ok((record, commit))
+    }
+
+    fn tell(&self, record: &Record) {
         if matches!(record.state, State::Running | State::Snapshotted) {
             self.bell.ring(); // It has a deadline now, which may be the next of all.
         }
-        Ok(record)
+    }
+
+    /// Waits until what was recorded is on the disk.
+    fn sync(&self, entry: &Entry, recorded: Commit) -> Result<(), Error> {
+        self.index.sync(recorded).map_err(|source| Error::Index { id: entry.id().clone(), source })
     }
 
     /// Changes the record without a step of the table.
@@ -357,6 +388,18 @@ impl Lifecycle {
     ) -> Result<Arc<Record>, Error> {
         self.index
             .amend(held, entry, change)
+            .map_err(|source| Error::Index { id: entry.id().clone(), source })
+    }
+
+    /// As `amend`, but a power cut may take it back.
+    fn amend_unsynced(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(Arc<Record>, Commit), Error> {
+        self.index
+            .amend_unsynced(held, entry, change)
             .map_err(|source| Error::Index { id: entry.id().clone(), source })
     }
 

@@ -15,10 +15,26 @@
 //! | `restoring` | not consumed | any | killed, it never ran; `snapshotted` |
 //! | `restoring` | consumed | alive | resumed if it was paused; `running` |
 //! | `restoring` | consumed | dead | `snapshotted` if its memory proves it, else `stopped` |
+//! | `restoring` | consumed | dead by a power cut | `stopped` |
 //! | `booting` | | alive and running | `running` |
 //! | `booting` | | inert or dead | killed; `stopped` |
 //! | `deleting` | any | any | killed, removed |
 //! | `snapshotted`, `stopped` | | alive, by its token | killed |
+
+//! A record may be behind after a power cut, though never after a kill of the daemon: its
+//! last changes may be missing. Each operation brings its intent to the disk before its
+//! commit point, and so everything before it; so what can be missing is this:
+//!
+//! - *the intent of a sleep or a wake.* Then it had not reached its commit point. The
+//!   record says `running`, of a guest that is gone with the host, or `snapshotted`, of a
+//!   snapshot that nobody consumed: as it is.
+//! - *the end of a sleep*, `snapshotted`. The record says `snapshotting`, and the manifest
+//!   is there: the sleep is finished, as after a kill at that place.
+//! - *the process or the end of a wake*, `running`. The record says `restoring`, and the
+//!   snapshot is consumed. The guest may have run, and is gone.
+//!
+//! And the memory file proves nothing then: what the guest wrote to it may never have left
+//! the page cache, so it may be as it was though the guest ran.
 
 use std::{collections::HashSet, thread};
 
@@ -28,14 +44,14 @@ use super::{
     machines::Live,
     memory_of,
     operation::Operation,
-    wake::{snapshot_failed, vmm_failed},
+    wake::{host_failed, snapshot_failed, vmm_failed},
 };
 use crate::{
     lock::Held,
     sandbox::{RowId, SnapshotFacts, State, Step},
     snapshot::Memory,
     sync::{Arc, Mutex, lock},
-    sys::{cancel::Cancel, process::Process},
+    sys::{cancel::Cancel, clock::boot_id, files::sync_dir, process::Process},
 };
 
 /// How many sandboxes are settled at once at start-up. A VMM that does not answer takes
@@ -224,6 +240,8 @@ impl Lifecycle {
         let generation = record.generation + 1;
         let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
         if survey.committed == Some(generation) {
+            // Whoever was cut off may have had no time to bring the name to the disk.
+            sync_dir(home.dir()).map_err(host_failed(entry, "syncing the directory of"))?;
             if let Some(process) = process {
                 end(entry, &process)?;
             }
@@ -265,6 +283,10 @@ impl Lifecycle {
         let generation = record.snapshot.map(|facts| facts.generation);
         let consumed = survey.committed.is_none();
         let memory = || self.vmm_of(&record).map(|vmm| memory_of(vmm.as_ref(), &record));
+        if consumed {
+            // Before the guest runs the disk has to have it that its snapshot is used up.
+            sync_dir(home.dir()).map_err(host_failed(entry, "syncing the directory of"))?;
+        }
         match process {
             Some(process) if consumed => {
                 self.take_over(entry, &process, cancel)?;
@@ -281,10 +303,12 @@ impl Lifecycle {
         }
         self.release(entry)?;
         if consumed {
-            // That a copy is as it was proves nothing, and whoever knew is gone.
-            let mapped = memory()? == Memory::Mapped;
+            // That a copy is as it was proves nothing, and whoever knew is gone. Nor does what
+            // is left of a mapping on the disk, if its pages went with the host: the
+            // process was recorded before the snapshot was consumed, and in which boot.
+            let proves = memory()? == Memory::Mapped && self.is_of_this_boot(entry)?;
             let back = generation
-                .filter(|_| mapped)
+                .filter(|_| proves)
                 .map(|generation| home.unconsume(&record.id, generation, cancel));
             if !matches!(back, Some(Ok(()))) {
                 return self.lose(held, entry, LOST);
@@ -292,6 +316,12 @@ impl Lifecycle {
         }
         self.step(held, entry, Step::Undo, |record| record.process = None)?;
         Ok(())
+    }
+
+    /// Says whether the VMM in the record was started since the host was.
+    fn is_of_this_boot(&self, entry: &Entry) -> Result<bool, Error> {
+        let boot_id = boot_id().map_err(host_failed(entry, "asking which boot this is of"))?;
+        Ok(entry.record().process.as_ref().is_some_and(|process| *process.boot_id == *boot_id))
     }
 
     /// A boot that got as far as running is finished; an inert VMM is ended.

@@ -11,6 +11,7 @@ use super::{
     wake::{host_failed, named, snapshot_failed, vmm_failed},
 };
 use crate::{
+    index::Commit,
     lock::Held,
     sandbox::{Disk, Record, SnapshotFacts, State, Step},
     snapshot::{
@@ -83,12 +84,11 @@ impl Lifecycle {
         let memory_bytes = lock(&live.machine).save_bytes();
         home.check_space(memory_bytes + SLEEP_RESERVE_BYTES).map_err(no_space)?;
         let vmm = self.vmm_of(&record)?;
-        let memory = memory_of(vmm.as_ref(), &record);
         let identity =
             vmm.identity_of(&live.process).map_err(vmm_failed(entry, "asking what runs"))?;
 
         // A crash after this line is found at start-up.
-        self.step(held, entry, Step::Sleep, |_| ())?;
+        let (_, intent) = self.step_unsynced(held, entry, Step::Sleep, |_| ())?;
         self.reach(Arrow::SleepIntended);
         // Whoever touched it while it was still seen running wins.
         let wanted = self.is_wanted(entry, &record, why);
@@ -97,7 +97,7 @@ impl Lifecycle {
             return wanted.map(|_| Outcome::Spared);
         }
         let mut undo = Undo::new();
-        let saved = self.save_acts(entry, operation, &live, &identity, memory, &mut undo);
+        let saved = self.save_acts(entry, operation, &live, &identity, intent, &mut undo);
         let committed = match saved {
             Ok(committed) => committed,
             Err(cause) => {
@@ -116,7 +116,8 @@ impl Lifecycle {
         self.home(&record).end_life().ok();
         self.release(entry)?;
         self.reach(Arrow::SleepKilled);
-        let record = self.step(held, entry, Step::Slept, |record| {
+        // After a power cut the record says at least `snapshotting`, and the manifest the rest.
+        let (record, _proven) = self.step_unsynced(held, entry, Step::Slept, |record| {
             record.generation += 1;
             record.sleeps += 1;
             record.process = None;
@@ -140,10 +141,11 @@ impl Lifecycle {
         operation: &Operation<'_>,
         live: &Arc<Live>,
         identity: &VmmIdentity,
-        memory: Memory,
+        intent: Commit,
         undo: &mut Undo<'_>,
     ) -> Result<Committed, Error> {
         let record = entry.record();
+        let memory = memory_of(self.vmm_of(&record)?.as_ref(), &record);
         let home = self.home(&record);
 
         // A pause that we did not hear the end of may have been one.
@@ -158,10 +160,13 @@ impl Lifecycle {
                 dir: home.dir().to_owned(),
             })
         })?;
-        let staged = home
+        let mut staged = home
             .stage(record.generation + 1, memory)
             .map_err(snapshot_failed(entry, "beginning the snapshot of"))?;
         let dir = staged.dir();
+        if memory == Memory::Mapped {
+            staged.read_memory(life, &operation.cancel);
+        }
         let staged = Rc::new(RefCell::new(Some(staged)));
         let discarded = Rc::clone(&staged);
         undo.push("discarding the snapshot", move || {
@@ -180,6 +185,11 @@ impl Lifecycle {
         {
             *staged.borrow_mut() = Some(sealed);
             return Err(failed(error));
+        }
+        // Else a power cut could leave the snapshot beside a record that says `running`.
+        if let Err(error) = self.sync(entry, intent) {
+            *staged.borrow_mut() = Some(sealed);
+            return Err(error);
         }
         sealed.commit(facts, &operation.cancel).map_err(|error| {
             *staged.borrow_mut() = Some(error.staged);

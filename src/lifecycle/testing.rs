@@ -6,6 +6,7 @@
 
 use std::{
     any::Any,
+    os::unix::fs::FileExt,
     panic::{AssertUnwindSafe, catch_unwind, panic_any, resume_unwind},
     path::Path,
     time::Duration,
@@ -15,7 +16,7 @@ use super::{Arrow, Entry, Error, Lifecycle, Outcome, Parts, Policy, Settings, Wa
 use crate::{
     index::Index,
     sandbox::{Owner, Period, SandboxId, Spec, State, Timestamp, VmmChoice},
-    snapshot::MEMORY,
+    snapshot::{Home, MEMORY},
     sync::{Arc, Mutex, lock},
     sys::{
         clock::{Clock, Deadline, ManualClock, pause_for},
@@ -62,6 +63,17 @@ pub(crate) struct Host {
     pub(crate) clock: Arc<ManualClock>,
     pub(crate) daemon: Arc<Lifecycle>,
     budget_bytes: Option<u64>,
+    /// How often the power was cut, after each of which the index has another name.
+    cuts: usize,
+}
+
+/// What became of what a guest wrote to its memory just before a power cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pages {
+    /// It had reached the disk.
+    Kept,
+    /// It was in the page cache.
+    Lost,
 }
 
 impl Host {
@@ -85,7 +97,7 @@ impl Host {
         let vmm = Arc::new(FakeHost::default());
         let clock = Arc::new(ManualClock::at(Timestamp::from_millis(1_000_000)));
         let daemon = start(dir.path(), &vmm, &clock, budget_bytes);
-        Self { dir, vmm, clock, daemon, budget_bytes }
+        Self { dir, vmm, clock, daemon, budget_bytes, cuts: 0 }
     }
 
     /// A host whose VMM has the memory of its guests in its processes.
@@ -97,9 +109,36 @@ impl Host {
 
     /// Another daemon takes over, as after kill -9.
     pub(crate) fn restart(&mut self) {
-        self.daemon = start(self.dir.path(), &self.vmm, &self.clock, self.budget_bytes);
+        let (dir, index) = (self.dir.path(), index_name(self.cuts));
+        self.daemon = start_on(dir, &index, &self.vmm, &self.clock, self.budget_bytes);
         let found = self.daemon.reconcile();
         assert_eq!(found.failed, 0, "{found:?}");
+    }
+
+    /// The host loses power and boots again: no process is left, and of the index only
+    /// what somebody waited for.
+    pub(crate) fn cut_power(&mut self, pages: Pages) {
+        for (row, live) in self.daemon.machines.all() {
+            // The daemon must not see the end of its VMM, as it is gone itself.
+            self.daemon.machines.strike(row);
+            live.process.kill();
+            live.process.wait(PATIENCE).unwrap();
+            let home = Home::new(&self.daemon.settings.store, row);
+            let life = home.survey().unwrap().live;
+            if let (Some(life), Pages::Lost) = (life, pages) {
+                let memory = std::fs::File::options().write(true).open(home.live_memory(life));
+                let before = runs_in(&home.live_memory(life)) - 1;
+                memory.unwrap().write_all_at(&before.to_le_bytes(), 0).unwrap();
+            }
+        }
+        self.cuts += 1;
+        self.daemon.index.cut_power(&self.dir.path().join("store").join(index_name(self.cuts)));
+        self.restart();
+    }
+
+    /// The index's disk fails from now on.
+    pub(crate) fn fail_syncs(&self) {
+        self.daemon.index.fail_syncs();
     }
 
     pub(crate) fn create(&self, id: &str) -> Arc<Entry> {
@@ -232,8 +271,22 @@ pub(crate) fn name(id: &str) -> SandboxId {
     id.parse().unwrap()
 }
 
+fn index_name(cuts: usize) -> String {
+    if cuts == 0 { "index.db".to_owned() } else { format!("index-{cuts}.db") }
+}
+
 pub(crate) fn start(
     dir: &Path,
+    vmm: &Arc<FakeHost>,
+    clock: &Arc<ManualClock>,
+    memory_budget_bytes: Option<u64>,
+) -> Arc<Lifecycle> {
+    start_on(dir, &index_name(0), vmm, clock, memory_budget_bytes)
+}
+
+fn start_on(
+    dir: &Path,
+    index: &str,
     vmm: &Arc<FakeHost>,
     clock: &Arc<ManualClock>,
     memory_budget_bytes: Option<u64>,
@@ -241,7 +294,7 @@ pub(crate) fn start(
     let store = dir.join("store");
     std::fs::create_dir_all(&store).unwrap();
     let parts = Parts {
-        index: Index::open(&store.join("index.db")).unwrap(),
+        index: Index::open(&store.join(index)).unwrap(),
         vmms: vec![Arc::new(FakeVmm(Arc::clone(vmm)))],
         auto: VmmChoice::Qemu,
         clock: Arc::clone(clock) as Arc<dyn Clock>,

@@ -57,7 +57,9 @@ impl Lifecycle {
             self.restore_acts(held, entry, operation, undo, intended)
         })?;
         self.saw(entry, Signal::Wake);
-        self.step(held, entry, Step::Woken, |record| {
+        // After a power cut the record says at least `restoring`, and the guest is lost
+        // either way.
+        let (_, _moot) = self.step_unsynced(held, entry, Step::Woken, |record| {
             record.generation += 1;
             record.wakes += 1;
             record.snapshot = None;
@@ -119,7 +121,8 @@ impl Lifecycle {
         self.check_room(entry, memory, facts.bytes)?;
 
         // A crash after this line is found at start-up.
-        self.step(held, entry, Step::Wake, |record| record.vmm = Some(named(&identity)))?;
+        let (_, intent) = self
+            .step_unsynced(held, entry, Step::Wake, |record| record.vmm = Some(named(&identity)))?;
         *intended = true;
         self.reach(Arrow::WakeIntended);
 
@@ -131,9 +134,13 @@ impl Lifecycle {
         self.reach(Arrow::WakeRestored);
 
         let process = live.process.identity().clone();
-        self.amend(held, entry, |record| record.process = Some(process))?;
+        // No process outlasts a power cut.
+        let (_, _moot) =
+            self.amend_unsynced(held, entry, |record| record.process = Some(process))?;
         self.reach(Arrow::WakeRecorded);
 
+        // Else a power cut could leave a record that says `snapshotted`, and no snapshot.
+        self.sync(entry, intent)?;
         // The commit point. From here on the snapshot is no longer the truth; it can
         // be again only while the guest has provably not run.
         snapshot.consume().map_err(snapshot_failed(entry, "consuming the snapshot of"))?;

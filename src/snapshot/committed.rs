@@ -62,7 +62,8 @@ impl Snapshot {
         let reading = || format!("reading {}", path.display());
         let file = File::open(&path).map_err(Error::io(reading))?;
         // One thread: the VMM starts at the same time.
-        let found = digest::of_blocks(&file, cancel, 1).map_err(Error::piece(reading))?;
+        let found =
+            digest::of_blocks(&file, &|| cancel.check(), 1).map_err(Error::piece(reading))?;
         let want = self.manifest.memory().map(|memory| memory.digest.as_str());
         if want == Some(found.as_str()) {
             return Ok(());

@@ -30,6 +30,7 @@ mod committed;
 mod digest;
 mod home;
 mod manifest;
+mod reading;
 mod staged;
 #[cfg(test)]
 mod tests;

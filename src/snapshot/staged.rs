@@ -2,17 +2,20 @@
 
 use std::{
     fs::{self, File},
+    io::Write,
     path::{Path, PathBuf},
+    thread::{self, Scope, ScopedJoinHandle},
 };
 
 use super::{
-    Error, FileFacts, Home, MANIFEST, MEMORY, Manifest, ManifestFacts, SMALL_FILE_MAX_BYTES, digest,
+    Error, FileFacts, Home, MANIFEST, MEMORY, Manifest, ManifestFacts, SMALL_FILE_MAX_BYTES,
+    digest,
+    reading::{DIGEST_THREADS, Reading},
 };
-use crate::sys::{cancel::Cancel, files};
-
-/// How many threads take the digest of a memory while it is synced. The guest is paused
-/// and its writer waits, so two; more would take CPU from the guests that run.
-const DIGEST_THREADS: usize = 2;
+use crate::{
+    sync::Arc,
+    sys::{cancel::Cancel, files},
+};
 
 /// The directory of a sleep under way. It ends by `commit` or by `discard`; one that is
 /// dropped is found by [`Home::survey`], as after a crash.
@@ -23,6 +26,8 @@ pub struct Staged {
     generation: u64,
     /// The life that the memory was taken from, while it is here.
     taken_from: Option<u64>,
+    /// The memory, if it is read already.
+    reading: Option<Box<Reading>>,
 }
 
 /// A snapshot that is committed.
@@ -46,13 +51,19 @@ pub struct CommitError {
 
 impl Staged {
     pub(super) fn new(home: Home, generation: u64) -> Self {
-        Self { home, generation, taken_from: None }
+        Self { home, generation, taken_from: None, reading: None }
     }
 
     /// Returns the directory, for the VMM to save into.
     #[must_use]
     pub fn dir(&self) -> PathBuf {
         self.home.partial_dir(self.generation)
+    }
+
+    /// Begins to read the memory that is mapped by the machine of the life `live`, which is
+    /// paused, so that the commit has less to do. It need not work.
+    pub fn read_memory(&mut self, live: u64, cancel: &Arc<Cancel>) {
+        self.reading = Reading::begin(&self.home.live_memory(live), cancel).ok().map(Box::new);
     }
 
     /// Moves the memory here from the life that began at `live`. The VMM keeps its mapping.
@@ -97,7 +108,11 @@ impl Staged {
     /// # Errors
     /// Before the commit point, for whatever reason or because it was called off: the
     /// staged sleep is handed back. After the commit point there is no error.
-    pub fn commit(self, facts: ManifestFacts, cancel: &Cancel) -> Result<Committed, CommitError> {
+    pub fn commit(
+        mut self,
+        facts: ManifestFacts,
+        cancel: &Cancel,
+    ) -> Result<Committed, CommitError> {
         match self.seal(facts, cancel) {
             Ok(bytes) => Ok(Committed { generation: self.generation, bytes }),
             Err(source) => Err(CommitError { staged: self, source }),
@@ -105,11 +120,38 @@ impl Staged {
     }
 
     /// Does everything up to and with the commit point; returns the bytes on disk.
-    fn seal(&self, facts: ManifestFacts, cancel: &Cancel) -> Result<u64, Error> {
+    fn seal(&mut self, facts: ManifestFacts, cancel: &Cancel) -> Result<u64, Error> {
         let dir = self.dir();
         let small = self.small_files(facts.hardware.memory_bytes)?;
-        let files = sync_and_digest(&dir, &small, cancel)?;
-        let mut bytes: u64 = files.iter().map(|file| file.stored_bytes).sum();
+        let reading = self.reading.take();
+        // While these threads wait for the disk, this one reads what is in the page cache.
+        // All is on the disk when the last of them has ended.
+        let bytes = thread::scope(|scope| {
+            let memory = begin(scope, || sync_memory(&dir, cancel))?;
+            let others = begin(scope, || small.iter().try_for_each(|name| sync_small(&dir, name)))?;
+            let files = describe(&dir, &small, reading, cancel)?;
+            let bytes: u64 = files.iter().map(|file| file.stored_bytes).sum();
+            let bytes = bytes + self.write_manifest(facts, files)?;
+            let manifest = begin(scope, || sync_small(&dir, MANIFEST))?;
+            files::sync_dir(&dir).map_err(Error::io(|| format!("syncing {}", dir.display())))?;
+            for sync in [memory, others, manifest] {
+                sync.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            }
+            Ok::<u64, Error>(bytes)
+        })?;
+        cancel.check()?;
+        // The commit point. If the disk does not confirm it the rename is taken back. Should
+        // the host lose power before the disk has even that, and the guest have run
+        // on, then the memory's digest tells that this is no snapshot any more.
+        let target = self.home.snapshot_dir(self.generation);
+        files::rename_durably(&dir, &target)
+            .map_err(Error::io(|| format!("renaming {} into place", dir.display())))?;
+        Ok(bytes)
+    }
+
+    /// Writes the manifest, and returns the bytes that it takes. Nobody reads it before the
+    /// directory has its new name, so there is no draft of it.
+    fn write_manifest(&self, facts: ManifestFacts, files: Vec<FileFacts>) -> Result<u64, Error> {
         let manifest = Manifest {
             id: facts.id,
             row: self.home.row().0,
@@ -120,20 +162,11 @@ impl Staged {
             host: facts.host,
             files,
         };
-        let path = dir.join(MANIFEST);
-        // This also waits for the entries of the directory.
-        files::write_durably(&path, &manifest.encode())
-            .map_err(Error::io(|| format!("writing {}", path.display())))?;
-        bytes += files::allocated_bytes(&path)
-            .map_err(Error::io(|| format!("measuring {}", path.display())))?;
-        cancel.check()?;
-        // The commit point. If the disk does not confirm it the rename is taken back. Should
-        // the host lose power before the disk has even that, and the guest have run
-        // on, then the memory's digest tells that this is no snapshot any more.
-        let target = self.home.snapshot_dir(self.generation);
-        files::rename_durably(&dir, &target)
-            .map_err(Error::io(|| format!("renaming {} into place", dir.display())))?;
-        Ok(bytes)
+        let path = self.dir().join(MANIFEST);
+        files::create_private(&path)
+            .and_then(|mut file| file.write_all(&manifest.encode()))
+            .and_then(|()| files::allocated_bytes(&path))
+            .map_err(Error::io(|| format!("writing {}", path.display())))
     }
 
     /// Lists the files beside the memory, having looked that all is there that must be.
@@ -176,45 +209,58 @@ impl Staged {
     }
 }
 
-/// Brings all files to the disk and says what they are. While this thread waits for the
-/// disk, another one reads the memory, which is in the page cache.
-fn sync_and_digest(dir: &Path, small: &[String], cancel: &Cancel) -> Result<Vec<FileFacts>, Error> {
-    let path = dir.join(MEMORY);
-    let syncing = || format!("syncing {}", path.display());
-    let reading = || format!("reading {}", path.display());
-    std::thread::scope(|scope| {
-        let digest = std::thread::Builder::new()
-            .name("memory-digest".to_owned())
-            .spawn_scoped(scope, || {
-                // A descriptor has one offset, so each thread has its own.
-                let memory = File::open(&path).map_err(Error::io(reading))?;
-                digest::of_blocks(&memory, cancel, DIGEST_THREADS).map_err(Error::piece(reading))
-            })
-            .map_err(Error::io(|| "starting a thread".to_owned()))?;
-        let mut facts = Vec::with_capacity(small.len() + 1);
-        for name in small {
-            facts.push(sync_small(dir, name)?);
-        }
-        let memory = File::open(&path).map_err(Error::io(syncing))?;
-        files::sync_in_pieces(&memory, cancel).map_err(Error::piece(syncing))?;
-        let digest = match digest.join() {
-            Ok(digest) => digest?,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        facts.push(facts_of(&path, MEMORY, digest).map_err(Error::io(reading))?);
-        Ok(facts)
-    })
+/// Begins a part of the work beside the rest.
+fn begin<'scope, 'env>(
+    scope: &'scope Scope<'scope, 'env>,
+    part: impl FnOnce() -> Result<(), Error> + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, Result<(), Error>>, Error> {
+    thread::Builder::new()
+        .name("snapshot-sync".to_owned())
+        .spawn_scoped(scope, part)
+        .map_err(Error::io(|| "starting a thread".to_owned()))
 }
 
-fn sync_small(dir: &Path, name: &str) -> Result<FileFacts, Error> {
-    let path = dir.join(name);
-    let synced = || -> std::io::Result<FileFacts> {
-        let mut file = File::open(&path)?;
-        file.sync_all()?;
-        let digest = digest::of_small(&mut file)?;
-        facts_of(&path, name, digest)
+/// Says what the files are.
+fn describe(
+    dir: &Path,
+    small: &[String],
+    reading: Option<Box<Reading>>,
+    cancel: &Cancel,
+) -> Result<Vec<FileFacts>, Error> {
+    let mut facts = Vec::with_capacity(small.len() + 1);
+    for name in small {
+        let path = dir.join(name);
+        let described = File::open(&path)
+            .and_then(|mut file| digest::of_small(&mut file))
+            .and_then(|digest| facts_of(&path, name, digest));
+        facts.push(described.map_err(Error::io(|| format!("reading {}", path.display())))?);
+    }
+    let path = dir.join(MEMORY);
+    let reading_it = || format!("reading {}", path.display());
+    let early =
+        reading.map_or(Ok(None), |reading| reading.end()).map_err(Error::piece(reading_it))?;
+    let digest = match early {
+        Some(digest) => digest,
+        None => {
+            let memory = File::open(&path).map_err(Error::io(reading_it))?;
+            digest::of_blocks(&memory, &|| cancel.check(), DIGEST_THREADS)
+                .map_err(Error::piece(reading_it))?
+        }
     };
-    synced().map_err(Error::io(|| format!("syncing {}", path.display())))
+    facts.push(facts_of(&path, MEMORY, digest).map_err(Error::io(reading_it))?);
+    Ok(facts)
+}
+
+fn sync_memory(dir: &Path, cancel: &Cancel) -> Result<(), Error> {
+    let path = dir.join(MEMORY);
+    let syncing = || format!("syncing {}", path.display());
+    let memory = File::open(&path).map_err(Error::io(syncing))?;
+    files::sync_in_pieces(&memory, cancel).map_err(Error::piece(syncing))
+}
+
+fn sync_small(dir: &Path, name: &str) -> Result<(), Error> {
+    let path = dir.join(name);
+    files::sync_file(&path).map_err(Error::io(|| format!("syncing {}", path.display())))
 }
 
 fn facts_of(path: &Path, name: &str, digest: String) -> std::io::Result<FileFacts> {

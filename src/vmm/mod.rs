@@ -104,7 +104,8 @@ pub trait Machine: fmt::Debug + Send {
     /// Where the VMM does not answer in time.
     fn running(&mut self) -> Result<bool, Error>;
 
-    /// Stops the vCPUs. When it returns the guest does no more I/O. Doing it again is no error.
+    /// Stops the vCPUs. When it returns the guest does no more I/O, and nothing changes its
+    /// memory before the next `resume`, nor does `save`. Doing it again is no error.
     ///
     /// # Errors
     /// Where the VMM refuses or does not answer in time.

@@ -85,3 +85,46 @@ fn a_row_that_makes_no_sense_is_told_by_its_number() {
         assert!(error.contains(says), "{error}");
     }
 }
+
+#[test]
+fn a_change_that_cannot_reach_the_disk_does_not_show_and_is_the_last() {
+    let mut host = Host::new();
+    let entry = host.running("a", 1);
+    // A pipe has no disk.
+    let (_reader, writer) = std::io::pipe().unwrap();
+    host.index.log = Log::over(std::os::fd::OwnedFd::from(writer).into()).unwrap();
+    let held = host.held("a");
+    let error = host.index.amend(&held, &entry, |record| record.pinned = true).unwrap_err();
+    assert!(matches!(error, Error::Unsynced { .. }), "{error}");
+    assert!(!entry.record().pinned);
+    let later = host.index.amend_unsynced(&held, &entry, |record| record.pinned = true);
+    assert!(matches!(later, Err(Error::Unsynced { .. })), "{later:?}");
+    assert!(!entry.record().pinned);
+    assert!(matches!(host.index.set_meta("k", "v"), Err(Error::Unsynced { .. })));
+    drop(held);
+    assert!(host.reopened_after_a_crash().index.by_id(&"a".parse().unwrap()).is_some());
+}
+
+#[test]
+fn a_power_cut_takes_back_what_nobody_waited_for_from_the_last_change_on() {
+    let mut host = Host::new();
+    let entry = host.running("a", 1);
+    let held = host.held("a");
+    let change = |sleeps| {
+        let changed = host.index.amend_unsynced(&held, &entry, |record| record.sleeps = sleeps);
+        changed.unwrap().1
+    };
+    let commits: Vec<_> = (1..=3).map(change).collect();
+    assert_eq!(entry.record().sleeps, 3);
+    let left = |host: &Host, name: &str| {
+        let path = host.temp.path().join(name);
+        host.index.cut_power(&path);
+        Index::open(&path).unwrap().by_id(&"a".parse().unwrap()).unwrap().record().sleeps
+    };
+    assert_eq!(left(&host, "first.db"), 0);
+    host.index.sync(commits[1]).unwrap();
+    assert_eq!(left(&host, "second.db"), 2);
+    drop(held);
+    host = host.reopened_after_a_crash();
+    assert_eq!(host.index.by_id(&"a".parse().unwrap()).unwrap().record().sleeps, 3);
+}

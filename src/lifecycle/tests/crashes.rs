@@ -149,3 +149,90 @@ fn a_guest_that_cannot_be_adopted_lives_on_and_is_adopted_by_the_next_operation(
     host.sleep("a").unwrap();
     host.check("a");
 }
+
+/// What becomes of a sandbox that is `from` when the host loses power at `arrow`, or when
+/// the operation has just returned.
+fn after_power_cut(arrow: Option<Arrow>, from: State, pages: Pages) -> State {
+    let mut host = Host::new();
+    host.create("a");
+    if from != State::Stopped {
+        host.wake("a").unwrap();
+    }
+    if from == State::Snapshotted {
+        host.sleep("a").unwrap();
+    }
+    let act = |host: &Host| {
+        let done = if from == State::Running { host.sleep("a") } else { host.wake("a") };
+        assert_eq!(done.unwrap(), Outcome::Done);
+    };
+    match arrow {
+        Some(arrow) => crash(&mut host, arrow, act),
+        None => act(&host),
+    }
+    host.cut_power(pages);
+    let state = host.state("a");
+    host.check("a");
+    state
+}
+
+#[test]
+fn a_sleep_that_returned_outlasts_a_power_cut_and_one_before_its_commit_point_does_not() {
+    for arrow in [Arrow::SleepIntended, Arrow::SleepPaused, Arrow::SleepStaged, Arrow::SleepSaved] {
+        let state = after_power_cut(Some(arrow), State::Running, Pages::Kept);
+        assert_eq!(state, State::Stopped, "{arrow:?}");
+    }
+    for arrow in [Some(Arrow::SleepCommitted), Some(Arrow::SleepKilled), None] {
+        let state = after_power_cut(arrow, State::Running, Pages::Kept);
+        assert_eq!(state, State::Snapshotted, "{arrow:?}");
+    }
+}
+
+#[test]
+fn a_snapshot_that_was_consumed_before_a_power_cut_is_never_woken_again() {
+    for arrow in [Arrow::WakeIntended, Arrow::WakeRestored, Arrow::WakeRecorded] {
+        let state = after_power_cut(Some(arrow), State::Snapshotted, Pages::Kept);
+        assert_eq!(state, State::Snapshotted, "{arrow:?}");
+    }
+    for pages in [Pages::Kept, Pages::Lost] {
+        for arrow in [Some(Arrow::WakeResumed), None] {
+            let state = after_power_cut(arrow, State::Snapshotted, pages);
+            assert_eq!(state, State::Stopped, "{arrow:?} {pages:?}");
+        }
+    }
+    let state = after_power_cut(Some(Arrow::WakeConsumed), State::Snapshotted, Pages::Kept);
+    assert_eq!(state, State::Stopped);
+}
+
+#[test]
+fn a_boot_ends_with_the_power_whatever_it_had_come_to() {
+    for arrow in [
+        Some(Arrow::BootIntended),
+        Some(Arrow::BootSpawned),
+        Some(Arrow::BootRecorded),
+        Some(Arrow::BootResumed),
+        None,
+    ] {
+        let state = after_power_cut(arrow, State::Stopped, Pages::Kept);
+        assert_eq!(state, State::Stopped, "{arrow:?}");
+    }
+}
+
+#[test]
+fn the_last_of_several_sleeps_is_what_a_power_cut_leaves() {
+    let mut host = Host::new();
+    host.create("a");
+    for _ in 0..3 {
+        host.wake("a").unwrap();
+        host.sleep("a").unwrap();
+    }
+    let before = host.entry("a").record();
+    host.cut_power(Pages::Kept);
+    let after = host.entry("a").record();
+    assert_eq!(after.state, State::Snapshotted);
+    assert_eq!(after.snapshot.unwrap().generation, before.snapshot.unwrap().generation);
+    assert_eq!((after.sleeps, after.wakes), (before.sleeps, before.wakes));
+    assert_eq!(after.generation, before.generation);
+    assert_eq!(host.runs("a"), 3);
+    host.cut_power(Pages::Kept);
+    host.check("a");
+}

@@ -155,3 +155,33 @@ fn a_snapshot_of_another_version_of_the_vmm_is_refused() {
     host.vmm.upgrade("1.0");
     host.check("a");
 }
+
+#[test]
+fn an_intent_that_cannot_reach_the_disk_stops_the_sleep_and_the_guest_runs_on() {
+    let mut host = Host::new();
+    host.create("a");
+    host.wake("a").unwrap();
+    host.fail_syncs();
+    let error = crate::lifecycle::chain(&host.sleep("a").unwrap_err());
+    assert!(error.contains("bringing the index to the disk"), "{error}");
+    assert!(host.guest_runs("a"));
+    host.restart();
+    assert_eq!(host.state("a"), State::Running);
+    host.check("a");
+}
+
+#[test]
+fn an_intent_that_cannot_reach_the_disk_stops_the_wake_before_its_snapshot_is_used() {
+    let mut host = Host::new();
+    host.create("a");
+    host.wake("a").unwrap();
+    host.sleep("a").unwrap();
+    let runs = host.runs("a");
+    host.fail_syncs();
+    let error = crate::lifecycle::chain(&host.wake("a").unwrap_err());
+    assert!(error.contains("bringing the index to the disk"), "{error}");
+    assert_eq!(host.runs("a"), runs);
+    host.restart();
+    assert_eq!(host.state("a"), State::Snapshotted);
+    host.check("a");
+}

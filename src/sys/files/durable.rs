@@ -105,7 +105,10 @@ pub fn free_bytes(dir: &Path) -> io::Result<u64> {
 }
 
 /// Opens `path` empty for reading and writing, as its owner's alone.
-pub(super) fn create_private(path: &Path) -> io::Result<File> {
+///
+/// # Errors
+/// Those of open(2).
+pub fn create_private(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 

@@ -15,12 +15,13 @@ mod sparse;
 
 pub use cached::{cached_bytes, drop_cache};
 pub use durable::{
-    free_bytes, make_private_dir, remove_tree, rename, rename_durably, sync_dir, sync_file,
-    write_durably,
+    create_private, free_bytes, make_private_dir, remove_tree, rename, rename_durably, sync_dir,
+    sync_file, write_durably,
 };
 pub use flock::{LockFile, Use, is_image_locked, lock_file, lock_holder};
 pub use sparse::{
-    DataExtents, allocated_bytes, copy_image, data_extents, punch, reflink_works, sync_in_pieces,
+    DataExtents, allocated_bytes, begin_sync, copy_image, data_extents, punch, reflink_works,
+    sync_in_pieces,
 };
 
 /// Why work that is done in pieces stopped before its end.

@@ -71,6 +71,15 @@ pub fn allocated_bytes(path: &Path) -> io::Result<u64> {
     Ok(fs::metadata(path)?.blocks().saturating_mul(512))
 }
 
+/// Has the bytes of `file` written to the disk, and does not wait for it.
+///
+/// # Errors
+/// Those of sync_file_range(2).
+pub fn begin_sync(file: &File) -> io::Result<()> {
+    // A length of nought means up to the end.
+    sync_range(file, &(0..0), libc::SYNC_FILE_RANGE_WRITE)
+}
+
 /// Waits until the bytes of `file` are on the disk, one piece after the other.
 ///
 /// # Errors

@@ -56,6 +56,8 @@ pub(super) struct QemuMachine {
     runtime_dir: PathBuf,
     /// Whether it was told to save since it last ran, as far as we know.
     saved: bool,
+    /// Whether it was seen outside of its firmware, to which it never returns.
+    is_past_firmware: bool,
 }
 
 /// What QEMU says of itself.
@@ -101,6 +103,9 @@ impl QemuMachine {
             peer: Peer { process, socket, last_words },
             runtime_dir: plan.runtime_dir.clone(),
             saved: false,
+            // A pause waits for the firmware, so no snapshot is of it, but of a machine that
+            // never leaves it.
+            is_past_firmware: matches!(beginning, Beginning::Restore),
         })
     }
 
@@ -116,7 +121,8 @@ impl QemuMachine {
         };
         Qmp::open(&peer, "being adopted", CONNECT_LIMIT)?;
         // An earlier daemon may have died in the middle of a save.
-        Ok(Self { peer, runtime_dir: plan.runtime_dir.clone(), saved: true })
+        let runtime_dir = plan.runtime_dir.clone();
+        Ok(Self { peer, runtime_dir, saved: true, is_past_firmware: false })
     }
 
     /// Waits until QEMU has made the machine and takes commands.
@@ -220,12 +226,17 @@ impl Machine for QemuMachine {
     }
 
     fn pause(&mut self) -> Result<(), Error> {
-        let mut qmp = self.open("pausing")?;
+        let mut qmp = Qmp::open(&self.peer, "pausing", CONNECT_LIMIT)?;
+        if self.is_past_firmware {
+            qmp.run("stop", &Value::Null, PAUSE_LIMIT)?;
+            return Ok(());
+        }
         let was_running = self.status(&mut qmp)?.running;
         let deadline = Deadline::after(FIRMWARE_LIMIT);
         loop {
             qmp.run("stop", &Value::Null, PAUSE_LIMIT)?;
             if !was_running || deadline.passed() || !is_in_firmware(&mut qmp)? {
+                self.is_past_firmware = was_running;
                 return Ok(());
             }
             qmp.run("cont", &Value::Null, ANSWER_LIMIT)?;

@@ -75,8 +75,10 @@ fn the_guest_counts_on_through_ten_sleeps() {
         machine.pause().unwrap();
         machine.pause().unwrap();
         assert!(!machine.running().unwrap());
+        let paused = memory(&host);
         let dir = host.snapshot_dir(&format!("snapshot {cycle}"));
         machine.save(&dir).unwrap();
+        assert!(memory(&host) == paused, "a save changes no memory");
         assert!(!machine.running().unwrap());
         let asleep = (last_count(&host), registers(&host, machine.process()));
         end(&*machine);

@@ -49,10 +49,15 @@ fn linux_sleeps_and_wakes_with_its_shell_and_its_disks() {
     let said = shell(&host, &mut *machine, "echo 1 >/dev/vdb || echo refused");
     assert!(said.contains("\nrefused"), "{said}");
     shell(&host, &mut *machine, "echo kept >/data/file; word=remembered");
+    // Its disk is busy when it is paused.
+    let busy = "(dd if=/dev/zero of=/data/noise bs=4k count=512; sync) 2>/dev/null & true";
+    shell(&host, &mut *machine, busy);
 
     machine.pause().unwrap();
+    let paused = memory(&host);
     let dir = host.snapshot_dir("snapshot");
     machine.save(&dir).unwrap();
+    assert!(memory(&host) == paused, "neither a save nor a disk changes a paused memory");
     end(&*machine);
     // Neither the kernel's files nor its command line are needed any more.
     host.plan.kernel = None;

@@ -128,6 +128,11 @@ fn target_dir() -> PathBuf {
     program.ancestors().nth(3).unwrap().to_owned()
 }
 
+/// Returns the guest's memory.
+fn memory(host: &Host) -> Vec<u8> {
+    fs::read(&host.plan.memory).unwrap()
+}
+
 /// Returns the CPU's registers as QEMU prints them. They change with each instruction.
 fn registers(host: &Host, process: &Arc<Process>) -> String {
     let peer = peer(host, process);

@@ -1,0 +1,260 @@
+//! The log that SQLite writes ahead, and waiting until it is on the disk.
+//!
+//! SQLite syncs the log before it moves it into the file, and here nothing else does: it
+//! runs with `synchronous = NORMAL`. So what a power cut leaves is what was committed up
+//! to some moment, whole, and this says which moment that is at the least. Commits have
+//! numbers, a thread syncs for all that are there, and whoever needs one of them on the
+//! disk waits for its number. So commits of many at once share a sync, and a commit that
+//! is needed later is on its way while its owner does something else.
+//!
+//! The log is one file from the first commit until the index is closed, and SQLite takes
+//! no locks on it, so that we have a descriptor of our own harms nothing.
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use crate::{
+    sync::{Arc, Condvar, Mutex, lock, wait, wait_while_within},
+    sys::files,
+};
+
+/// How long a sync of some KiB may take. A disk that is busy with the memory of guests
+/// takes seconds; one that takes this long is not well.
+const SYNC_LIMIT: Duration = Duration::from_secs(120);
+
+/// A commit that may not be on the disk yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[must_use = "a power cut may take it back until it is waited for, or something else proves it"]
+pub struct Commit(u64);
+
+/// The log, and the thread that syncs it.
+#[derive(Debug)]
+pub(super) struct Log {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    file: File,
+    /// The number of the last commit.
+    written: AtomicU64,
+    /// A leaf.
+    progress: Mutex<Progress>,
+    /// Something is wanted, or it is over.
+    wanted: Condvar,
+    /// Something was synced, or cannot be.
+    done: Condvar,
+    /// Whether the disk is to fail.
+    #[cfg(test)]
+    fails: std::sync::atomic::AtomicBool,
+    /// How long the log was after each commit.
+    #[cfg(test)]
+    lengths: Mutex<Vec<u64>>,
+    /// How long it was after the last commit that was waited for.
+    #[cfg(test)]
+    needed_bytes: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Progress {
+    wanted: u64,
+    synced: u64,
+    /// Why nothing can be synced any more: after a failed sync nobody knows what is there,
+    /// and a later one that succeeds says nothing of what was lost before.
+    broken: Option<io::ErrorKind>,
+    over: bool,
+}
+
+impl Log {
+    /// Opens the log of the index at `path`, which has one, and syncs what is in it.
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let name = name_of(path);
+        let file = File::open(&name)?;
+        file.sync_data()?;
+        name.parent().map_or(Ok(()), files::sync_dir)?;
+        Self::over(file)
+    }
+
+    /// Takes `file` for a log of which everything is on the disk.
+    pub(super) fn over(file: File) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            #[cfg(test)]
+            fails: false.into(),
+            #[cfg(test)]
+            lengths: Mutex::default(),
+            #[cfg(test)]
+            needed_bytes: AtomicU64::new(file.metadata()?.len()),
+            file,
+            written: AtomicU64::new(0),
+            progress: Mutex::new(Progress { wanted: 0, synced: 0, broken: None, over: false }),
+            wanted: Condvar::new(),
+            done: Condvar::new(),
+        });
+        let syncing = Arc::clone(&shared);
+        let thread = thread::Builder::new()
+            .name("dozed-index".to_owned())
+            .spawn(move || syncing.sync_what_is_wanted())?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Gives the commit that was just made its number. The connection is locked.
+    pub(super) fn wrote(&self) -> Commit {
+        #[cfg(test)]
+        lock(&self.shared.lengths).push(self.shared.file.metadata().map_or(0, |meta| meta.len()));
+        Commit(self.shared.written.fetch_add(1, Ordering::SeqCst) + 1)
+    }
+
+    /// Has `commit` synced, and does not wait for it.
+    pub(super) fn want(&self, commit: Commit) {
+        let mut progress = lock(&self.shared.progress);
+        if progress.wanted < commit.0 {
+            progress.wanted = commit.0;
+            self.shared.wanted.notify_one();
+        }
+    }
+
+    /// Waits until `commit`, and so all before it, is on the disk.
+    pub(super) fn wait_for(&self, commit: Commit) -> io::Result<()> {
+        self.want(commit);
+        let waits = |progress: &mut Progress| {
+            progress.synced < commit.0 && progress.broken.is_none() && !progress.over
+        };
+        let progress = lock(&self.shared.progress);
+        let progress = wait_while_within(&self.shared.done, progress, SYNC_LIMIT, waits);
+        #[cfg(test)]
+        self.note_needed(commit);
+        match progress.broken {
+            _ if progress.synced >= commit.0 => Ok(()),
+            Some(kind) => Err(kind.into()),
+            None => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+
+    /// Says whether commits can still be brought to the disk.
+    pub(super) fn check(&self) -> io::Result<()> {
+        lock(&self.shared.progress).broken.map_or(Ok(()), |kind| Err(kind.into()))
+    }
+
+    /// Has the disk fail from now on.
+    #[cfg(test)]
+    pub(super) fn fail(&self) {
+        self.shared.fails.store(true, Ordering::SeqCst);
+    }
+
+    #[cfg(test)]
+    fn note_needed(&self, commit: Commit) {
+        let place = usize::try_from(commit.0).expect("tests make few") - 1;
+        let bytes = lock(&self.shared.lengths)[place];
+        self.shared.needed_bytes.fetch_max(bytes, Ordering::SeqCst);
+    }
+
+    /// Returns how much of the log a power cut leaves in the worst case: what somebody
+    /// waited for, and nothing that was merely under way.
+    #[cfg(test)]
+    pub(super) fn needed_bytes(&self) -> u64 {
+        self.shared.needed_bytes.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        lock(&self.shared.progress).over = true;
+        self.shared.wanted.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // It panics nowhere, and if it did then that is told.
+            thread.join().ok();
+        }
+    }
+}
+
+impl Shared {
+    fn sync_what_is_wanted(&self) {
+        loop {
+            let mut progress = lock(&self.progress);
+            while progress.wanted <= progress.synced && !progress.over {
+                progress = wait(&self.wanted, progress);
+            }
+            if progress.over || progress.broken.is_some() {
+                return;
+            }
+            drop(progress);
+            // All that is written by now is synced with it.
+            let written = self.written.load(Ordering::SeqCst);
+            let synced = self.file.sync_data();
+            #[cfg(test)]
+            let synced = synced.and_then(|()| match self.fails.load(Ordering::SeqCst) {
+                true => Err(io::ErrorKind::StorageFull.into()),
+                false => Ok(()),
+            });
+            let mut progress = lock(&self.progress);
+            match synced {
+                Ok(()) => progress.synced = written,
+                Err(error) => {
+                    tracing::error!(%error, "syncing the index; it takes no more changes");
+                    progress.broken = Some(error.kind());
+                }
+            }
+            self.done.notify_all();
+        }
+    }
+}
+
+/// Returns SQLite's name for the log of the file `path`.
+pub(super) fn name_of(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push("-wal");
+    name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    #[test]
+    fn a_commit_is_on_the_disk_once_it_was_waited_for_and_so_are_those_before_it() {
+        let log = Log::over(tempfile::tempfile().unwrap()).unwrap();
+        let (first, second) = (log.wrote(), log.wrote());
+        log.wait_for(second).unwrap();
+        assert_eq!(lock(&log.shared.progress).synced, second.0);
+        log.wait_for(first).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_synced_is_told_to_everybody_for_good() {
+        // A pipe has no disk.
+        let (_reader, writer) = io::pipe().unwrap();
+        let log = Log::over(OwnedFd::from(writer).into()).unwrap();
+        log.check().unwrap();
+        let commit = log.wrote();
+        log.wait_for(commit).unwrap_err();
+        log.wait_for(commit).unwrap_err();
+        log.check().unwrap_err();
+        let next = log.wrote();
+        log.wait_for(next).unwrap_err();
+    }
+
+    #[test]
+    fn many_who_wait_at_once_are_all_served() {
+        let log = Log::over(tempfile::tempfile().unwrap()).unwrap();
+        thread::scope(|scope| {
+            for _ in 0..16 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let commit = log.wrote();
+                        log.wait_for(commit).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(lock(&log.shared.progress).synced, 16 * 50);
+    }
+}
