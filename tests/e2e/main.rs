@@ -16,6 +16,7 @@ mod looking;
 mod loss;
 mod mixed;
 mod reaper;
+mod recipes;
 mod road;
 mod space;
 mod stuck;
