@@ -33,6 +33,7 @@ use crate::{
         host::is_root,
         kvm, mount,
         pool::Pool,
+        process::reserve_places,
     },
     tree::Tree,
     vmm::{Vmm, cloud_hypervisor::CloudHypervisor, qemu::Qemu},
@@ -117,6 +118,8 @@ pub fn run(config: Config) -> Result<(), Error> {
     if !is_root() {
         return Err(Error::NotRoot);
     }
+    // Before much is open, as what is open may have these numbers.
+    reserve_places().map_err(host("reserving numbers for the files of VMMs"))?;
     // From here on a signal is an orderly end, however early it comes.
     let signals = listen().map_err(host("listening for signals"))?;
     let _locks = take_directories(&config)?;
@@ -250,7 +253,12 @@ fn find_vmms(config: &config::Vmm) -> Vec<Arc<dyn Vmm>> {
     let mut vmms: Vec<Arc<dyn Vmm>> = Vec::new();
     let cloud = config.cloud_hypervisor.clone();
     match cloud.map_or_else(CloudHypervisor::find, CloudHypervisor::at) {
-        Ok(cloud) => vmms.push(Arc::new(cloud)),
+        Ok(cloud) => {
+            if let Some(lack) = cloud.why_no_users().filter(|_| config.users.is_some()) {
+                tracing::warn!("cloud-hypervisor: {lack}");
+            }
+            vmms.push(Arc::new(cloud));
+        }
         Err(error) => tracing::info!(error = chain(&error), "doing without cloud-hypervisor"),
     }
     match config.qemu.clone().map_or_else(Qemu::find, Qemu::at) {
@@ -289,6 +297,7 @@ fn settings(config: &Config) -> Settings {
         holds_max: config.limits.holds,
         memory_budget_bytes: config.limits.memory_bytes,
         active_cpu_percent: config.activity.cpu_percent,
+        users: config.vmm.users,
         verify_memory: config.snapshot.verify == Verify::Full,
     }
 }

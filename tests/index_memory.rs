@@ -9,7 +9,7 @@ use std::{fs, sync::Arc, time::Duration};
 use dozed::{
     index::{Index, NewSandbox},
     lock::Locks,
-    sandbox::{Owner, Period, SandboxId, SnapshotFacts, Spec, Step, Timestamp},
+    sandbox::{Owner, Period, SandboxId, SnapshotFacts, Spec, Step, Timestamp, Users},
 };
 use rusqlite::Connection;
 
@@ -47,6 +47,7 @@ fn put_one_to_sleep(index: &Index) {
         delete_after: Period::Never,
     };
     let entry = index.create(&held, new, now).unwrap();
+    index.give_user(&held, &entry, Users::default()).unwrap().unwrap();
     for step in [Step::Boot, Step::Booted, Step::Sleep, Step::Slept] {
         index
             .advance(&held, &entry, step, now, |record| {
@@ -62,15 +63,16 @@ fn multiply(connection: &Connection) {
     let columns: String = connection
         .query_row(
             "SELECT group_concat(name) FROM pragma_table_info('sandbox') \
-             WHERE name NOT IN ('row', 'id')",
+             WHERE name NOT IN ('row', 'id', 'vmm_uid')",
             [],
             |row| row.get(0),
         )
         .unwrap();
     let copy = format!(
         "WITH RECURSIVE copy (n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM copy LIMIT {COUNT}) \
-         INSERT INTO sandbox (id, {columns}) \
-         SELECT 'customer-' || n || '-sandbox', {columns} FROM sandbox, copy WHERE row = 1"
+         INSERT INTO sandbox (id, vmm_uid, {columns}) \
+         SELECT 'customer-' || n || '-sandbox', vmm_uid + n, {columns} FROM sandbox, copy \
+         WHERE row = 1"
     );
     connection.execute_batch(&copy).unwrap();
 }

@@ -50,7 +50,7 @@ fn a_bad_configuration_is_one_line_with_its_place() {
             text(&output.stderr),
             format!(
                 "dozed: {file}:2: unknown field `waks`, expected one of `sandboxes`, `wakes`, \
-                 `sleeps`, `memory`\n"
+                 `sleeps`, `holds`, `memory`\n"
             )
         );
     }

@@ -168,6 +168,7 @@ fn record() -> Record {
         delete_after: Period::Never,
         pinned: false,
         vmm: None,
+        user: None,
         process: None,
         snapshot: None,
         sleeps: 0,

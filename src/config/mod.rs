@@ -15,7 +15,7 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use toml::Spanned;
 
 use crate::{
-    sandbox::{Period, Spec, SpecDocument, SpecError, line_of, memory_from_text},
+    sandbox::{Period, Spec, SpecDocument, SpecError, Users, line_of, memory_from_text},
     sys::{command::is_program, files::why_unusable},
 };
 
@@ -119,12 +119,14 @@ pub struct Snapshot {
 }
 
 /// `[vmm]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vmm {
     /// Cloud Hypervisor, if it is not to be looked for.
     pub cloud_hypervisor: Option<PathBuf>,
     /// QEMU, if it is not to be looked for.
     pub qemu: Option<PathBuf>,
+    /// The user ids that VMMs run as, one for each sandbox; ours if there are none.
+    pub users: Option<Users>,
 }
 
 /// What of a snapshot is held against its digest at each wake.
@@ -201,6 +203,12 @@ impl Default for Activity {
 impl Default for Limits {
     fn default() -> Self {
         Self { sandboxes: 10_000, wakes: 16, sleeps: 8, holds: 1024, memory_bytes: None }
+    }
+}
+
+impl Default for Vmm {
+    fn default() -> Self {
+        Self { cloud_hypervisor: None, qemu: None, users: Some(Users::default()) }
     }
 }
 
@@ -287,11 +295,19 @@ struct Document {
 }
 
 /// `[vmm]` as it is written.
-#[derive(Default, Deserialize)]
+#[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct VmmDocument {
     cloud_hypervisor: Option<Spanned<Directory>>,
     qemu: Option<Spanned<Directory>>,
+    #[serde(deserialize_with = "users")]
+    users: Option<Users>,
+}
+
+impl Default for VmmDocument {
+    fn default() -> Self {
+        Self { cloud_hypervisor: None, qemu: None, users: Vmm::default().users }
+    }
 }
 
 impl VmmDocument {
@@ -312,6 +328,7 @@ impl VmmDocument {
         Ok(Vmm {
             cloud_hypervisor: program("cloud_hypervisor", self.cloud_hypervisor)?,
             qemu: program("qemu", self.qemu)?,
+            users: self.users,
         })
     }
 }
@@ -430,6 +447,16 @@ where
                 "`{value}` is not accepted; write a whole number from {MIN} to {MAX}"
             ))
         })
+}
+
+fn users<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Users>, D::Error> {
+    let accepted = "a range, as \"2010000000-2109999999\", or \"off\"";
+    let text = text_of(input, accepted)?;
+    if text == "off" {
+        return Ok(None);
+    }
+    let refused = |why| D::Error::custom(format!("\"{text}\" is not accepted: {why}"));
+    text.parse().map(Some).map_err(refused)
 }
 
 fn verify<'de, D: Deserializer<'de>>(input: D) -> Result<Verify, D::Error> {

@@ -40,6 +40,7 @@ fn every_key_is_read() {
         [vmm]
         cloud_hypervisor = "/bin/true"
         qemu = "/bin/false"
+        users = "70000-79999"
         [template]
         vcpus = 2
         kernel = "/k"
@@ -67,7 +68,11 @@ fn every_key_is_read() {
             memory_bytes: Some(16 << 30),
         },
         snapshot: Snapshot { verify: Verify::State },
-        vmm: Vmm { cloud_hypervisor: Some("/bin/true".into()), qemu: Some("/bin/false".into()) },
+        vmm: Vmm {
+            cloud_hypervisor: Some("/bin/true".into()),
+            qemu: Some("/bin/false".into()),
+            users: Some("70000-79999".parse().unwrap()),
+        },
         template: Spec {
             vcpus: 2,
             kernel: Some("/k".into()),
@@ -96,7 +101,10 @@ fn what_is_not_accepted_is_told_with_its_line_and_what_is() {
         ("[vmm]\nqemu = \"/no/such\"", 2, "`qemu`: /no/such is no program; write the path"),
         ("[vmm]\ncloud_hypervisor = \"/etc/passwd\"", 2, "`cloud_hypervisor`: /etc/passwd is no"),
         ("[vmm]\nqemu = \"qemu\"", 2, "write an absolute path"),
-        ("[vmm]\nxen = 1", 2, "expected `cloud_hypervisor` or `qemu`"),
+        ("[vmm]\nxen = 1", 2, "expected one of `cloud_hypervisor`, `qemu`, `users`"),
+        ("[vmm]\nusers = 1000", 2, "write a range, as \"2010000000-2109999999\", or \"off\""),
+        ("[vmm]\nusers = \"0-99\"", 2, "user ids below 1000 are the system's"),
+        ("[vmm]\nusers = \"on\"", 2, "\"on\" is not accepted: write it as"),
         ("\nmount = \"m\"", 2, "write an absolute path without `..`"),
         ("mount = \"/a/../b\"", 1, "write an absolute path without `..`"),
         ("mount = 1", 1, "write an absolute path"),
@@ -162,4 +170,11 @@ fn a_file_without_end_is_refused() {
         panic!("{error}");
     };
     assert_eq!(source.kind(), io::ErrorKind::FileTooLarge);
+}
+
+#[test]
+fn users_of_their_own_are_switched_off_by_a_word() {
+    assert_eq!(parse("").unwrap().vmm.users, Some(Users::default()));
+    assert_eq!(parse("[vmm]\nqemu = \"/bin/true\"").unwrap().vmm.users, Some(Users::default()));
+    assert_eq!(parse("[vmm]\nusers = \"off\"").unwrap().vmm.users, None);
 }

@@ -86,7 +86,9 @@ pub(super) fn cloud_hypervisor(config: &config::Vmm) -> Finding {
     match find_cloud_hypervisor(config) {
         Ok(cloud) => {
             let version = cloud.identity().map(|is| is.version.clone()).unwrap_or_default();
-            judge_cloud_hypervisor(&says, kvm::usable(), &cloud.lacks(&version))
+            let mut lacks = cloud.lacks(&version);
+            lacks.extend(cloud.why_no_users().filter(|_| config.users.is_some()));
+            judge_cloud_hypervisor(&says, kvm::usable(), &lacks)
         }
         Err(error) => {
             lacking(subject, format!("{}; QEMU does without it.", capital(&error.to_string())))

@@ -27,7 +27,9 @@ use rusqlite::Connection;
 
 use crate::{
     lock::Held,
-    sandbox::{Owner, Period, Record, Refused, RowId, SandboxId, Spec, State, Step, Timestamp},
+    sandbox::{
+        Owner, Period, Record, Refused, RowId, SandboxId, Spec, State, Step, Timestamp, Users,
+    },
     sync::{Mutex, RwLock, lock, read, write},
 };
 
@@ -231,6 +233,7 @@ impl Index {
             delete_after: new.delete_after,
             pinned: false,
             vmm: None,
+            user: None,
             process: None,
             snapshot: None,
             sleeps: 0,
@@ -335,6 +338,40 @@ impl Index {
     /// more.
     pub fn sync(&self, commit: Commit) -> Result<(), Error> {
         self.log.wait_for(commit).map_err(|source| Error::Unsynced { source })
+    }
+
+    /// Gives a sandbox one of `users` that no other has, or returns `None` where all are
+    /// given. One that it has already it keeps.
+    ///
+    /// # Errors
+    /// As [`Index::amend`].
+    ///
+    /// # Panics
+    /// As [`Index::advance`].
+    pub fn give_user(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        users: Users,
+    ) -> Result<Option<u32>, Error> {
+        let connection = lock(&self.connection);
+        let open = self.writable(&connection)?;
+        let record = entry.record();
+        if let Some(user) = record.user.filter(|user| users.contains(*user)) {
+            return Ok(Some(user));
+        }
+        // Nobody else is given one meanwhile, as that takes the connection.
+        let free = {
+            let table = read(&self.table);
+            users.free(entry.row().0, |user| table.has_user(user))
+        };
+        let Some(user) = free else {
+            return Ok(None);
+        };
+        // It is on the disk before any file belongs to it.
+        let give = |record: &mut Record| record.user = Some(user);
+        let _synced = self.update_in(open, held, entry, record.state, Wait::ForDisk, give)?;
+        Ok(Some(user))
     }
 
     /// Removes a sandbox. Its number is never used again.
@@ -470,9 +507,21 @@ impl Index {
         wait: Wait,
         change: impl FnOnce(&mut Record),
     ) -> Result<(Arc<Record>, Commit), Error> {
-        assert_eq!(held.id(), entry.id(), "the lock is that of the sandbox");
         let connection = lock(&self.connection);
         let open = self.writable(&connection)?;
+        self.update_in(open, held, entry, state, wait, change)
+    }
+
+    fn update_in(
+        &self,
+        open: &Connection,
+        held: &Held,
+        entry: &Entry,
+        state: State,
+        wait: Wait,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(Arc<Record>, Commit), Error> {
+        assert_eq!(held.id(), entry.id(), "the lock is that of the sandbox");
         let old = entry.record();
         let mut new = Record { state, ..Record::clone(&old) };
         change(&mut new);
@@ -492,7 +541,7 @@ impl Index {
         }
         let new = Arc::new(new);
         entry.publish(Arc::clone(&new));
-        write(&self.table).moved(old.state, new.state);
+        write(&self.table).changed(&old, &new);
         Ok((new, commit))
     }
 

@@ -10,7 +10,7 @@ use crate::sandbox::{
 };
 
 /// The columns that change, in the order in which [`values`] and [`read`] have them.
-const COLUMNS: [&str; 27] = [
+const COLUMNS: [&str; 28] = [
     "uid",
     "gid",
     "state",
@@ -22,6 +22,7 @@ const COLUMNS: [&str; 27] = [
     "delete_after",
     "pinned",
     "vmm",
+    "vmm_uid",
     "pid",
     "boot_id",
     "pidfs_inode",
@@ -157,6 +158,7 @@ fn values(record: &Record, last_activity: Timestamp) -> [Value; COLUMNS.len()] {
         seconds(record.delete_after),
         record.pinned.into(),
         text(record.vmm.as_deref()),
+        record.user.into(),
         process.map(|process| process.pid).into(),
         text(process.map(|process| &*process.boot_id)),
         process.and_then(|process| process.pidfs_inode).map(unsigned).into(),
@@ -241,6 +243,7 @@ fn read(
         delete_after: c.period()?,
         pinned: c.next()?,
         vmm: c.next()?,
+        user: c.next()?,
         process: process(c)?,
         snapshot: snapshot(c)?,
         sleeps: c.number()?,

@@ -1,4 +1,5 @@
-//! The entries, by number and by name, and how many there are in each state.
+//! The entries, by number and by name, how many there are in each state, and which user
+//! ids they have.
 
 use std::{
     borrow::Borrow,
@@ -9,13 +10,15 @@ use std::{
 };
 
 use super::Entry;
-use crate::sandbox::{RowId, SandboxId, State};
+use crate::sandbox::{Record, RowId, SandboxId, State};
 
 /// The entries.
 #[derive(Debug, Default)]
 pub(super) struct Table {
     by_row: BTreeMap<RowId, Arc<Entry>>,
     by_id: HashSet<ById>,
+    /// The user ids that are given.
+    users: HashSet<u32>,
     /// In the order of [`State::ALL`].
     counts: [usize; State::ALL.len()],
 }
@@ -26,7 +29,9 @@ struct ById(Arc<Entry>);
 
 impl Table {
     pub(super) fn insert(&mut self, entry: Arc<Entry>) {
-        *self.count(entry.record().state) += 1;
+        let record = entry.record();
+        *self.count(record.state) += 1;
+        self.users.extend(record.user);
         self.by_id.insert(ById(Arc::clone(&entry)));
         self.by_row.insert(entry.row(), entry);
     }
@@ -34,13 +39,29 @@ impl Table {
     pub(super) fn remove(&mut self, entry: &Entry) {
         self.by_id.remove(entry.id());
         if self.by_row.remove(&entry.row()).is_some() {
-            *self.count(entry.record().state) -= 1;
+            let record = entry.record();
+            *self.count(record.state) -= 1;
+            self.give_back(&record);
         }
     }
 
-    pub(super) fn moved(&mut self, from: State, to: State) {
-        *self.count(from) -= 1;
-        *self.count(to) += 1;
+    pub(super) fn changed(&mut self, from: &Record, to: &Record) {
+        *self.count(from.state) -= 1;
+        *self.count(to.state) += 1;
+        if from.user != to.user {
+            self.give_back(from);
+            self.users.extend(to.user);
+        }
+    }
+
+    pub(super) fn has_user(&self, user: u32) -> bool {
+        self.users.contains(&user)
+    }
+
+    fn give_back(&mut self, record: &Record) {
+        if let Some(user) = record.user {
+            self.users.remove(&user);
+        }
     }
 
     pub(super) fn by_id(&self, id: &SandboxId) -> Option<Arc<Entry>> {

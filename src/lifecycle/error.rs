@@ -4,7 +4,7 @@ use std::{io, time::Duration};
 
 use crate::{
     index,
-    sandbox::{Refused, SandboxId, State},
+    sandbox::{Refused, SandboxId, State, Users},
     snapshot, vmm,
 };
 
@@ -111,6 +111,17 @@ pub enum Error {
     TooMany {
         /// The limit.
         limit: u64,
+    },
+    /// All user ids are given.
+    #[error(
+        "there is no user id for {id}: other sandboxes have all of {users} ([vmm] users); delete \
+         some, or widen it"
+    )]
+    NoUser {
+        /// The sandbox.
+        id: SandboxId,
+        /// All that there are.
+        users: Users,
     },
     /// Too many operations of that kind for too long.
     #[error("no slot to {what} {id} within {} s ([limits] {what}s)", .limit.as_secs())]
@@ -265,6 +276,7 @@ impl Error {
             | Self::Active { .. }
             | Self::NoMemory { .. }
             | Self::TooMany { .. }
+            | Self::NoUser { .. }
             | Self::NoSlot { .. }
             | Self::ShuttingDown
             | Self::NoVmm { .. }

@@ -17,6 +17,8 @@ pub(super) struct Live {
     /// by typing on the console, without it; nothing is locked inside.
     pub(super) machine: Mutex<Box<dyn Machine>>,
     pub(super) process: Arc<Process>,
+    /// A sentence for each thing that it lacks of what its VMM can give.
+    pub(super) lacks: Vec<String>,
     /// The last look at its CPU time. A leaf lock.
     pub(super) cpu: Mutex<Option<CpuSample>>,
 }
@@ -57,6 +59,7 @@ impl Machines {
     pub(super) fn enter(&self, row: RowId, machine: Box<dyn Machine>) -> io::Result<Arc<Live>> {
         let process = Arc::clone(machine.process());
         let live = Arc::new(Live {
+            lacks: machine.lacks(),
             machine: Mutex::new(machine),
             process: Arc::clone(&process),
             cpu: Mutex::new(None),

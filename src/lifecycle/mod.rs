@@ -42,6 +42,7 @@ mod undo;
 mod wake;
 
 use std::{
+    borrow::Cow,
     fmt, io,
     path::PathBuf,
     sync::atomic::{AtomicI64, Ordering},
@@ -67,7 +68,7 @@ pub use crate::{
 use crate::{
     lock::Locks,
     notify::Bell,
-    sandbox::{Period, Record, RowId, SandboxId, Spec, State, Step, Timestamp, VmmChoice},
+    sandbox::{Period, Record, RowId, SandboxId, Spec, State, Step, Timestamp, Users, VmmChoice},
     snapshot::{self, Home, VmmFacts},
     sync::Arc,
     sys::{clock::Clock, pool::Pool},
@@ -99,6 +100,8 @@ pub struct Settings {
     pub memory_budget_bytes: Option<u64>,
     /// Guest CPU in percent of one host CPU from which on a guest counts as active.
     pub active_cpu_percent: u32,
+    /// The user ids that VMMs run as, one for each sandbox; ours if there are none.
+    pub users: Option<Users>,
     /// Whether a wake checks the whole memory against its digest.
     pub verify_memory: bool,
 }
@@ -437,15 +440,18 @@ impl Lifecycle {
     }
 
     /// Returns a sentence for each thing that the VMM of `record` lacks: the one that runs it,
-    /// or that it sleeps by.
+    /// or that it sleeps by, and each that only this machine does without.
     #[must_use]
-    pub fn lacks(&self, record: &Record) -> Vec<&'static str> {
+    pub fn lacks(&self, record: &Record) -> Vec<Cow<'static, str>> {
         let named = record.vmm.as_deref().filter(|_| record.state != State::Stopped);
         let Some((name, version)) = named.and_then(|named| named.split_once(' ')) else {
             return Vec::new();
         };
         let vmm = self.vmms.iter().find(|vmm| vmm.name() == name);
-        vmm.map(|vmm| vmm.lacks(version)).unwrap_or_default()
+        let of_all = vmm.map(|vmm| vmm.lacks(version)).unwrap_or_default();
+        let live = self.machines.get(record.row);
+        let own = live.iter().flat_map(|live| live.lacks.iter().cloned().map(Cow::Owned));
+        of_all.into_iter().map(Cow::Borrowed).chain(own).collect()
     }
 
     /// Returns the VMM that a snapshot of `record` was made by, which alone can load it.
@@ -458,6 +464,21 @@ impl Lifecycle {
                 made.name, made.version
             ),
         })
+    }
+
+    /// Returns the user id that the VMM of `record` runs as. One that it has from another time
+    /// is not used while they are switched off.
+    fn user_of(&self, record: &Record) -> Option<u32> {
+        record.user.filter(|_| self.settings.users.is_some())
+    }
+
+    /// Refuses a sandbox whose VMM cannot have its memory as `config` says.
+    fn check_fit(&self, vmm: &dyn Vmm, record: &Record) -> Result<(), Error> {
+        let spec = &record.spec;
+        match vmm.unfit(spec.memory_mode, spec.restore_mode, self.user_of(record)) {
+            Some(why) => Err(Error::NoVmm { id: record.id.clone(), why }),
+            None => Ok(()),
+        }
     }
 
     /// Marks a place between two steps, where a test may crash the daemon.
@@ -479,14 +500,6 @@ fn memory_of(vmm: &dyn Vmm, record: &Record) -> snapshot::Memory {
         snapshot::Memory::Mapped
     } else {
         snapshot::Memory::Copied
-    }
-}
-
-/// Refuses a sandbox whose VMM cannot have its memory as `config` says.
-fn check_fit(vmm: &dyn Vmm, record: &Record) -> Result<(), Error> {
-    match vmm.unfit(record.spec.memory_mode, record.spec.restore_mode) {
-        Some(why) => Err(Error::NoVmm { id: record.id.clone(), why }),
-        None => Ok(()),
     }
 }
 

@@ -313,6 +313,7 @@ fn start_on(
         holds_max: 3,
         memory_budget_bytes,
         active_cpu_percent: 5,
+        users: Some("70000-70009".parse().unwrap()),
         verify_memory: true,
     };
     Lifecycle::new(parts, settings).unwrap()

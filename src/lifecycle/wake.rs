@@ -3,8 +3,8 @@
 use std::{path::Path, thread};
 
 use super::{
-    Arrow, Entry, Error, Lifecycle, Outcome, Signal, check_fit, exits::end, memory_of,
-    operation::Operation, undo::Undo,
+    Arrow, Entry, Error, Lifecycle, Outcome, Signal, exits::end, memory_of, operation::Operation,
+    undo::Undo,
 };
 use crate::{
     lock::Held,
@@ -116,9 +116,10 @@ impl Lifecycle {
         let vmm = self.vmm_that_made(&record, &snapshot.manifest().vmm)?;
         let identity = vmm.identity().map_err(vmm_failed(entry, "asking what would wake"))?;
         self.check_origin(&record, &snapshot, &identity)?;
-        check_fit(vmm.as_ref(), &record)?;
         let memory = memory_of(vmm.as_ref(), &record);
         self.check_room(entry, memory, facts.bytes)?;
+        self.give_user(held, entry, vmm.as_ref())?;
+        self.check_fit(vmm.as_ref(), &entry.record())?;
 
         // A crash after this line is found at start-up.
         let (_, intent) = self
@@ -128,7 +129,7 @@ impl Lifecycle {
 
         // Also where the VMM does not start there are its sockets.
         undo.push("ending the VMM", move || Ok(self.end_machine(entry)?));
-        let plan = self.plan(&record, &snapshot.dir(), &operation.cancel)?;
+        let plan = self.plan(&entry.record(), &snapshot.dir(), &operation.cancel)?;
         let machine = self.load(entry, vmm.as_ref(), &plan, &snapshot)?;
         let live = self.enter(entry, machine)?;
         self.reach(Arrow::WakeRestored);
@@ -269,8 +270,9 @@ impl Lifecycle {
         let home = self.home(&record);
         let vmm = self.vmm_to_boot(&record)?;
         let identity = vmm.identity().map_err(vmm_failed(entry, "asking what would boot"))?;
-        check_fit(vmm.as_ref(), &record)?;
         let memory = memory_of(vmm.as_ref(), &record);
+        self.give_user(held, entry, vmm.as_ref())?;
+        self.check_fit(vmm.as_ref(), &entry.record())?;
 
         // A crash after this line is found at start-up.
         self.step(held, entry, Step::Boot, |record| record.vmm = Some(named(&identity)))?;
@@ -287,7 +289,7 @@ impl Lifecycle {
 
         // Also where the VMM does not start there are its sockets.
         undo.push("ending the VMM", move || Ok(self.end_machine(entry)?));
-        let plan = self.plan(&record, &life, &operation.cancel)?;
+        let plan = self.plan(&entry.record(), &life, &operation.cancel)?;
         let machine = vmm.boot(&plan).map_err(vmm_failed(entry, "booting"))?;
         let live = self.enter(entry, machine)?;
         self.reach(Arrow::BootSpawned);
@@ -299,6 +301,19 @@ impl Lifecycle {
         lock(&live.machine).resume().map_err(vmm_failed(entry, "starting"))?;
         self.reach(Arrow::BootResumed);
         Ok(())
+    }
+
+    /// Gives a sandbox its user id, if its VMM is to run as one and it has none yet. It keeps
+    /// it until it is deleted.
+    fn give_user(&self, held: &Held, entry: &Entry, vmm: &dyn Vmm) -> Result<(), Error> {
+        let Some(users) = self.settings.users.filter(|_| vmm.takes_user()) else {
+            return Ok(());
+        };
+        let given = self
+            .index
+            .give_user(held, entry, users)
+            .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
+        given.map(drop).ok_or_else(|| Error::NoUser { id: entry.id().clone(), users })
     }
 
     /// Copies the writable disks that this sandbox does not have yet.
@@ -339,6 +354,7 @@ impl Lifecycle {
         Ok(Plan {
             id: record.id.clone(),
             token: self.token(record.row),
+            user: self.user_of(record),
             vcpus: record.spec.vcpus,
             memory_bytes: record.spec.memory_bytes,
             memory_mode: record.spec.memory_mode,

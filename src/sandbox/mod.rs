@@ -10,6 +10,7 @@ mod record;
 mod spec;
 mod state;
 mod time;
+mod users;
 
 pub use id::{IdError, SandboxId};
 pub use period::{Period, PeriodError};
@@ -18,3 +19,4 @@ pub use spec::{Disk, MemoryMode, NetMode, RestoreMode, Spec, SpecDocument, SpecE
 pub(crate) use spec::{line_of, memory_from_text};
 pub use state::{Refused, State, Step};
 pub use time::Timestamp;
+pub use users::{Users, UsersError};

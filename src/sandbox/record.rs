@@ -80,6 +80,8 @@ pub struct Record {
     pub pinned: bool,
     /// The VMM that runs it or that it sleeps by, such as `qemu 7.2.22`.
     pub vmm: Option<Box<str>>,
+    /// The user id that its VMM runs as, if it is one of its own; no other sandbox has it.
+    pub user: Option<u32>,
     /// The VMM's process, from just before its first instruction to its end.
     pub process: Option<ProcessIdentity>,
     /// The snapshot that it sleeps on.
@@ -166,6 +168,7 @@ mod tests {
             delete_after: Period::After(Duration::from_secs(600)),
             pinned: false,
             vmm: None,
+            user: None,
             process: None,
             snapshot: Some(SnapshotFacts { generation: 1, bytes: 0, at: at(100) }),
             sleeps: 0,

@@ -205,7 +205,12 @@ impl Home {
 
     pub(super) fn remove_partial(&self, generation: u64) -> Result<(), Error> {
         let dir = self.partial_dir(generation);
-        files::remove_tree(&dir).map_err(Error::io(|| format!("removing {}", dir.display())))
+        // The VMM may have it still, and whoever has it can go on filling it.
+        let removed = match files::take_back(&dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            taken => taken.and_then(|()| files::remove_tree(&dir)),
+        };
+        removed.map_err(Error::io(|| format!("removing {}", dir.display())))
     }
 
     /// Reads and checks the snapshot `generation` of the sandbox `id`, all but its memory.

@@ -7,6 +7,7 @@ pub mod clock;
 pub mod command;
 pub mod files;
 pub mod host;
+pub mod idmap;
 pub mod kvm;
 pub mod landlock;
 pub mod mount;

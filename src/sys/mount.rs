@@ -64,6 +64,16 @@ pub fn mounts_of_type(fs_type: &str) -> io::Result<Vec<PathBuf>> {
     Ok(entries(&list).filter(|(_, info)| info.fs_type == fs_type).map(|(path, _)| path).collect())
 }
 
+/// Returns where something is mounted, in the order in which it was; a place that was
+/// mounted on twice is there twice.
+///
+/// # Errors
+/// Where the kernel does not list the mounts.
+pub fn mount_points() -> io::Result<Vec<PathBuf>> {
+    let list = fs::read(MOUNTINFO)?;
+    Ok(entries(&list).map(|(path, _)| path).collect())
+}
+
 /// Says whether `path` is a FUSE mount whose server is gone.
 ///
 /// It asks for what the kernel never caches, so a server that is there but stuck makes

@@ -66,7 +66,7 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         E::Pinned { .. } => Errno::Perm,
         E::NotStopped { .. } | E::NoSlot { .. } | E::Held { .. } => Errno::Busy,
         E::NoMemory { .. } => Errno::NoMem,
-        E::TooMany { .. } | E::TooManyHolds { .. } => Errno::Dquot,
+        E::TooMany { .. } | E::TooManyHolds { .. } | E::NoUser { .. } => Errno::Dquot,
         // A sandbox without a kernel cannot be woken until its config changes: the
         // verb makes no sense in this state.
         E::Refused(_) | E::NoKernel { .. } | E::NotRunning { .. } => Errno::Inval,

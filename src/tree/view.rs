@@ -3,7 +3,7 @@
 //! One value a file, or a flat-keyed table, `key value` a line, newline-terminated.
 //! Keyed files may gain keys at their end, never lose or reorder them.
 
-use std::{fmt::Write, time::Duration};
+use std::{borrow::Cow, fmt::Write, time::Duration};
 
 use crate::{
     lifecycle::{Holder, Signal, Signals},
@@ -32,7 +32,7 @@ pub struct Facts<'a> {
     /// The bytes of its snapshot that the kernel caches, where it tells.
     pub cached_bytes: Option<u64>,
     /// A sentence for each thing that its VMM lacks.
-    pub lacks: Vec<&'static str>,
+    pub lacks: Vec<Cow<'static, str>>,
     /// Who holds it awake, and since when.
     pub holders: Vec<(Holder, Timestamp)>,
     /// Says when a moment was, by the wall clock.

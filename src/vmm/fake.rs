@@ -263,12 +263,16 @@ impl Vmm for FakeVmm {
         !self.0.copies_memory(mode)
     }
 
-    fn unfit(&self, _: MemoryMode, _: RestoreMode) -> Option<String> {
+    fn unfit(&self, _: MemoryMode, _: RestoreMode, _: Option<u32>) -> Option<String> {
         lock(&self.0.objection).map(str::to_owned)
     }
 
     fn identity_of(&self, _: &Process) -> Result<Arc<VmmIdentity>, Error> {
         self.identity()
+    }
+
+    fn takes_user(&self) -> bool {
+        true
     }
 
     fn boot(&self, plan: &Plan) -> Result<Box<dyn Machine>, Error> {
@@ -372,6 +376,10 @@ impl Machine for FakeMachine {
             copied.map_err(failed)?;
         }
         self.host.call(Call::Save, Some(&self.process), &self.cancel)
+    }
+
+    fn lacks(&self) -> Vec<String> {
+        Vec::new()
     }
 
     fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error> {

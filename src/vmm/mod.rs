@@ -67,9 +67,12 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// and after the guest has run. Only [`Machine::never_ran`] can tell then.
     fn keeps_memory_in_file(&self, mode: MemoryMode) -> bool;
 
-    /// Returns why it cannot run a machine with such memory, or not on this host, and what to
-    /// do about it; nothing if it can.
-    fn unfit(&self, memory: MemoryMode, restore: RestoreMode) -> Option<String>;
+    /// Returns why it cannot run a machine with such memory, or not on this host or as `user`,
+    /// and what to do about it; nothing if it can.
+    fn unfit(&self, memory: MemoryMode, restore: RestoreMode, user: Option<u32>) -> Option<String>;
+
+    /// Says whether the driver runs the VMM as [`Plan::user`].
+    fn takes_user(&self) -> bool;
 
     /// Starts a machine up to just before its first instruction. It need not have been
     /// made yet: whatever the first `resume` of it says may be about that.
@@ -134,6 +137,9 @@ pub trait Machine: fmt::Debug + Send {
     /// Where it cannot be written; `dir` may then hold anything.
     fn save(&mut self, dir: &Path) -> Result<(), Error>;
 
+    /// Returns a sentence for each thing that this machine lacks of what its VMM can give.
+    fn lacks(&self) -> Vec<String>;
+
     /// Types `bytes` on the guest's serial console; returns how many were taken.
     ///
     /// # Errors
@@ -166,6 +172,8 @@ pub struct Plan {
     /// A word in the command line of the process that no other process has, by which
     /// a later daemon finds it. It has no comma and no blank.
     pub token: String,
+    /// The user id that the VMM is to run as, by a driver that does so, if it is not ours.
+    pub user: Option<u32>,
     /// The count of vCPUs.
     pub vcpus: u8,
     /// The size of memory.

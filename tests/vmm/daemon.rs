@@ -1,9 +1,9 @@
 //! A whole daemon whose VMM is the stand-in, driven as a user does: through its tree.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Permissions},
     io,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -25,29 +25,71 @@ pub(crate) struct Daemon {
     process: Arc<Process>,
 }
 
+/// What is special about a daemon.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Setup<'a> {
+    /// The stand-in's version.
+    pub(crate) version: &'a str,
+    /// More lines for `[vmm]`.
+    pub(crate) vmm: &'a str,
+    /// More lines for `[template]`, in which `DIR` is the daemon's directory.
+    pub(crate) template: &'a str,
+    /// Whether only root can enter the directories, and read the files in them. There are
+    /// two images of disks then, `own.img` and `base.img`.
+    pub(crate) closed: bool,
+}
+
+impl Default for Setup<'_> {
+    fn default() -> Self {
+        Self { version: "53.0", vmm: "", template: "", closed: false }
+    }
+}
+
 impl Daemon {
     /// Starts a daemon on a host that has the stand-in at `version`.
     pub(crate) fn start(version: &str) -> Self {
-        Self::start_by(version, spawn)
+        Self::with(Setup { version, ..Setup::default() })
+    }
+
+    /// Starts a daemon on a host as described.
+    pub(crate) fn with(setup: Setup<'_>) -> Self {
+        Self::begin(setup, spawn)
     }
 
     /// Starts one as [`Daemon::start`] does, by `spawn`, which gets its directory.
     pub(crate) fn start_by(version: &str, spawn: impl FnOnce(&Path) -> Arc<Process>) -> Self {
-        let standin = Standin::new(version);
+        Self::begin(Setup { version, ..Setup::default() }, spawn)
+    }
+
+    fn begin(setup: Setup<'_>, spawn: impl FnOnce(&Path) -> Arc<Process>) -> Self {
+        let standin = Standin::new(setup.version);
         let dir = open_dir("dozed");
         let path = |name: &str| dir.path().join(name);
         fs::write(path("kernel"), b"\x7fELF").unwrap();
         fs::create_dir(path("mount")).unwrap();
+        if setup.closed {
+            for name in ["own.img", "base.img"] {
+                fs::write(path(name), vec![0; 1 << 20]).unwrap();
+            }
+            for name in ["own.img", "base.img", "kernel"] {
+                fs::set_permissions(path(name), Permissions::from_mode(0o600)).unwrap();
+            }
+            for dir in [dir.path(), standin.program().parent().unwrap()] {
+                fs::set_permissions(dir, Permissions::from_mode(0o700)).unwrap();
+            }
+        }
+        let template = setup.template.replace("DIR", dir.path().to_str().unwrap());
         let settings = format!(
             "mount = {:?}\nstore = {:?}\nruntime = {:?}\n\
              [defaults]\nidle_after = \"never\"\n\
-             [vmm]\ncloud_hypervisor = {:?}\n\
+             [vmm]\ncloud_hypervisor = {:?}\n{}\n\
              [template]\nvmm = \"cloud-hypervisor\"\nmemory = \"64MiB\"\nkernel = {:?}\n\
-             cmdline = \"touch=2\"\n",
+             cmdline = \"touch=2\"\n{template}",
             path("mount"),
             path("store"),
             path("run"),
             standin.program(),
+            setup.vmm,
             path("kernel"),
         );
         fs::write(path("dozed.toml"), settings).unwrap();
@@ -62,6 +104,17 @@ impl Daemon {
         self.process.kill();
         self.process.wait(SOON).unwrap();
         unmount(self.path("mount"), UnmountFlags::DETACH).unwrap();
+    }
+
+    /// Has the next daemon read other lines in `[vmm]`.
+    pub(crate) fn set_vmm(&self, lines: &str) {
+        let file = self.path("dozed.toml");
+        let settings = fs::read_to_string(&file).unwrap();
+        let (before, rest) = settings.split_once("cloud_hypervisor = ").unwrap();
+        let (program, rest) = rest.split_once('\n').unwrap();
+        let (_, after) = rest.split_once("[template]").unwrap();
+        let settings = format!("{before}cloud_hypervisor = {program}\n{lines}\n[template]{after}");
+        fs::write(&file, settings).unwrap();
     }
 
     /// Starts another after a crash.

@@ -21,6 +21,8 @@ use tempfile::TempDir;
 
 use crate::support::{SOON, eventually, open_dir};
 
+/// The first of the users that machines here run as, each as one of its own.
+const FIRST_USER: u32 = 2_147_100_000;
 /// Enough for the guest that counts, and for what it is told to touch.
 pub(crate) const MEMORY_BYTES: u64 = 128 << 20;
 
@@ -43,6 +45,7 @@ impl Host {
         let plan = Plan {
             id: "web-1".parse().unwrap(),
             token: format!("dozed-contract-{}-{count}-", std::process::id()),
+            user: Some(FIRST_USER + count),
             vcpus: 1,
             memory_bytes: MEMORY_BYTES,
             memory_mode: MemoryMode::Auto,

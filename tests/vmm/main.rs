@@ -22,3 +22,4 @@ mod restart;
 mod silence;
 mod support;
 mod typing;
+mod users;

@@ -18,10 +18,16 @@ const LANDLOCK_CREATE_RULESET: i64 = 444;
 /// Starts a daemon, to which and to whose children the kernel says what one without
 /// Landlock does.
 fn spawn_without_landlock(dir: &Path) -> Arc<Process> {
+    spawn_without(dir, LANDLOCK_CREATE_RULESET, Errno::NOSYS)
+}
+
+/// Starts a daemon, to which and to whose children the kernel answers one system call with
+/// an error.
+pub(crate) fn spawn_without(dir: &Path, call: i64, error: Errno) -> Arc<Process> {
     let filter = SeccompFilter::new(
-        [(LANDLOCK_CREATE_RULESET, Vec::new())].into(),
+        [(call, Vec::new())].into(),
         SeccompAction::Allow,
-        SeccompAction::Errno(Errno::NOSYS.raw_os_error().cast_unsigned()),
+        SeccompAction::Errno(error.raw_os_error().cast_unsigned()),
         TargetArch::x86_64,
     )
     .unwrap();

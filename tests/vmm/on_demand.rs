@@ -139,7 +139,7 @@ fn a_version_that_does_it_badly_or_not_at_all_is_not_asked() {
         assert!(error.to_string().contains("does not restore as `restore_mode` says"), "{error}");
         assert!(host.processes().is_empty());
         assert!(!standin.calls().iter().any(|call| call.contains("vm.restore")));
-        let why = vmm.unfit(host.plan.memory_mode, RestoreMode::OnDemand).unwrap();
+        let why = vmm.unfit(host.plan.memory_mode, RestoreMode::OnDemand, None).unwrap();
         assert!(why.contains("takes cloud-hypervisor v53.0 or later"), "{why}");
     }
 }

@@ -6,9 +6,9 @@ use super::*;
 fn a_file_of_a_later_version_is_refused() {
     let host = Host::new();
     host.index.close().unwrap();
-    host.meddle("PRAGMA user_version = 2");
+    host.meddle("PRAGMA user_version = 3");
     let error = Index::open(&host.path()).unwrap_err().to_string();
-    assert!(error.contains("has version 2, and this dozed knows versions up to 1"), "{error}");
+    assert!(error.contains("has version 3, and this dozed knows versions up to 2"), "{error}");
 }
 
 #[test]
@@ -31,13 +31,34 @@ fn migrations_go_forward_from_any_version_and_a_failed_one_changes_nothing() {
         connection.query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap()
     };
     schema::migrate(&mut connection, 0, &schema::MIGRATIONS).unwrap();
-    assert_eq!(version(&connection), 1);
-    let broken = [schema::MIGRATIONS[0], "CREATE TABLE a (x); CREATE TABLE meta (x);"];
-    schema::migrate(&mut connection, 1, &broken).unwrap_err();
-    assert_eq!(version(&connection), 1);
-    let mended = [schema::MIGRATIONS[0], "CREATE TABLE a (x)"];
-    schema::migrate(&mut connection, 1, &mended).unwrap();
-    assert_eq!(version(&connection), 2);
+    let latest = schema::MIGRATIONS.len();
+    let number = i64::try_from(latest).unwrap();
+    assert_eq!(version(&connection), number);
+    let with = |next| schema::MIGRATIONS.into_iter().chain([next]).collect::<Vec<_>>();
+    let broken = with("CREATE TABLE a (x); CREATE TABLE meta (x);");
+    schema::migrate(&mut connection, number, &broken).unwrap_err();
+    assert_eq!(version(&connection), number);
+    let mended = with("CREATE TABLE a (x)");
+    schema::migrate(&mut connection, number, &mended).unwrap();
+    assert_eq!(version(&connection), number + 1);
+}
+
+#[test]
+fn the_rows_of_a_file_of_the_first_version_have_no_user() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("index.db");
+    let mut connection = Connection::open(&path).unwrap();
+    schema::migrate(&mut connection, 0, &schema::MIGRATIONS[..1]).unwrap();
+    connection
+        .execute_batch(
+            "INSERT INTO sandbox (id, uid, gid, state, since, created_at, generation, spec, \
+             pinned, sleeps, wakes, last_activity_at) \
+             VALUES ('web-1', 1, 1, 'stopped', 0, 0, 0, '', 0, 0, 0, 0)",
+        )
+        .unwrap();
+    drop(connection);
+    let index = Index::open(&path).unwrap();
+    assert_eq!(index.by_id(&"web-1".parse().unwrap()).unwrap().record().user, None);
 }
 
 #[test]

@@ -356,3 +356,40 @@ fn looking_and_touching_wait_for_no_writer() {
     assert_eq!(entry.record().state, State::Stopped);
     assert_eq!(host.index.rows_after(RowId(0), 9).len(), host.index.len());
 }
+
+#[test]
+fn a_user_is_one_sandboxes_own_until_that_is_deleted() {
+    let host = Host::new();
+    let users: Users = "5000-5001".parse().unwrap();
+    let give = |host: &Host, id: &str| {
+        let entry = host.get(id).unwrap();
+        host.index.give_user(&host.held(id), &entry, users).unwrap()
+    };
+    for id in ["a", "b", "c"] {
+        host.create(id, 0);
+    }
+    let (a, b) = (give(&host, "a").unwrap(), give(&host, "b").unwrap());
+    assert!(a != b && users.contains(a) && users.contains(b));
+    assert_eq!(give(&host, "c"), None);
+    let host = host.reopened();
+    assert_eq!((give(&host, "a"), give(&host, "c")), (Some(a), None), "it is kept");
+    host.index.remove(&host.held("b"), &host.get("b").unwrap()).unwrap();
+    assert_eq!(give(&host, "c"), Some(b));
+    // Of another range it gets another, and the old one is free.
+    let other = "6000-6000".parse().unwrap();
+    let entry = host.get("a").unwrap();
+    assert_eq!(host.index.give_user(&host.held("a"), &entry, other).unwrap(), Some(6000));
+    assert_eq!(entry.record().user, Some(6000));
+    host.create("d", 0);
+    assert_eq!(give(&host, "d"), Some(a));
+}
+
+#[test]
+fn two_rows_with_one_user_are_refused_by_the_file() {
+    let host = Host::new();
+    let (a, b) = (host.create("a", 0), host.create("b", 0));
+    host.amend(&a, |record| record.user = Some(5000));
+    let twice = |record: &mut Record| record.user = Some(5000);
+    host.index.amend(&host.held("b"), &b, twice).unwrap_err();
+    assert_eq!(b.record().user, None);
+}

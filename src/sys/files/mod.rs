@@ -11,6 +11,7 @@ use super::cancel::CalledOff;
 mod cached;
 mod durable;
 mod flock;
+mod owner;
 mod sparse;
 
 pub use cached::{cached_bytes, drop_cache};
@@ -19,6 +20,9 @@ pub use durable::{
     sync_file, write_durably,
 };
 pub use flock::{LockFile, Use, is_image_locked, lock_file, lock_holder};
+pub use owner::{
+    Wish, check_plain, give_dir, give_file, let_pass, let_read, may, open_path, take_back,
+};
 pub use sparse::{
     DataExtents, allocated_bytes, begin_sync, copy_image, data_extents, punch, reflink_works,
     sync_in_pieces,

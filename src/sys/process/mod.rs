@@ -7,21 +7,16 @@
 //!
 //! Nothing here knows what the processes do, and nothing here waits without a limit.
 
+mod device;
 mod exit;
+mod launch;
+mod place;
 mod proc_files;
 mod watch;
 
 use std::{
-    ffi::{OsStr, OsString},
-    fmt,
-    fs::{self, File},
-    io,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::process::CommandExt,
-    },
-    path::Path,
-    process::Stdio,
+    fmt, fs, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 
@@ -29,7 +24,6 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
-    thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs},
 };
 
 use crate::{
@@ -38,7 +32,10 @@ use crate::{
     sys::clock::{self, Deadline},
 };
 
+pub use device::OwnDevice;
 pub use exit::Exit;
+pub use launch::{Launch, Privileges, User};
+pub use place::{Place, reserve_places};
 pub use watch::ExitWatch;
 
 /// What `fstatfs` says of a pidfd where the kernel has pidfs, from Linux 6.9 on.
@@ -60,91 +57,7 @@ pub struct Process {
     ending: Mutex<Option<Exit>>,
 }
 
-/// What to start a process with.
-#[derive(Debug)]
-pub struct Launch<'a> {
-    /// The program, by its absolute path: nothing is searched for.
-    pub program: &'a Path,
-    /// Its arguments, without the name of the program.
-    pub args: &'a [OsString],
-    /// What it is told that its name is (`argv[0]`); its path if that is `None`.
-    pub name: Option<&'a OsStr>,
-    /// Its standard input; `/dev/null` if there is none.
-    pub stdin: Option<OwnedFd>,
-    /// Where its standard output goes; to `log` if that is `None`.
-    pub stdout: Option<File>,
-    /// What it inherits besides, by the numbers that these have here.
-    pub inherited: Vec<OwnedFd>,
-    /// Whether it has our privileges.
-    pub privileges: Privileges,
-    /// Where its standard error goes.
-    pub log: File,
-}
-
-/// What a process may do beyond what its user may.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Privileges {
-    /// What we may.
-    Ours,
-    /// Nothing, for good: it has no capability, and no program that it becomes gives it any.
-    None,
-}
-
-impl<'a> Launch<'a> {
-    /// Returns what starts `program` with no input, and with all that it says in `log`.
-    #[must_use]
-    pub fn new(program: &'a Path, args: &'a [OsString], log: File) -> Self {
-        Self {
-            program,
-            args,
-            name: None,
-            stdin: None,
-            stdout: None,
-            inherited: Vec::new(),
-            privileges: Privileges::Ours,
-            log,
-        }
-    }
-}
-
 impl Process {
-    /// Starts a process: in a process group of its own, so that a Ctrl-C for us is not
-    /// for it, with `/` as its directory, with no environment, and with no file of ours
-    /// but those of `launch`.
-    ///
-    /// # Errors
-    /// Where the program cannot be started; no process is left then.
-    pub fn spawn(launch: Launch<'_>) -> io::Result<Arc<Self>> {
-        #[allow(clippy::disallowed_methods, reason = "this is the module that the ban points to")]
-        let mut command = std::process::Command::new(launch.program);
-        command
-            .args(launch.args)
-            .env_clear()
-            .current_dir("/")
-            .process_group(0)
-            .stdin(launch.stdin.map_or_else(Stdio::null, Stdio::from))
-            .stdout(launch.stdout.map_or_else(|| launch.log.try_clone(), Ok)?)
-            .stderr(launch.log);
-        if let Some(name) = launch.name {
-            command.arg0(name);
-        }
-        close_on_exec(&mut command);
-        // Whatever comes of it, our copies are closed when this is over.
-        let inherited = launch.inherited;
-        keep_on_exec(&mut command, &inherited);
-        if launch.privileges == Privileges::None {
-            give_up_privileges(&mut command);
-        }
-        let mut child = command.spawn()?;
-        // Nobody but us reaps our child, so its number is its own until then.
-        Self::hold_child(child.id()).inspect_err(|_| {
-            if child.kill().is_ok() {
-                // A process that was sent SIGKILL ends, so this does not hang.
-                let _status = child.wait();
-            }
-        })
-    }
-
     fn hold_child(pid: u32) -> io::Result<Arc<Self>> {
         let pidfd = pidfd_open(pid_of(pid)?, PidfdFlags::empty())?;
         let identity = identify(pid, pidfd.as_fd())?;
@@ -259,6 +172,18 @@ impl Process {
         Ok(stat?.cpu_time)
     }
 
+    /// Returns the user that it acts as.
+    ///
+    /// # Errors
+    /// `NotFound` once it has ended; otherwise where the kernel does not let us look.
+    pub fn user(&self) -> io::Result<u32> {
+        let user = proc_files::user(self.identity.pid);
+        if has_ended(self.pidfd.as_fd())? {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
+        }
+        user
+    }
+
     /// Returns how much memory its files in memory (`memfd_create(2)`) take, in bytes.
     ///
     /// # Errors
@@ -290,63 +215,6 @@ impl fmt::Display for Process {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "process {}", self.identity.pid)
     }
-}
-
-/// Has the child close, when it becomes its program, whatever it inherited beyond its
-/// three standard files. All that we open closes itself; what whoever started us left
-/// open, such as a shell's hold on an `awake` file, does not.
-fn close_on_exec(command: &mut std::process::Command) {
-    let mark = || {
-        const FIRST_TO_CLOSE: libc::c_uint = 3;
-        // SAFETY: the call takes no pointers and changes nothing but the flags of our
-        // own descriptors; whoever owns them does not depend on what happens at exec.
-        let done = unsafe {
-            libc::syscall(
-                libc::SYS_close_range,
-                FIRST_TO_CLOSE,
-                libc::c_uint::MAX,
-                libc::CLOSE_RANGE_CLOEXEC,
-            )
-        };
-        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    };
-    // SAFETY: between fork and exec only what is safe in a signal handler is allowed.
-    // The closure makes one system call, and allocates and locks nothing.
-    unsafe { command.pre_exec(mark) };
-}
-
-/// Has the child keep these when it becomes its program, by the numbers that they have.
-fn keep_on_exec(command: &mut std::process::Command, inherited: &[OwnedFd]) {
-    let numbers: Vec<_> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
-    let unmark = move || {
-        for number in &numbers {
-            // SAFETY: the call takes no pointers and changes nothing but the flags of a
-            // descriptor that is open, as whoever called `spawn` keeps it until it returns.
-            let done = unsafe { libc::fcntl(*number, libc::F_SETFD, 0) };
-            if done == -1 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-        Ok(())
-    };
-    // SAFETY: between fork and exec only what is safe in a signal handler is allowed.
-    // The closure makes system calls; the list was allocated before the fork.
-    unsafe { command.pre_exec(unmark) };
-}
-
-/// Has the child give up all privileges before it becomes its program.
-fn give_up_privileges(command: &mut std::process::Command) {
-    let give_up = || {
-        // Becoming a program gives root all of its capabilities again, but not with this.
-        set_no_new_privs(true)?;
-        let none = CapabilitySet::empty();
-        let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
-        set_capabilities(None, sets)?;
-        Ok(())
-    };
-    // SAFETY: between fork and exec only what is safe in a signal handler is allowed.
-    // The closure makes two system calls, and allocates and locks nothing.
-    unsafe { command.pre_exec(give_up) };
 }
 
 /// Opens whatever process has the number now; `None` if there is none.

@@ -38,6 +38,21 @@ fn parse_stat(text: &str, ticks_per_second: u64) -> Option<Stat> {
     })
 }
 
+/// Returns the user that the process acts as.
+pub(super) fn user(pid: u32) -> io::Result<u32> {
+    // The owner of its directory is root's where others must not look into it.
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    parse_user(&text).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/status makes no sense")
+    })
+}
+
+/// Finds the second of four: the real, the effective, the saved, and that for files.
+fn parse_user(text: &str) -> Option<u32> {
+    let line = text.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}
+
 /// Says whether an argument of the process, its name included, contains `token`.
 pub(super) fn has_argument(pid: u32, token: &str) -> io::Result<bool> {
     match fs::read(format!("/proc/{pid}/cmdline")) {
@@ -99,5 +114,12 @@ mod tests {
             }
         );
         assert_eq!(parse_stat("7 (a) S 1 2", 100), None);
+    }
+
+    #[test]
+    fn a_user_is_the_effective_one() {
+        let text = "Name:\tUid: 9 9\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n";
+        assert_eq!(parse_user(text), Some(2));
+        assert_eq!(parse_user("Gid:\t5\n"), None);
     }
 }

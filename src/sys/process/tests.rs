@@ -1,10 +1,12 @@
 //! With real children: `sleep` and small scripts of `sh`.
 
 use std::{
-    fs,
+    ffi::{OsStr, OsString},
+    fs::{self, File},
     io::Write,
     ops::Deref,
-    path::PathBuf,
+    os::{fd::AsRawFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
     sync::{
         atomic::{AtomicU32, Ordering},
         mpsc,
@@ -293,29 +295,129 @@ fn the_memory_of_files_in_memory_is_told_once_for_each_file() {
     assert!(child.memfd_bytes().is_err());
 }
 
+/// What a shell says that is started in this way, as a process that becomes a program twice.
+fn said(script: &str, change: impl FnOnce(&mut Launch<'_>)) -> String {
+    let mut log = tempfile::tempfile().unwrap();
+    let args = ["-c".into(), format!("exec {script}").into()];
+    let mut launch = Launch::new(Path::new("/bin/sh"), &args, log.try_clone().unwrap());
+    change(&mut launch);
+    let child = Child(Process::spawn(launch).unwrap());
+    let exit = child.wait(SOON);
+    io::Seek::rewind(&mut log).unwrap();
+    let said = io::read_to_string(log).unwrap();
+    assert_eq!(exit, Some(Exit::Code(0)), "{said}");
+    said
+}
+
+/// Finds what a line of `/proc/self/status` says, with one blank between words.
+fn line_of(status: &str, name: &str) -> String {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+const NO_CAPABILITY: &str = "0000000000000000";
+
 #[test]
 fn a_child_without_privileges_has_no_capability_and_gets_none() {
-    let status = |privileges| {
-        let mut log = tempfile::tempfile().unwrap();
-        // It becomes a program twice.
-        let args = ["-c", "exec grep -e ^Cap -e ^NoNew /proc/self/status"].map(OsString::from);
-        let copy = log.try_clone().unwrap();
-        let launch = Launch { privileges, ..Launch::new(Path::new("/bin/sh"), &args, copy) };
-        let child = Child(Process::spawn(launch).unwrap());
-        assert_eq!(child.wait(SOON), Some(Exit::Code(0)));
-        io::Seek::rewind(&mut log).unwrap();
-        io::read_to_string(log).unwrap()
-    };
-    let of = |status: &str, name: &str| {
-        let (_, rest) = status.split_once(name).unwrap();
-        rest.split_whitespace().next().unwrap().to_owned()
-    };
+    let status =
+        |privileges| said("cat /proc/self/status", |launch| launch.privileges = privileges);
     let bare = status(Privileges::None);
     for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
-        assert_eq!(of(&bare, set), "0000000000000000", "{bare}");
+        assert_eq!(line_of(&bare, set), NO_CAPABILITY, "{bare}");
     }
-    assert_eq!(of(&bare, "NoNewPrivs:"), "1");
+    assert_eq!(line_of(&bare, "NoNewPrivs:"), "1");
     // Root's are all there otherwise, so they were given up and not just absent.
     let ours = status(Privileges::Ours);
-    assert_eq!(of(&ours, "CapEff:") == of(&bare, "CapEff:"), !crate::sys::host::is_root());
+    assert_eq!(line_of(&ours, "CapEff:") == NO_CAPABILITY, !crate::sys::host::is_root());
+    let limits = said("cat /proc/self/limits", |launch| launch.privileges = Privileges::None);
+    assert_eq!(line_of(&limits, "Max core file size"), "0 0 bytes");
+}
+
+#[test]
+fn a_child_that_is_another_user_has_its_groups_and_nothing_of_ours() {
+    const UID: u32 = 2_147_000_003;
+    let user = User { uid: UID, groups: vec![7, 2_147_000_004] };
+    let status =
+        said("cat /proc/self/status", |launch| launch.privileges = Privileges::NoneAs(user));
+    for ids in ["Uid:", "Gid:"] {
+        assert_eq!(line_of(&status, ids), [UID.to_string().as_str(); 4].join(" "), "{status}");
+    }
+    assert_eq!(line_of(&status, "Groups:"), "7 2147000004");
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+        assert_eq!(line_of(&status, set), NO_CAPABILITY, "{status}");
+    }
+    assert_eq!(line_of(&status, "NoNewPrivs:"), "1");
+
+    let args = ["-c", "exec sleep 1000"].map(OsString::from);
+    let privileges = Privileges::NoneAs(User { uid: UID, groups: Vec::new() });
+    let launch = Launch { privileges, ..Launch::new(Path::new("/bin/sh"), &args, null()) };
+    let child = Child(Process::spawn(launch).unwrap());
+    assert_eq!(child.user().unwrap(), UID);
+    assert!(
+        fs::read_to_string(format!("/proc/{}/status", child.identity().pid))
+            .is_ok_and(|status| line_of(&status, "Groups:").is_empty())
+    );
+    child.kill();
+    child.wait(SOON).unwrap();
+    assert_eq!(child.user().unwrap_err().kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn what_is_put_in_a_place_is_found_there_and_nothing_else_of_ours_is() {
+    let temp = tempfile::tempdir().unwrap();
+    fs::write(temp.path().join("file"), b"found\n").unwrap();
+    let (first, last) = (Place::new(0).unwrap(), Place::new(31).unwrap());
+    assert_eq!(Place::new(32), None);
+    // Many are open, so that some have numbers behind those of the places.
+    let crowd: Vec<_> = (0..300).map(|_| null()).collect();
+    let dir = File::open(temp.path()).unwrap();
+    let found = said(&format!("cat {first}/file {last}"), |launch| {
+        let file = File::open(temp.path().join("file")).unwrap();
+        launch.placed = vec![(first, dir.into()), (last, file.into())];
+    });
+    assert_eq!(found, "found\nfound\n");
+    let listed = said("ls /proc/self/fd", |launch| {
+        launch.placed = vec![(last, null().into())];
+    });
+    // The one after the standard ones is what `ls` reads.
+    assert_eq!(listed.split_whitespace().collect::<Vec<_>>(), ["0", "1", "2", "231", "3"]);
+    drop(crowd);
+}
+
+#[test]
+fn a_program_that_is_not_there_is_told_also_with_files_in_places() {
+    let place = Place::new(1).unwrap();
+    let launch = Launch {
+        placed: vec![(place, null().into())],
+        ..Launch::new(Path::new("/no/such/program"), &[], null())
+    };
+    assert_eq!(Process::spawn(launch).unwrap_err().kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn a_device_is_the_childs_own_and_the_hosts_stays_as_it_was() {
+    const UID: u32 = 2_147_000_005;
+    let host = Path::new("/dev/fuse");
+    let before = fs::metadata(host).unwrap();
+    let tree = tempfile::tempdir().unwrap();
+    let mounted = tree.path().join("mounted");
+    fs::create_dir(&mounted).unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("none", &mounted, "tmpfs", flags, None::<&std::ffi::CStr>).unwrap();
+    let script = format!(
+        "sh -c 'stat -c \"%u %g %a %t %T %F\" {} && ls -d /sys/kernel && cat /proc/self/mountinfo'",
+        host.display()
+    );
+    let found = said(&script, |launch| {
+        launch.device = Some(OwnDevice::prepare(host, UID, Path::new("/bin/sh")).unwrap());
+        launch.privileges = Privileges::NoneAs(User { uid: UID, groups: Vec::new() });
+    });
+    rustix::mount::unmount(&mounted, rustix::mount::UnmountFlags::DETACH).unwrap();
+    let after = fs::metadata(host).unwrap();
+    let (first, rest) = found.split_once('\n').unwrap();
+    assert_eq!(first, format!("{UID} {UID} 600 a e5 character special file"));
+    assert!(rest.starts_with("/sys/kernel\n"), "what was covered for a moment is there: {rest}");
+    assert!(!rest.contains(mounted.to_str().unwrap()), "no other mount is held on to: {rest}");
+    assert_eq!((before.uid(), before.ino()), (after.uid(), after.ino()));
+    assert!(OwnDevice::prepare(tree.path(), UID, host).is_err(), "a directory is no device");
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{memory_file, restore_mode, version::Version};
+use super::{memory_file, restore_mode, told, version::Version};
 use crate::{sandbox::RestoreMode, vmm::Plan};
 
 /// The answer to `vmm.ping`.
@@ -44,7 +44,7 @@ pub(super) struct VmConfig<'a> {
     memory: Memory,
     payload: Payload<'a>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    disks: Vec<Disk<'a>>,
+    disks: Vec<Disk>,
     rng: Rng,
     balloon: Balloon,
     serial: ConsoleMode,
@@ -71,15 +71,15 @@ struct Memory {
 
 #[derive(Debug, Serialize)]
 struct Payload<'a> {
-    kernel: &'a Path,
+    kernel: PathBuf,
     #[serde(skip_serializing_if = "Option::is_none")]
-    initramfs: Option<&'a Path>,
+    initramfs: Option<PathBuf>,
     cmdline: &'a str,
 }
 
 #[derive(Debug, Serialize)]
-struct Disk<'a> {
-    path: &'a Path,
+struct Disk {
+    path: PathBuf,
     readonly: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     image_type: Option<&'static str>,
@@ -126,28 +126,26 @@ pub(super) struct RestoreSource {
 }
 
 impl<'a> VmConfig<'a> {
-    /// Returns the machine of `plan` that boots `kernel`, with its memory in `memory_file`,
-    /// if in any. It is shut in to the paths of `rules`, and those that the plan names, if
-    /// there are any.
+    /// Returns the machine of `plan`, which has a kernel, with its memory in `memory_file`, if
+    /// in any. It is shut in to the paths of `rules`, and those that the plan names, if there
+    /// are any.
     pub(super) fn new(
         plan: &'a Plan,
-        kernel: &'a Path,
         memory_file: Option<&Path>,
         version: Version,
         rules: Option<Vec<LandlockRule>>,
     ) -> Self {
         let image_type = version.is_told_image_types().then_some("Raw");
-        let disks = plan.disks.iter().map(|disk| Disk {
-            path: &disk.path,
-            readonly: disk.readonly,
-            image_type,
+        let disks = plan.disks.iter().enumerate().filter_map(|(number, disk)| {
+            let path = told::path(told::disk(number)?);
+            Some(Disk { path, readonly: disk.readonly, image_type })
         });
         Self {
             cpus: Cpus { boot_vcpus: plan.vcpus, max_vcpus: plan.vcpus },
             memory: Memory::new(plan.memory_bytes, memory_file),
             payload: Payload {
-                kernel,
-                initramfs: plan.initramfs.as_deref(),
+                kernel: told::path(told::KERNEL),
+                initramfs: plan.initramfs.as_ref().map(|_| told::path(told::INITRAMFS)),
                 cmdline: &plan.cmdline,
             },
             disks: disks.collect(),
@@ -193,8 +191,8 @@ impl RestoreSource {
     }
 }
 
-/// Has the configuration in a snapshot name what is to be used now: the disks and the
-/// memory where they are, and the paths that the VMM may use.
+/// Has the configuration in a snapshot name what is to be used now: kernel, disks and
+/// memory where it finds them, and the paths that the VMM may use.
 ///
 /// # Errors
 /// Says what does not fit.
@@ -212,8 +210,13 @@ pub(super) fn adapt(
             plan.disks.len()
         ));
     }
-    for (number, disk) in plan.disks.iter().enumerate() {
-        config["disks"][number]["path"] = json!(disk.path);
+    for number in 0..plan.disks.len() {
+        config["disks"][number]["path"] = json!(told::disk(number).map(told::path));
+    }
+    for (key, place) in [("kernel", told::KERNEL), ("initramfs", told::INITRAMFS)] {
+        if config["payload"][key].is_string() {
+            config["payload"][key] = json!(told::path(place));
+        }
     }
     let Some(config) = config.as_object_mut() else {
         return Err("its config.json is no object".to_owned());

@@ -4,8 +4,8 @@
 //! And it shuts itself in by Landlock once it has its configuration: to the files that this
 //! names, which it adds by itself, and to the directories here.
 
-use super::body::LandlockRule;
-use crate::{sys::landlock, vmm::Plan};
+use super::{body::LandlockRule, told};
+use crate::sys::landlock;
 
 /// The version of Landlock that it asks for, and does not start without.
 const LANDLOCK_NEEDED: u32 = 3;
@@ -19,12 +19,11 @@ pub(super) fn is_possible() -> bool {
 /// writable disks are, and that of its sockets, where the snapshot is that it loads. Both
 /// are there for as long as it lives, which it insists on. `None` where the host has no
 /// Landlock.
-pub(super) fn rules(plan: &Plan) -> Option<Vec<LandlockRule>> {
-    let own = plan.console_log.parent()?;
+pub(super) fn rules() -> Option<Vec<LandlockRule>> {
     is_possible().then(|| {
         vec![
-            LandlockRule { path: own.to_owned(), access: "rw" },
-            LandlockRule { path: plan.runtime_dir.clone(), access: "r" },
+            LandlockRule { path: told::path(told::HOME), access: "rw" },
+            LandlockRule { path: told::path(told::RUNTIME), access: "r" },
         ]
     })
 }

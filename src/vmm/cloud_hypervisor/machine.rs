@@ -2,8 +2,8 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fs::{self, File, OpenOptions},
-    io,
+    fs::{File, OpenOptions},
+    io::{self, Read},
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::fs::OpenOptionsExt,
@@ -20,8 +20,10 @@ use super::{
     body::{Info, Ping, RestoreSource, SnapshotTarget, State, VmConfig},
     confinement,
     console::{self, Console},
+    identity::{ExecName, Identity},
     memory_file,
     restore_mode::STILL_LOADING,
+    told,
     version::{OLDEST, Version},
     view,
 };
@@ -30,8 +32,9 @@ use crate::{
     sync::Arc,
     sys::{
         clock::{self, Deadline, Stopwatch},
-        files::{self, Use, is_image_locked},
-        process::{Launch, Privileges, Process},
+        files::{self, Use, check_plain, give_dir, is_image_locked, take_back},
+        host::own_ids,
+        process::{Launch, Process},
     },
     vmm::{
         Error, Machine, Plan, SAVED_MEMORY,
@@ -57,6 +60,8 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(30);
 const RUN_LIMIT: Duration = Duration::from_secs(30);
 /// How fast memory is written and read at the least: a disk that is slower is not well.
 const MEMORY_MIN_BYTES_PER_SECOND: u64 = 32 << 20;
+/// The largest file that it writes beside the memory; one of a large machine has some MiB.
+const SMALL_FILE_MAX_BYTES: u64 = 64 << 20;
 /// A process that has just ended gives up the locks on its disks when its last I/O is
 /// through, some milliseconds later. How long we wait for it, and how often we look.
 const LOCK_LIMIT: Duration = Duration::from_secs(2);
@@ -71,6 +76,11 @@ const LOADING_LOOK_MOST: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(super) struct CloudMachine {
     peer: Peer,
+    /// The user that it runs as.
+    uid: u32,
+    /// Why that is ours, where it was to be another.
+    why_ours: Option<String>,
+    home: PathBuf,
     runtime_dir: PathBuf,
     console_log: PathBuf,
     typing: Allowance,
@@ -89,24 +99,23 @@ pub(super) struct CloudMachine {
 
 impl CloudMachine {
     /// Starts one that has the machine's configuration and has not made it.
-    pub(super) fn boot(program: &Path, plan: &Plan, kernel: &Path) -> Result<Self, Error> {
-        let memory = memory_file::open(plan)?;
-        let path = memory.as_ref().map(memory_file::path);
-        begin(
-            plan,
-            "starting",
-            || Self::spawn(program, plan, memory),
-            |machine| machine.create(plan, kernel, path.as_deref()),
-        )
+    pub(super) fn boot(program: &Path, plan: &Plan) -> Result<Self, Error> {
+        let memory = memory_file::prepare(plan)?;
+        let spawn = || Self::spawn(program, plan, None);
+        let create = |machine: &mut Self| machine.create(plan, memory.as_deref());
+        let machine = begin(plan, "starting", spawn, create)?;
+        for lack in machine.lacks() {
+            tracing::warn!(id = %plan.id, "{lack}");
+        }
+        Ok(machine)
     }
 
     /// Starts one that has loaded the snapshot in `dir`, and is paused.
     pub(super) fn restore(program: &Path, plan: &Plan, dir: &Path) -> Result<Self, Error> {
-        let memory = memory_file::open(plan)?;
-        let path = memory.as_ref().map(memory_file::path);
-        let spawn = || Self::spawn(program, plan, memory);
+        let memory = memory_file::prepare(plan)?;
+        let spawn = || Self::spawn(program, plan, Some(dir));
         begin(plan, "loading the snapshot", spawn, |machine| {
-            machine.load(plan, dir, path.as_deref())
+            machine.load(plan, dir, memory.as_deref())
         })
     }
 
@@ -114,17 +123,30 @@ impl CloudMachine {
     /// wants any more, that is waited for.
     pub(super) fn adopt(plan: &Plan, process: Arc<Process>) -> Result<Self, Error> {
         let last_words = LastWords::from_now_on(&plan.vmm_log);
-        let mut machine = Self::over(process, last_words, plan);
+        let doing = "being adopted".to_owned();
+        let uid = process.user().map_err(|error| match process.exited() {
+            Some(exit) => Error::Died { doing, exit, said: last_words.read() },
+            None => host(doing)(error),
+        })?;
+        let why_ours = plan
+            .user
+            .filter(|user| *user != uid && uid == own_ids().0)
+            .map(|_| "it was started so (the log of its boot has the reason)".to_owned());
+        let mut machine = Self::over(process, last_words, plan, uid);
+        machine.why_ours = why_ours;
         machine.may_have_run = true;
         let limit = memory_limit(plan.memory_bytes);
         machine.version = machine.ping("being adopted", limit)?;
         Ok(machine)
     }
 
-    fn over(process: Arc<Process>, last_words: LastWords, plan: &Plan) -> Self {
+    fn over(process: Arc<Process>, last_words: LastWords, plan: &Plan, uid: u32) -> Self {
         let writable = plan.disks.iter().filter(|disk| !disk.readonly);
         Self {
             peer: Peer { process, socket: socket_path(&plan.runtime_dir), last_words },
+            uid,
+            why_ours: None,
+            home: told::home(plan).to_owned(),
             runtime_dir: plan.runtime_dir.clone(),
             console_log: plan.console_log.clone(),
             typing: Allowance::new(len_of(&plan.console_log)),
@@ -138,7 +160,19 @@ impl CloudMachine {
         }
     }
 
-    fn spawn(program: &Path, plan: &Plan, memory: Option<OwnedFd>) -> Result<Self, Error> {
+    fn spawn(program: &Path, plan: &Plan, snapshot: Option<&Path>) -> Result<Self, Error> {
+        let identity = Identity::prepare(program, plan, snapshot)?;
+        let is_another = identity.is_another();
+        match Self::spawn_as(identity, program, plan) {
+            Err(Error::Host { source, .. }) if is_another => {
+                let ours = Identity::prepare_ours(program, plan, snapshot, &source)?;
+                Self::spawn_as(ours, program, plan)
+            }
+            spawned => spawned,
+        }
+    }
+
+    fn spawn_as(identity: Identity, program: &Path, plan: &Plan) -> Result<Self, Error> {
         let (log, last_words) = log::open(&plan.vmm_log)
             .map_err(host(format!("opening {}", plan.vmm_log.display())))?;
         let stdout = OpenOptions::new()
@@ -157,17 +191,22 @@ impl CloudMachine {
             "true".to_owned(),
         ]
         .map(OsString::from);
+        let exec = ExecName::make(program, plan, identity.uid)?;
         let process = Process::spawn(Launch {
             // Its arguments have no room for a word of ours, so its name is the token.
             name: Some(OsStr::new(&plan.token)),
             stdin: Some(master),
             stdout: Some(stdout),
-            inherited: [terminal, listener].into_iter().chain(memory).collect(),
-            privileges: Privileges::None,
-            ..Launch::new(program, &args, log)
+            inherited: vec![terminal, listener],
+            placed: identity.placed,
+            privileges: identity.privileges,
+            device: identity.device,
+            ..Launch::new(&exec.path, &args, log)
         })
         .map_err(host(format!("starting {}", program.display())))?;
-        Ok(Self::over(process, last_words, plan))
+        let mut machine = Self::over(process, last_words, plan, identity.uid);
+        machine.why_ours = identity.why_ours;
+        Ok(machine)
     }
 
     /// Waits until it answers, and learns what it can do.
@@ -185,16 +224,10 @@ impl CloudMachine {
             .ok_or_else(|| api::nonsense(call, &format!("it is version {}", ping.version)))
     }
 
-    fn create(
-        &mut self,
-        plan: &Plan,
-        kernel: &Path,
-        memory_file: Option<&Path>,
-    ) -> Result<(), Error> {
+    fn create(&mut self, plan: &Plan, memory_file: Option<&Path>) -> Result<(), Error> {
         wait_for_disks(plan)?;
         self.greet()?;
-        let rules = confinement::rules(plan);
-        let config = VmConfig::new(plan, kernel, memory_file, self.version, rules);
+        let config = VmConfig::new(plan, memory_file, self.version, confinement::rules());
         let call = Call { name: "vm.create", doing: "starting", limit: ANSWER_LIMIT };
         Ok(api::put_with(&self.peer, call, &config)?)
     }
@@ -204,7 +237,7 @@ impl CloudMachine {
     fn load(&mut self, plan: &Plan, dir: &Path, memory_file: Option<&Path>) -> Result<(), Error> {
         wait_for_disks(plan)?;
         self.greet()?;
-        let view = view::make(plan, dir, memory_file)?;
+        let view = view::make(plan, dir, memory_file, self.uid)?;
         let source = RestoreSource::new(url(&view)?, plan.restore_mode, self.version)
             .map_err(|said| Error::Refused { command: "vm.restore".to_owned(), said })?;
         let limit = memory_limit(self.memory_bytes);
@@ -262,7 +295,7 @@ impl CloudMachine {
         for name in [CONFIG_FILE, STATE_FILE] {
             // They are written by one call each, which writes as much as it can.
             let path = dir.join(name);
-            let text = fs::read(&path).map_err(host(format!("reading {}", path.display())))?;
+            let text = read_small(&path).map_err(host(format!("reading {}", path.display())))?;
             if serde_json::from_slice::<IgnoredAny>(&text).is_err() {
                 return Err(Error::Nonsense {
                     command: "vm.snapshot".to_owned(),
@@ -331,9 +364,21 @@ impl Machine for CloudMachine {
     }
 
     fn save(&mut self, dir: &Path) -> Result<(), Error> {
-        let target = SnapshotTarget { destination_url: url(dir)? };
-        self.save_when_loaded(&target)?;
+        let target = SnapshotTarget { destination_url: url(&told::in_home(&self.home, dir))? };
+        give_dir(dir, self.uid).map_err(host(format!("giving {} to the VMM", dir.display())))?;
+        let saved = self.save_when_loaded(&target);
+        // It may be under the guest's thumb by now, and have put anything there; so first of
+        // all it loses the directory, and nothing is opened that it did not make there.
+        take_back(dir).map_err(host(format!("taking {} back", dir.display())))?;
+        saved?;
+        check_plain(dir, self.uid)
+            .map_err(host(format!("looking at what it left in {}", dir.display())))?;
         self.save_files(dir)
+    }
+
+    fn lacks(&self) -> Vec<String> {
+        let why = self.why_ours.iter();
+        why.map(|why| format!("its VMM runs as root without privileges, as {why}")).collect()
     }
 
     fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error> {
@@ -345,6 +390,16 @@ impl Machine for CloudMachine {
         self.typing.give_back(allowed - taken);
         Ok(taken)
     }
+}
+
+/// Reads a file that whoever wrote it may still be writing to.
+fn read_small(path: &Path) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    File::open(path)?.take(SMALL_FILE_MAX_BYTES + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > SMALL_FILE_MAX_BYTES {
+        return Err(io::Error::from(io::ErrorKind::FileTooLarge));
+    }
+    Ok(text)
 }
 
 /// Returns the length of a file; none is as good as an empty one.

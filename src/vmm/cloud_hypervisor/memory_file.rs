@@ -5,12 +5,12 @@
 
 use std::{
     fs::{self, File},
-    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use serde_json::{Value, json};
 
+use super::told;
 use crate::{
     sandbox::MemoryMode,
     vmm::{Error, Plan, peer::host},
@@ -30,25 +30,20 @@ pub(super) fn is_wanted(mode: MemoryMode) -> bool {
     }
 }
 
-/// Opens the file that the memory of `plan` is in, if it is in one. A new one gets its size,
-/// as the VMM makes it no larger than it is.
-pub(super) fn open(plan: &Plan) -> Result<Option<OwnedFd>, Error> {
+/// Returns what the VMM is told of the file that the memory of `plan` is in, if it is in one.
+/// A new one gets its size, as the VMM makes it no larger than it is.
+pub(super) fn prepare(plan: &Plan) -> Result<Option<PathBuf>, Error> {
     if !is_wanted(plan.memory_mode) {
         return Ok(None);
     }
-    let opened = || {
+    let prepared = || {
         let file = File::options().read(true).write(true).open(&plan.memory)?;
         if file.metadata()?.len() == 0 {
             file.set_len(plan.memory_bytes)?;
         }
-        Ok(OwnedFd::from(file))
+        Ok(told::path(told::MEMORY))
     };
-    opened().map(Some).map_err(host(format!("opening {}", plan.memory.display())))
-}
-
-/// Returns the path of a file that the VMM inherits, as the VMM can open it.
-pub(super) fn path(file: &OwnedFd) -> PathBuf {
-    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+    prepared().map(Some).map_err(host(format!("opening {}", plan.memory.display())))
 }
 
 /// Describes memory that is `file`.

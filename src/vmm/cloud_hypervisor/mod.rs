@@ -17,9 +17,11 @@ mod api;
 mod body;
 mod confinement;
 mod console;
+mod identity;
 mod machine;
 mod memory_file;
 mod restore_mode;
+mod told;
 mod version;
 mod view;
 
@@ -85,6 +87,16 @@ impl CloudHypervisor {
         }
         Ok(found)
     }
+
+    /// Says why it cannot run as another user on this host, if that is so.
+    #[must_use]
+    pub fn why_no_users(&self) -> Option<&'static str> {
+        (host::is_root() && !identity::kvm_is_possible()).then_some(
+            "each runs as root without privileges, and not as a user of its own, as only root \
+             may use /dev/kvm; give it to a group of its own (`chgrp kvm /dev/kvm`, `chmod 660 \
+             /dev/kvm`), or let dozed make devices and mount (CAP_MKNOD, CAP_SYS_ADMIN)",
+        )
+    }
 }
 
 impl CloudHypervisor {
@@ -134,18 +146,22 @@ impl Vmm for CloudHypervisor {
         memory_file::is_wanted(mode)
     }
 
-    fn unfit(&self, memory: MemoryMode, restore: RestoreMode) -> Option<String> {
+    fn unfit(&self, memory: MemoryMode, restore: RestoreMode, user: Option<u32>) -> Option<String> {
         let version = self.identity().ok().and_then(|is| Version::parse(&is.version))?;
-        let (uid, gid) = host::own_ids();
+        let (uid, gid) = user.map_or_else(host::own_ids, |user| (user, user));
         restore_mode::objection(memory, restore, version, || userfaultfd::is_open_to(uid, gid))
     }
 
+    fn takes_user(&self) -> bool {
+        true
+    }
+
     fn boot(&self, plan: &Plan) -> Result<Box<dyn Machine>, Error> {
-        let kernel = plan.kernel.as_deref().ok_or_else(|| Error::Refused {
-            command: "boot".to_owned(),
-            said: "no kernel is configured".to_owned(),
-        })?;
-        Ok(Box::new(CloudMachine::boot(self.program.path(), plan, kernel)?))
+        if plan.kernel.is_none() {
+            let said = "no kernel is configured".to_owned();
+            return Err(Error::Refused { command: "boot".to_owned(), said });
+        }
+        Ok(Box::new(CloudMachine::boot(self.program.path(), plan)?))
     }
 
     fn restore(&self, plan: &Plan, dir: &Path) -> Result<Box<dyn Machine>, Error> {

@@ -17,39 +17,47 @@ use super::{
     body::adapt,
     confinement,
     machine::{CONFIG_FILE, MEMORY_FILE, STATE_FILE},
+    told,
 };
 use crate::{
-    sys::files::{make_private_dir, remove_tree},
-    vmm::{Error, Plan, SAVED_MEMORY, peer::host},
+    sys::files::{let_pass, let_read, make_private_dir, remove_tree},
+    vmm::{Error, Plan, peer::host},
 };
+
+const VIEW: &str = "snapshot";
 
 /// Returns where the view of a sandbox's snapshot is, while it is loaded.
 fn path(plan: &Plan) -> PathBuf {
-    plan.runtime_dir.join("snapshot")
+    plan.runtime_dir.join(VIEW)
 }
 
 /// Makes the view of the snapshot in `dir`, with the disks of today and the memory in
-/// `memory_file`, if it is in one, and returns it.
-pub(super) fn make(plan: &Plan, dir: &Path, memory_file: Option<&Path>) -> Result<PathBuf, Error> {
+/// `memory_file`, if it is in one, for the user `uid`. Returns its name for the VMM.
+pub(super) fn make(
+    plan: &Plan,
+    dir: &Path,
+    memory_file: Option<&Path>,
+    uid: u32,
+) -> Result<PathBuf, Error> {
     let config = adapted(plan, dir, memory_file)?;
     let view = path(plan);
     let made = || -> io::Result<()> {
         remove_tree(&view)?;
         make_private_dir(&view)?;
-        OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(view.join(CONFIG_FILE))?
-            .write_all(config.to_string().as_bytes())?;
-        symlink(dir.join(STATE_FILE), view.join(STATE_FILE))?;
+        let_pass(&view, uid)?;
+        let path = view.join(CONFIG_FILE);
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        file.write_all(config.to_string().as_bytes())?;
+        let_read(&path, uid)?;
+        // What it inherits of the snapshot.
+        symlink(told::path(told::STATE), view.join(STATE_FILE))?;
         if memory_file.is_some() {
             return Ok(());
         }
-        symlink(dir.join(SAVED_MEMORY), view.join(MEMORY_FILE))
+        symlink(told::path(told::MEMORY), view.join(MEMORY_FILE))
     };
     made().map_err(host(format!("making {}", view.display())))?;
-    Ok(view)
+    Ok(told::path(told::RUNTIME).join(VIEW))
 }
 
 /// Removes the view. The snapshot stays.
@@ -63,7 +71,7 @@ fn adapted(plan: &Plan, dir: &Path, memory_file: Option<&Path>) -> Result<Value,
     let text = fs::read(&path).map_err(host(format!("reading {}", path.display())))?;
     let mut config: Value = serde_json::from_slice(&text)
         .map_err(|error| host(format!("reading {}", path.display()))(error.into()))?;
-    adapt(&mut config, plan, memory_file, confinement::rules(plan).as_deref())
+    adapt(&mut config, plan, memory_file, confinement::rules().as_deref())
         .map_err(|said| Error::Refused { command: "vm.restore".to_owned(), said })?;
     Ok(config)
 }

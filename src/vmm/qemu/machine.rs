@@ -277,6 +277,10 @@ impl Machine for QemuMachine {
         self.write_state(dir).inspect_err(|_| self.take_back_save())
     }
 
+    fn lacks(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error> {
         console::type_in(&self.runtime_dir, bytes).map_err(host("typing on the console".to_owned()))
     }

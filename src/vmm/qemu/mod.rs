@@ -128,7 +128,11 @@ impl Vmm for Qemu {
         true
     }
 
-    fn unfit(&self, memory: MemoryMode, restore: RestoreMode) -> Option<String> {
+    fn takes_user(&self) -> bool {
+        false
+    }
+
+    fn unfit(&self, memory: MemoryMode, restore: RestoreMode, _: Option<u32>) -> Option<String> {
         let wrong = match (memory, restore) {
             (MemoryMode::Shared, _) => "memory_mode = \"shared\"",
             (_, RestoreMode::OnDemand) => "restore_mode = \"on-demand\"",

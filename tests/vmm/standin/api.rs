@@ -12,6 +12,7 @@ use crate::{
     failure::{Failure, Kind, Within},
     http::{Request, Response},
     knobs::{Act, CONFIG_400, ERROR_ARRAY, Knobs, NOT_FOUND},
+    snapshot,
     vmm::Vmm,
 };
 
@@ -90,6 +91,12 @@ pub(crate) fn answer(vmm: &mut Vmm, calls: &mut Calls, request: &Request) -> Rep
         Some(Act::DieAfter) => {
             done();
             die()
+        }
+        Some(Act::Leave(leave)) => {
+            let bytes = done();
+            let left = snapshot::leave(request.body.as_deref().unwrap_or_default(), &leave);
+            left.expect("its own directory is its own");
+            Reply::Whole(bytes)
         }
         Some(Act::Slow(millis)) => {
             stall(Duration::from_millis(millis));

@@ -3,11 +3,11 @@
 //! The real one holds the rules by inode. So does this: a directory that was removed and
 //! made again is another one, and not covered.
 
-use std::{
-    fs::File,
-    io,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
+use std::{fs::File, io, os::unix::fs::MetadataExt, path::Path};
+
+use rustix::{
+    fs::{Mode, OFlags, open, openat},
+    io::Errno,
 };
 
 use crate::{
@@ -58,16 +58,29 @@ impl Confinement {
 }
 
 fn allow(path: &Path, access: &str) -> Option<Allowed> {
-    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
-    let file = File::from(rustix::fs::open(path, flags, rustix::fs::Mode::empty()).ok()?);
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let file = File::from(open(path, flags, Mode::empty()).ok()?);
     let meta = file.metadata().ok()?;
     Some(Allowed { inode: (meta.dev(), meta.ino()), write: access.contains('w'), _file: file })
 }
 
-/// Returns the inodes of a path and of all it is in.
+/// Returns the inodes of a directory and of all it is in, as far as this user sees them:
+/// what has a rule was seen. The kernel looks further, and finds no rule there.
 fn inodes(path: &Path) -> io::Result<Vec<(u64, u64)>> {
-    let path: PathBuf = path.canonicalize()?;
-    path.ancestors()
-        .map(|ancestor| ancestor.metadata().map(|meta| (meta.dev(), meta.ino())))
-        .collect()
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut dir = File::from(open(path, flags, Mode::empty())?);
+    let mut inodes = Vec::new();
+    loop {
+        let meta = dir.metadata()?;
+        let inode = (meta.dev(), meta.ino());
+        if inodes.last() == Some(&inode) {
+            return Ok(inodes);
+        }
+        inodes.push(inode);
+        dir = match openat(&dir, c"..", flags, Mode::empty()) {
+            Ok(above) => File::from(above),
+            Err(Errno::ACCESS) => return Ok(inodes),
+            Err(error) => return Err(error.into()),
+        };
+    }
 }

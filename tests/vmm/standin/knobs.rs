@@ -23,6 +23,7 @@ use std::{
 };
 
 use serde::Deserialize;
+use std::io::ErrorKind::{NotFound, PermissionDenied};
 
 /// From here on restores can be on demand, and snapshots of shared memory are sparse.
 pub(crate) const SPARSE: Version = Version(52, 0);
@@ -102,6 +103,29 @@ pub(crate) enum Act {
     DieAfter,
     /// It takes so many milliseconds longer.
     Slow(u64),
+    /// It is done, and then something else is put where it wrote, as by a program that a
+    /// guest has taken over.
+    Leave(Leave),
+}
+
+/// What is left in the directory of a snapshot, in place of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Leave {
+    pub(crate) what: Thing,
+    pub(crate) name: String,
+    /// What a link leads to.
+    pub(crate) to: PathBuf,
+}
+
+/// What is no plain file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Thing {
+    Symlink,
+    Fifo,
+    /// To a file of its own, as the kernel lets nobody link what is another's.
+    HardLink,
 }
 
 fn newest_release() -> String {
@@ -168,7 +192,8 @@ fn read(dir: &Path) -> Result<File, String> {
     let path = dir.join("standin.json");
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "{}".to_owned(),
+        // A user who may not enter the directory is not meant to find any.
+        Err(error) if [NotFound, PermissionDenied].contains(&error.kind()) => "{}".to_owned(),
         Err(error) => return Err(format!("{}: {error}", path.display())),
     };
     serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))

@@ -2,10 +2,13 @@
 //! a directory that has none of them, and not synced.
 
 use std::{
-    fs::{File, OpenOptions},
-    io::Write,
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -14,6 +17,7 @@ use crate::{
     config::VmConfig,
     failure::{Failure, Within},
     guest::Registers,
+    knobs::{Leave, Thing},
     memory::{Memory, copy_dense, copy_sparse},
 };
 
@@ -79,6 +83,23 @@ pub(crate) fn write(
     }
     write_memory(&dir.join(MEMORY), memory, &ranges, sparse)
         .within("Failed to send migratable component snapshot")
+}
+
+/// Puts something else in place of a file of a snapshot, which the request asked for.
+pub(crate) fn leave(body: &[u8], leave: &Leave) -> io::Result<()> {
+    let request: Value = serde_json::from_slice(body)?;
+    let url = request["destination_url"].as_str().unwrap_or_default();
+    let dir = Path::new(url.trim_start_matches("file://"));
+    let path = dir.join(&leave.name);
+    fs::remove_file(&path).ok();
+    match leave.what {
+        Thing::Symlink => symlink(&leave.to, path),
+        Thing::Fifo => Ok(mknodat(CWD, path, FileType::Fifo, Mode::RUSR, 0)?),
+        Thing::HardLink => {
+            let other = if leave.name == STATE { CONFIG } else { STATE };
+            fs::hard_link(dir.join(other), path)
+        }
+    }
 }
 
 fn write_once(path: &Path, text: &str, what: &str) -> Result<(), Failure> {

@@ -19,16 +19,16 @@ fn rules() -> Vec<LandlockRule> {
 fn a_machine_is_described_by_what_its_plan_says_and_no_more() {
     let dir = tempfile::tempdir().unwrap();
     let plan = plan(&dir);
-    let config = VmConfig::new(&plan, Path::new("/k"), None, version("53.0"), Some(rules()));
+    let config = VmConfig::new(&plan, None, version("53.0"), Some(rules()));
     assert_eq!(
         serde_json::to_value(&config).unwrap(),
         json!({
             "cpus": { "boot_vcpus": 2, "max_vcpus": 2 },
             "memory": { "size": 256 << 20, "shared": true, "thp": false },
-            "payload": { "kernel": "/k", "cmdline": "console=ttyS0" },
+            "payload": { "kernel": "/proc/self/fd/202", "cmdline": "console=ttyS0" },
             "disks": [
-                { "path": dir.path().join("disk-0.img"), "readonly": false, "image_type": "Raw" },
-                { "path": dir.path().join("shared.img"), "readonly": true, "image_type": "Raw" },
+                { "path": "/proc/self/fd/210", "readonly": false, "image_type": "Raw" },
+                { "path": "/proc/self/fd/211", "readonly": true, "image_type": "Raw" },
             ],
             "rng": { "src": "/dev/urandom" },
             "balloon": { "size": 0, "deflate_on_oom": true, "free_page_reporting": true },
@@ -45,7 +45,7 @@ fn memory_in_a_file_is_a_piece_of_its_own_and_nothing_else_is_memory() {
     let dir = tempfile::tempdir().unwrap();
     let file = Path::new("/proc/self/fd/7");
     let plan = plan(&dir);
-    let config = VmConfig::new(&plan, Path::new("/k"), Some(file), version("44.0"), None);
+    let config = VmConfig::new(&plan, Some(file), version("44.0"), None);
     let zone = json!({ "id": "mem0", "size": 256 << 20, "file": file, "shared": true });
     assert_eq!(
         serde_json::to_value(&config).unwrap()["memory"],
@@ -58,7 +58,7 @@ fn an_old_version_is_not_told_what_it_would_ignore() {
     let dir = tempfile::tempdir().unwrap();
     let plan = plan(&dir);
     let disk = |text| {
-        let config = VmConfig::new(&plan, Path::new("/k"), None, version(text), None);
+        let config = VmConfig::new(&plan, None, version(text), None);
         serde_json::to_value(&config).unwrap()["disks"][0].clone()
     };
     assert_eq!(disk("50.0").get("image_type"), None);
@@ -80,11 +80,16 @@ fn a_snapshot_is_loaded_with_the_disks_and_the_rules_of_today() {
         "disks": [{ "id": "_disk0", "path": "/old/0" }, { "id": "_disk1", "path": "/old/1" }],
         "landlock_rules": [{ "path": "/old", "access": "rw" }],
         "cpus": { "boot_vcpus": 2 },
+        "payload": { "kernel": "/old/kernel", "initramfs": null, "cmdline": "quiet" },
     });
     let mut config = saved.clone();
     adapt(&mut config, &plan, None, Some(&rules())).unwrap();
-    assert_eq!(config["disks"][0], json!({ "id": "_disk0", "path": plan.disks[0].path }));
-    assert_eq!(config["disks"][1]["path"], json!(plan.disks[1].path));
+    assert_eq!(config["disks"][0], json!({ "id": "_disk0", "path": "/proc/self/fd/210" }));
+    assert_eq!(config["disks"][1]["path"], "/proc/self/fd/211");
+    assert_eq!(
+        config["payload"],
+        json!({ "kernel": "/proc/self/fd/202", "initramfs": null, "cmdline": "quiet" })
+    );
     assert_eq!(config["landlock_rules"], json!([{ "path": "/store/7", "access": "rw" }]));
     assert_eq!(config["landlock_enable"], true);
     assert_eq!(config["cpus"], saved["cpus"]);

@@ -21,6 +21,7 @@ fn plan(dir: &TempDir) -> Plan {
     Plan {
         id: "web-1".parse().unwrap(),
         token: format!("dozed-ch-test-{}-", std::process::id()),
+        user: None,
         vcpus: 2,
         memory_bytes: 256 << 20,
         memory_mode: MemoryMode::Auto,

@@ -61,6 +61,7 @@ impl Host {
         let plan = Plan {
             id: "web-1".parse().unwrap(),
             token: format!("dozed-qemu-test-{}-{count}-", std::process::id()),
+            user: None,
             vcpus: 1,
             memory_bytes: 256 << 20,
             memory_mode: MemoryMode::Auto,

@@ -1,0 +1,230 @@
+//! How a process is started: what it inherits, and who it is.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::process::CommandExt,
+    },
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use rustix::{
+    process::{Gid, Resource, Rlimit, Uid, setrlimit},
+    thread::{
+        CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs, set_thread_groups,
+        set_thread_res_gid, set_thread_res_uid,
+    },
+};
+
+use super::{OwnDevice, Place, Process, reserve_places};
+use crate::sync::Arc;
+
+/// What to start a process with.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    /// The program, by its absolute path: nothing is searched for.
+    pub program: &'a Path,
+    /// Its arguments, without the name of the program.
+    pub args: &'a [OsString],
+    /// What it is told that its name is (`argv[0]`); its path if that is `None`.
+    pub name: Option<&'a OsStr>,
+    /// Its standard input; `/dev/null` if there is none.
+    pub stdin: Option<OwnedFd>,
+    /// Where its standard output goes; to `log` if that is `None`.
+    pub stdout: Option<File>,
+    /// What it inherits besides, by the numbers that these have here.
+    pub inherited: Vec<OwnedFd>,
+    /// What it inherits by numbers that are the same in every process.
+    pub placed: Vec<(Place, OwnedFd)>,
+    /// Whether it has our privileges.
+    pub privileges: Privileges,
+    /// A device that it has as its own.
+    pub device: Option<OwnDevice>,
+    /// Where its standard error goes.
+    pub log: File,
+}
+
+/// What a process may do beyond what its user may.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Privileges {
+    /// What we may.
+    Ours,
+    /// Nothing, for good: it has no capability, and no program that it becomes gives it any.
+    /// It is our user, but for that.
+    None,
+    /// Nothing, and it is another user.
+    NoneAs(User),
+}
+
+/// A user whose only group of its own has the same number.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// The number of both.
+    pub uid: u32,
+    /// The groups that it is in besides.
+    pub groups: Vec<u32>,
+}
+
+impl<'a> Launch<'a> {
+    /// Returns what starts `program` with no input, and with all that it says in `log`.
+    #[must_use]
+    pub fn new(program: &'a Path, args: &'a [OsString], log: File) -> Self {
+        Self {
+            program,
+            args,
+            name: None,
+            stdin: None,
+            stdout: None,
+            inherited: Vec::new(),
+            placed: Vec::new(),
+            privileges: Privileges::Ours,
+            device: None,
+            log,
+        }
+    }
+}
+
+impl Process {
+    /// Starts a process: in a process group of its own, so that a Ctrl-C for us is not
+    /// for it, with `/` as its directory, with no environment, and with no file of ours
+    /// but those of `launch`. One without privileges leaves no core file, which would have
+    /// all of its memory in it.
+    ///
+    /// # Errors
+    /// Where the program cannot be started; no process is left then.
+    pub fn spawn(launch: Launch<'_>) -> io::Result<Arc<Self>> {
+        #[allow(clippy::disallowed_methods, reason = "this is the module that the ban points to")]
+        let mut command = Command::new(launch.program);
+        command
+            .args(launch.args)
+            .env_clear()
+            .current_dir("/")
+            .process_group(0)
+            .stdin(launch.stdin.map_or_else(Stdio::null, Stdio::from))
+            .stdout(launch.stdout.map_or_else(|| launch.log.try_clone(), Ok)?)
+            .stderr(launch.log);
+        if let Some(name) = launch.name {
+            command.arg0(name);
+        }
+        // The steps of the child, in their order.
+        close_on_exec(&mut command);
+        // Whatever comes of it, our copies are closed when this is over.
+        let (inherited, placed) = (launch.inherited, launch.placed);
+        keep_on_exec(&mut command, &inherited);
+        if !placed.is_empty() {
+            reserve_places()?;
+            put_in_place(&mut command, &placed);
+        }
+        if let Some(device) = launch.device {
+            before_exec(&mut command, move || device.enter());
+        }
+        match launch.privileges {
+            Privileges::Ours => {}
+            Privileges::None => give_up_privileges(&mut command, None),
+            Privileges::NoneAs(user) => give_up_privileges(&mut command, Some(&user)),
+        }
+        let mut child = command.spawn()?;
+        // Nobody but us reaps our child, so its number is its own until then.
+        Self::hold_child(child.id()).inspect_err(|_| {
+            if child.kill().is_ok() {
+                // A process that was sent SIGKILL ends, so this does not hang.
+                let _status = child.wait();
+            }
+        })
+    }
+}
+
+/// Has the child do something when it has its standard files, before it becomes its
+/// program. `step` may do only what is safe in a signal handler: make system calls, and
+/// neither allocate nor lock.
+fn before_exec(
+    command: &mut Command,
+    step: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) {
+    // SAFETY: between fork and exec only what is safe in a signal handler is allowed, and
+    // all steps in this module are no more than that.
+    unsafe { command.pre_exec(step) };
+}
+
+/// Has the child close, when it becomes its program, whatever it inherited beyond its
+/// three standard files. All that we open closes itself; what whoever started us left
+/// open, such as a shell's hold on an `awake` file, does not.
+fn close_on_exec(command: &mut Command) {
+    before_exec(command, || {
+        const FIRST_TO_CLOSE: libc::c_uint = 3;
+        // SAFETY: the call takes no pointers and changes nothing but the flags of our
+        // own descriptors; whoever owns them does not depend on what happens at exec.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_close_range,
+                FIRST_TO_CLOSE,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            )
+        };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    });
+}
+
+/// Has the child keep these when it becomes its program, by the numbers that they have.
+fn keep_on_exec(command: &mut Command, inherited: &[OwnedFd]) {
+    let numbers: Vec<_> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
+    before_exec(command, move || {
+        for number in &numbers {
+            // SAFETY: the call takes no pointers and changes nothing but the flags of a
+            // descriptor that is open, as whoever called `spawn` keeps it until it returns.
+            let done = unsafe { libc::fcntl(*number, libc::F_SETFD, 0) };
+            if done == -1 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    });
+}
+
+/// Has the child keep these by numbers that were taken for that, so that none of these, nor
+/// anything that the child needs until then, has one of them.
+fn put_in_place(command: &mut Command, placed: &[(Place, OwnedFd)]) {
+    let pairs: Vec<(RawFd, RawFd)> =
+        placed.iter().map(|(place, file)| (file.as_raw_fd(), place.descriptor())).collect();
+    before_exec(command, move || {
+        for (from, to) in &pairs {
+            // SAFETY: the call takes no pointers. It closes what has the number `to`, which
+            // is the placeholder and nobody's, and makes one that stays open.
+            let done = unsafe { libc::dup2(*from, *to) };
+            if done == -1 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    });
+}
+
+/// Has the child give up all privileges before it becomes its program, and become `user`,
+/// if that is another.
+fn give_up_privileges(command: &mut Command, user: Option<&User>) {
+    let user = user.map(|user| {
+        let groups: Vec<_> = user.groups.iter().map(|group| Gid::from_raw(*group)).collect();
+        (Uid::from_raw(user.uid), Gid::from_raw(user.uid), groups)
+    });
+    before_exec(command, move || {
+        setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+        if let Some((uid, gid, groups)) = &user {
+            // In this order: who is not root any more cannot change groups. These are
+            // those of the one thread that the child has.
+            set_thread_groups(groups)?;
+            set_thread_res_gid(*gid, *gid, *gid)?;
+            set_thread_res_uid(*uid, *uid, *uid)?;
+        }
+        // Becoming a program gives root all of its capabilities again, but not with this.
+        set_no_new_privs(true)?;
+        let none = CapabilitySet::empty();
+        let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+        set_capabilities(None, sets)?;
+        Ok(())
+    });
+}

@@ -1,0 +1,258 @@
+//! Who it runs as, and how its files come to be usable for that user.
+//!
+//! The files of a sandbox that its guest writes are given to the user. Of those that it only
+//! reads the kernel is asked whether the user may; if not, it gets a view of that one file
+//! as its own (`idmap`). The directories above them do not matter, as it inherits the files.
+//! Where something cannot be had so, it runs as our user, without privileges, and the
+//! sandbox says so.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::symlink,
+    },
+    path::{Path, PathBuf},
+};
+
+use super::{machine::STATE_FILE, memory_file, told};
+use crate::{
+    sys::{
+        files::{Wish, give_file, let_pass, make_private_dir, may, open_path, remove_tree},
+        host::own_ids,
+        idmap,
+        kvm::{self, Door},
+        process::{OwnDevice, Place, Privileges, User},
+    },
+    vmm::{Error, Plan, SAVED_MEMORY, peer::host},
+};
+
+/// The directory of the link that names the program, in that of the sockets.
+const EXEC: &str = "exec";
+
+/// Who a VMM is to be, and what it inherits.
+#[derive(Debug)]
+pub(super) struct Identity {
+    pub(super) uid: u32,
+    pub(super) privileges: Privileges,
+    pub(super) device: Option<OwnDevice>,
+    pub(super) placed: Vec<(Place, OwnedFd)>,
+    /// Why it is our user although it was to be another.
+    pub(super) why_ours: Option<String>,
+}
+
+/// Says whether /dev/kvm can be used by another user than us on this host.
+pub(super) fn kvm_is_possible() -> bool {
+    /// Whoever it is, the answer is the same.
+    const ANY: u32 = 65_534;
+    match kvm::door() {
+        Ok(Door::Open | Door::Absent | Door::Group(_)) => true,
+        Ok(Door::Ours) => OwnDevice::prepare(Path::new(kvm::PATH), ANY, Path::new("/")).is_ok(),
+        Err(_) => false,
+    }
+}
+
+/// The files of a machine that is to start.
+struct Files<'a> {
+    plan: &'a Plan,
+    /// What the guest writes, and what of a snapshot is loaded.
+    own: Vec<(Place, PathBuf)>,
+    /// What is everybody's.
+    shared: Vec<(Place, &'a Path, Wish)>,
+}
+
+impl Identity {
+    /// Prepares for a machine that boots, or that loads the snapshot in `snapshot`.
+    pub(super) fn prepare(
+        program: &Path,
+        plan: &Plan,
+        snapshot: Option<&Path>,
+    ) -> Result<Self, Error> {
+        let files = Files::of(program, plan, snapshot)?;
+        let ours = own_ids().0;
+        let Some(uid) = plan.user.filter(|uid| *uid != ours) else {
+            return files.for_us(None);
+        };
+        match files.for_user(uid, program) {
+            Ok(identity) => Ok(identity),
+            Err((what, error)) => files.for_us(Some(format!("{what}: {error}"))),
+        }
+    }
+
+    /// Prepares for the same again, after a process could not be started as another user.
+    pub(super) fn prepare_ours(
+        program: &Path,
+        plan: &Plan,
+        snapshot: Option<&Path>,
+        error: &io::Error,
+    ) -> Result<Self, Error> {
+        let why = format!("it cannot be started as a user of its own: {error}");
+        Files::of(program, plan, snapshot)?.for_us(Some(why))
+    }
+
+    /// Says whether it is another user than us.
+    pub(super) fn is_another(&self) -> bool {
+        matches!(self.privileges, Privileges::NoneAs(_))
+    }
+}
+
+impl<'a> Files<'a> {
+    fn of(program: &'a Path, plan: &'a Plan, snapshot: Option<&Path>) -> Result<Self, Error> {
+        let mut own = match snapshot {
+            None => Vec::new(),
+            Some(dir) => vec![(told::STATE, dir.join(STATE_FILE))],
+        };
+        if memory_file::is_wanted(plan.memory_mode) {
+            own.push((told::MEMORY, plan.memory.clone()));
+        } else if let Some(dir) = snapshot {
+            own.push((told::MEMORY, dir.join(SAVED_MEMORY)));
+        }
+        let mut shared = vec![(told::PROGRAM, program, Wish::Execute)];
+        let kernel = plan.kernel.as_deref().map(|path| (told::KERNEL, path));
+        let initramfs = plan.initramfs.as_deref().map(|path| (told::INITRAMFS, path));
+        for (place, path) in kernel.into_iter().chain(initramfs) {
+            // To load a snapshot they are not needed.
+            if snapshot.is_none() || path.exists() {
+                shared.push((place, path, Wish::Read));
+            }
+        }
+        for (number, disk) in plan.disks.iter().enumerate() {
+            let place = told::disk(number).ok_or_else(|| Error::Refused {
+                command: "starting".to_owned(),
+                said: format!("there is no place for {} disks", plan.disks.len()),
+            })?;
+            if disk.readonly {
+                shared.push((place, &disk.path, Wish::Read));
+            } else {
+                own.push((place, disk.path.clone()));
+            }
+        }
+        Ok(Self { plan, own, shared })
+    }
+
+    /// Has it be another user; says what that cannot use, and why, if so.
+    fn for_user(&self, uid: u32, program: &Path) -> Result<Identity, (String, io::Error)> {
+        let kvm = |error| (format!("{} cannot be given to a user of its own", kvm::PATH), error);
+        let (groups, device) = match kvm::door().map_err(kvm)? {
+            Door::Open | Door::Absent => (Vec::new(), None),
+            Door::Group(gid) => (vec![gid], None),
+            Door::Ours => {
+                // What it needs to run is beside the file itself.
+                let program = program.canonicalize().unwrap_or_else(|_| program.to_owned());
+                let device = OwnDevice::prepare(Path::new(kvm::PATH), uid, &program);
+                (Vec::new(), Some(device.map_err(kvm)?))
+            }
+        };
+        let mut placed = self.give(uid).map_err(named)?;
+        if let Some(failure) = self.show(uid, &groups, &mut placed).map_err(named)? {
+            return Err(failure);
+        }
+        let privileges = Privileges::NoneAs(User { uid, groups });
+        Ok(Identity { uid, privileges, device, placed, why_ours: None })
+    }
+
+    /// Has it be our user, without privileges.
+    fn for_us(&self, why_ours: Option<String>) -> Result<Identity, Error> {
+        let opening = |(path, error): (PathBuf, io::Error)| {
+            host(format!("opening {}", path.display()))(error)
+        };
+        let uid = own_ids().0;
+        let mut placed = self.give(uid).map_err(opening)?;
+        // Without privileges we may not open everything either. If that cannot be helped then
+        // the VMM says so.
+        if self.show(uid, &[], &mut placed).is_err() {
+            for (place, path, _) in &self.shared {
+                let file = open_path(path).map_err(|error| opening((path.to_path_buf(), error)))?;
+                placed.push((*place, file));
+            }
+        }
+        let (privileges, device) = (Privileges::None, None);
+        Ok(Identity { uid, privileges, device, placed, why_ours })
+    }
+
+    /// Gives the user what is to be its own, and the use of the names in the directories.
+    fn give(&self, uid: u32) -> Result<Vec<(Place, OwnedFd)>, (PathBuf, io::Error)> {
+        let mut placed = Vec::new();
+        let dirs = [(told::HOME, told::home(self.plan)), (told::RUNTIME, &self.plan.runtime_dir)];
+        for (place, dir) in dirs {
+            let opened = let_pass(dir, uid).and_then(|()| open_path(dir));
+            placed.push((place, opened.map_err(|error| (dir.to_owned(), error))?));
+        }
+        for (place, file) in &self.own {
+            let opened = give_file(file, uid).and_then(|()| open_path(file));
+            placed.push((*place, opened.map_err(|error| (file.clone(), error))?));
+        }
+        Ok(placed)
+    }
+
+    /// Puts everybody's files in their places, so that the user may use them. Returns what
+    /// keeps it from using one, if anything does.
+    fn show(
+        &self,
+        uid: u32,
+        groups: &[u32],
+        placed: &mut Vec<(Place, OwnedFd)>,
+    ) -> Result<Option<(String, io::Error)>, (PathBuf, io::Error)> {
+        let open = |path: &Path| open_path(path).map_err(|error| (path.to_owned(), error));
+        let opened = self.shared.iter().map(|(_, path, _)| open(path));
+        let opened = opened.collect::<Result<Vec<_>, _>>()?;
+        let wishes = self.shared.iter().map(|(_, _, wish)| *wish);
+        let asked: Vec<_> = opened.iter().map(AsFd::as_fd).zip(wishes).collect();
+        let granted = may(uid, groups, &asked).map_err(|error| (PathBuf::from("/"), error))?;
+        let mut failure = None;
+        for (((place, path, wish), file), is_granted) in self.shared.iter().zip(opened).zip(granted)
+        {
+            let shown = if is_granted { Ok(None) } else { as_own(file.as_fd(), *wish, uid) };
+            match shown {
+                Ok(shown) => placed.push((*place, shown.unwrap_or(file))),
+                Err(error) => {
+                    let path = path.display();
+                    failure = Some((format!("{path} cannot be shown to a user of its own"), error));
+                    placed.push((*place, file));
+                }
+            }
+        }
+        Ok(failure)
+    }
+}
+
+/// Returns a view of the file as the user's own.
+fn as_own(file: BorrowedFd<'_>, wish: Wish, uid: u32) -> io::Result<Option<OwnedFd>> {
+    let shown = idmap::for_user(file, uid)?;
+    match may(uid, &[], &[(shown.as_fd(), wish)])?.as_slice() {
+        [true] => Ok(Some(shown)),
+        _ => Err(io::ErrorKind::PermissionDenied.into()),
+    }
+}
+
+fn named((path, error): (PathBuf, io::Error)) -> (String, io::Error) {
+    (format!("{} cannot be used", path.display()), error)
+}
+
+/// A name for the program which ends as it does, and is a way to it for every user: the
+/// system calls a process by the last word of the path that it was started by.
+#[derive(Debug)]
+pub(super) struct ExecName {
+    dir: PathBuf,
+    pub(super) path: PathBuf,
+}
+
+impl ExecName {
+    pub(super) fn make(program: &Path, plan: &Plan, uid: u32) -> Result<Self, Error> {
+        let dir = plan.runtime_dir.join(EXEC);
+        let name = program.file_name().unwrap_or(EXEC.as_ref());
+        let made = remove_tree(&dir)
+            .and_then(|()| make_private_dir(&dir))
+            .and_then(|()| let_pass(&dir, uid))
+            .and_then(|()| symlink(told::path(told::PROGRAM), dir.join(name)));
+        made.map_err(host(format!("making {}", dir.display())))?;
+        Ok(Self { path: told::path(told::RUNTIME).join(EXEC).join(name), dir })
+    }
+}
+
+impl Drop for ExecName {
+    fn drop(&mut self) {
+        // What stays is removed with the directory that it is in.
+        fs::remove_dir_all(&self.dir).ok();
+    }
+}
