@@ -78,7 +78,7 @@ pub(crate) struct BareCloud {
 impl BareCloud {
     /// Copies the sandbox `id`, which runs, and puts it to sleep.
     pub(crate) fn copy(site: &Arc<Site>, daemon: &Daemon, id: &str) -> Result<Self> {
-        let (dir, runtime) = site.place(&format!("bare-{id}"))?;
+        let (dir, runtime) = site.place(&format!("bare-cloud-{id}"))?;
         let pid: u32 = daemon.status(id, "pid")?.parse()?;
         let program = fs::read_link(format!("/proc/{pid}/exe"))?;
         let line = String::from_utf8(fs::read(format!("/proc/{pid}/cmdline"))?)?;

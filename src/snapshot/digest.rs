@@ -130,7 +130,11 @@ fn blocks_of(file: &File, len: u64, span: &[Range<u64>]) -> io::Result<Vec<Block
         let within = |at: u64| {
             usize::try_from(at - index * BLOCK_BYTES).expect("a block is smaller than memory")
         };
-        buffer.copy_from_slice(&ZEROS);
+        // Most blocks are whole, and then all of the buffer is read into.
+        let is_whole = parts.len() == 1 && parts[0].end - parts[0].start == BLOCK_BYTES;
+        if !is_whole {
+            buffer.copy_from_slice(&ZEROS);
+        }
         for part in parts {
             file.read_exact_at(&mut buffer[within(part.start)..within(part.end)], part.start)?;
         }
