@@ -32,6 +32,8 @@ pub struct Launch<'a> {
     pub args: &'a [OsString],
     /// What it is told that its name is (`argv[0]`); its path if that is `None`.
     pub name: Option<&'a OsStr>,
+    /// Its environment, all of it.
+    pub environment: &'a [(&'a str, &'a str)],
     /// Its standard input; `/dev/null` if there is none.
     pub stdin: Option<OwnedFd>,
     /// Where its standard output goes; to `log` if that is `None`.
@@ -77,6 +79,7 @@ impl<'a> Launch<'a> {
             program,
             args,
             name: None,
+            environment: &[],
             stdin: None,
             stdout: None,
             inherited: Vec::new(),
@@ -90,8 +93,8 @@ impl<'a> Launch<'a> {
 
 impl Process {
     /// Starts a process: in a process group of its own, so that a Ctrl-C for us is not
-    /// for it, with `/` as its directory, with no environment, and with no file of ours
-    /// but those of `launch`. One without privileges leaves no core file, which would have
+    /// for it, with `/` as its directory, and with no environment and no file of ours but
+    /// those of `launch`. One without privileges leaves no core file, which would have
     /// all of its memory in it.
     ///
     /// # Errors
@@ -102,6 +105,7 @@ impl Process {
         command
             .args(launch.args)
             .env_clear()
+            .envs(launch.environment.iter().copied())
             .current_dir("/")
             .process_group(0)
             .stdin(launch.stdin.map_or_else(Stdio::null, Stdio::from))

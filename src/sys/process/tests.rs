@@ -395,6 +395,20 @@ fn a_program_that_is_not_there_is_told_also_with_files_in_places() {
 }
 
 #[test]
+fn a_child_has_the_environment_that_it_is_given_and_no_more() {
+    let found = said("env", |launch| {
+        launch.environment = &[("MALLOC_ARENA_MAX", "1")];
+    });
+    // The shell adds where it is, and what it runs.
+    let given: Vec<_> = found
+        .lines()
+        .filter(|line| !line.starts_with("PWD="))
+        .filter(|line| !line.starts_with("_="))
+        .collect();
+    assert_eq!(given, ["MALLOC_ARENA_MAX=1"]);
+}
+
+#[test]
 fn a_device_is_the_childs_own_and_the_hosts_stays_as_it_was() {
     const UID: u32 = 2_147_000_005;
     let host = Path::new("/dev/fuse");

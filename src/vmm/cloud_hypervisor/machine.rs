@@ -72,6 +72,12 @@ const LOCK_LOOK: Duration = Duration::from_millis(5);
 const LOADING_LOOK_FIRST: Duration = Duration::from_millis(20);
 const LOADING_LOOK_MOST: Duration = Duration::from_millis(500);
 
+/// Has glibc make no more pools of memory for threads. Before it makes the ninth it counts the
+/// CPUs, by a file that the filters of those threads do not let them open: the VMM, and its
+/// guest, would be dead (v53, in the thread that answers the API). `arena_get2` of glibc's
+/// malloc; mallopt(3) has the variable.
+const ENVIRONMENT: [(&str, &str); 1] = [("MALLOC_ARENA_MAX", "1")];
+
 /// A Cloud Hypervisor that runs one sandbox, or is about to.
 #[derive(Debug)]
 pub(super) struct CloudMachine {
@@ -195,6 +201,7 @@ impl CloudMachine {
         let process = Process::spawn(Launch {
             // Its arguments have no room for a word of ours, so its name is the token.
             name: Some(OsStr::new(&plan.token)),
+            environment: &ENVIRONMENT,
             stdin: Some(master),
             stdout: Some(stdout),
             inherited: vec![terminal, listener],
