@@ -129,6 +129,7 @@ fn each_key_of_the_tables_is_listed_in_order() {
         cached_bytes: None,
         lacks: Vec::new(),
         holders: Vec::new(),
+        vsock: None,
         wall: &wall,
     };
     let daemon = DaemonFacts {

@@ -26,8 +26,8 @@ mod tests;
 pub const CONFIG_FILE: &str = "/etc/dozed.toml";
 /// Nobody writes as many settings by hand; a longer file is some other file.
 const CONFIG_MAX_BYTES: u64 = 1 << 20;
-/// The path of a Unix socket has at most 107 bytes (`unix(7)`), and those of a VMM are
-/// two levels below `runtime`.
+/// The path of a Unix socket has at most 107 bytes (`unix(7)`). The longest below `runtime`
+/// is `/ROW/vsock/vsock.sock`, where a row has at most 19 digits.
 const RUNTIME_MAX_BYTES: usize = 64;
 
 /// All settings of the daemon.

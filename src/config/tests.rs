@@ -7,6 +7,12 @@ fn parse(text: &str) -> Result<Config, SpecError> {
 }
 
 #[test]
+fn the_longest_path_of_a_socket_fits() {
+    let below = format!("/{}/vsock/vsock.sock", i64::MAX);
+    assert!(RUNTIME_MAX_BYTES + below.len() <= 107);
+}
+
+#[test]
 fn an_empty_file_is_the_defaults() {
     let config = parse("").unwrap();
     assert_eq!(config, Config::default());

@@ -22,6 +22,7 @@
 
 mod activity;
 mod admission;
+mod balloon;
 mod console;
 mod cooling;
 mod create;
@@ -72,7 +73,7 @@ use crate::{
     snapshot::{self, Home, VmmFacts},
     sync::Arc,
     sys::{clock::Clock, pool::Pool},
-    vmm::Vmm,
+    vmm::{PlannedVsock, Vmm},
 };
 
 /// What the operations have to know of the configuration.
@@ -319,6 +320,14 @@ impl Lifecycle {
         self.operations.close(limit)
     }
 
+    /// Returns the socket by which the host reaches the guest of a sandbox that runs, if it
+    /// has one.
+    #[must_use]
+    pub fn vsock(&self, record: &Record) -> Option<PathBuf> {
+        let has = record.spec.vsock && record.state == State::Running;
+        has.then(|| PlannedVsock::new(&self.runtime_dir(record.row), record.owner).socket())
+    }
+
     /// Returns the directory for a sandbox's sockets.
     fn runtime_dir(&self, row: RowId) -> PathBuf {
         self.settings.runtime.join(row.to_string())
@@ -517,6 +526,7 @@ pub enum Wait {
 #[cfg_attr(not(test), allow(dead_code, reason = "only tests crash at them"))]
 pub(crate) enum Arrow {
     SleepIntended,
+    SleepInflated,
     SleepPaused,
     SleepStaged,
     SleepSaved,

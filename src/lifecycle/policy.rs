@@ -1,11 +1,11 @@
 //! What may be set of a sandbox without waking it or putting it to sleep.
 
-use super::{Entry, Error, Lifecycle, create::free_name};
+use super::{Entry, Error, Lifecycle, chain, create::free_name};
 use crate::{
     lock::Held,
     sandbox::{Owner, Period, Record, Spec, State},
     snapshot::Home,
-    sync::Arc,
+    sync::{Arc, lock},
 };
 
 /// A change of what is wanted of a sandbox.
@@ -49,10 +49,22 @@ impl Lifecycle {
             apply(&mut after, policy.clone());
             if after != *before {
                 self.amend(held, entry, |record| apply(record, policy))?;
+                if after.owner != before.owner {
+                    self.give_vsock(entry, after.owner);
+                }
                 self.bell.ring();
             }
             Ok(())
         })
+    }
+
+    /// Has the vsock of a sandbox that runs be its new owner's.
+    fn give_vsock(&self, entry: &Entry, owner: Owner) {
+        let Some(live) = self.machines.get(entry.row()) else { return };
+        if let Err(error) = lock(&live.machine).give_vsock(owner) {
+            // A VMM that does as it should has it where it was, so this is one that does not.
+            tracing::error!(id = %entry.id(), error = chain(&error), "giving its vsock away");
+        }
     }
 }
 

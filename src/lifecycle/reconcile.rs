@@ -366,6 +366,8 @@ impl Lifecycle {
             machine.resume().map_err(vmm_failed(entry, "resuming"))?;
         }
         drop(machine);
+        // A daemon may have died between having asked for memory and giving it back.
+        self.deflate(entry, &live);
         Ok(live)
     }
 

@@ -8,7 +8,7 @@ use super::{
     memory_of,
     operation::Operation,
     undo::Undo,
-    wake::{host_failed, named, snapshot_failed, vmm_failed},
+    wake::{host_failed, machine_of, named, snapshot_failed, vmm_failed},
 };
 use crate::{
     index::Commit,
@@ -90,13 +90,13 @@ impl Lifecycle {
         // A crash after this line is found at start-up.
         let (_, intent) = self.step_unsynced(held, entry, Step::Sleep, |_| ())?;
         self.reach(Arrow::SleepIntended);
-        // Whoever touched it while it was still seen running wins.
-        let wanted = self.is_wanted(entry, &record, why);
+        let mut undo = Undo::new();
+        let wanted = self.last_look(entry, &record, operation, &live, why, &mut undo);
         if !matches!(wanted, Ok(true)) {
+            self.deflate(entry, &live);
             self.step(held, entry, Step::Undo, |_| ())?;
             return wanted.map(|_| Outcome::Spared);
         }
-        let mut undo = Undo::new();
         let saved = self.save_acts(entry, operation, &live, &identity, intent, &mut undo);
         let committed = match saved {
             Ok(committed) => committed,
@@ -132,6 +132,32 @@ impl Lifecycle {
         })?;
         self.cooling.add(record.row, committed.generation, record.since);
         Ok(Outcome::Done)
+    }
+
+    /// Says whether the sleep is still wanted, which whoever touched the sandbox while it was
+    /// still seen running decides; and likewise in the seconds that its guest may take to
+    /// give up memory, if it is asked to. `record` is of before the intent.
+    fn last_look<'a>(
+        &'a self,
+        entry: &'a Entry,
+        record: &Record,
+        operation: &Operation<'_>,
+        live: &Arc<Live>,
+        why: Why,
+        undo: &mut Undo<'a>,
+    ) -> Result<bool, Error> {
+        let wanted = self.is_wanted(entry, record, why)?;
+        if !wanted || !record.spec.inflate_before_sleep {
+            return Ok(wanted);
+        }
+        let inflated = Arc::clone(live);
+        undo.push("giving its memory back", move || {
+            self.deflate(entry, &inflated);
+            Ok(())
+        });
+        self.inflate(entry, operation, live);
+        self.reach(Arrow::SleepInflated);
+        self.is_wanted(entry, record, why)
     }
 
     /// Does everything up to and with the commit point.
@@ -220,7 +246,7 @@ impl Lifecycle {
                 version: identity.version.clone(),
                 digest: identity.digest.clone(),
                 accelerator: identity.accelerator.to_owned(),
-                machine: identity.machine.clone(),
+                machine: machine_of(&record.spec, identity),
                 cpu: identity.cpu.clone(),
             },
             hardware: HardwareFacts {

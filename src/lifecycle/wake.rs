@@ -8,15 +8,15 @@ use super::{
 };
 use crate::{
     lock::Held,
-    sandbox::{Record, State, Step},
+    sandbox::{Record, Spec, State, Step},
     snapshot::{self, Home, Memory, Snapshot},
     sync::{Arc, lock},
     sys::{
         cancel::Cancel,
         clock::Stopwatch,
-        files::{PieceError, copy_image, make_private_dir},
+        files::{PieceError, copy_image, let_through, make_private_dir},
     },
-    vmm::{self, Machine, Plan, PlannedDisk, Vmm, VmmIdentity},
+    vmm::{self, Machine, Plan, PlannedDisk, PlannedVsock, Vmm, VmmIdentity},
 };
 
 impl Lifecycle {
@@ -158,6 +158,7 @@ impl Lifecycle {
         self.reach(Arrow::WakeConsumed);
 
         lock(&live.machine).resume().map_err(vmm_failed(entry, "resuming"))?;
+        self.deflate(entry, &live);
         self.reach(Arrow::WakeResumed);
         Ok(memory)
     }
@@ -218,11 +219,12 @@ impl Lifecycle {
         here: &VmmIdentity,
     ) -> Result<(), Error> {
         let made = &snapshot.manifest().vmm;
+        let machine = machine_of(&record.spec, here);
         let differs = [
             ("VMM", made.name.as_str(), here.name),
             ("version", &made.version, &here.version),
             ("accelerator", &made.accelerator, here.accelerator),
-            ("machine", &made.machine, &here.machine),
+            ("machine", &made.machine, &machine),
             ("CPU", &made.cpu, &here.cpu),
             ("program digest", &made.digest, &here.digest),
         ]
@@ -269,6 +271,14 @@ impl Lifecycle {
         let record = entry.record();
         let home = self.home(&record);
         let vmm = self.vmm_to_boot(&record)?;
+        if record.spec.vsock && !vmm.has_vsock() {
+            let (id, name) = (record.id.clone(), vmm.name());
+            let why = format!(
+                "it has `vsock = true`, which needs Cloud Hypervisor, and here it would be {name}; \
+                 install it, or write `vsock = false`"
+            );
+            return Err(Error::NoVmm { id, why });
+        }
         let identity = vmm.identity().map_err(vmm_failed(entry, "asking what would boot"))?;
         let memory = memory_of(vmm.as_ref(), &record);
         self.give_user(held, entry, vmm.as_ref())?;
@@ -342,7 +352,12 @@ impl Lifecycle {
     ) -> Result<Plan, Error> {
         let home = self.home(record);
         let runtime_dir = self.runtime_dir(record.row);
-        make_private_dir(&runtime_dir).map_err(|source| Error::Host {
+        let mut made = make_private_dir(&runtime_dir);
+        if record.spec.vsock {
+            // Its owner has to get there; the rest of the way is the driver's to open.
+            made = made.and_then(|()| let_through(&self.settings.runtime));
+        }
+        made.map_err(|source| Error::Host {
             doing: "making the directory for the sockets of",
             id: record.id.clone(),
             source,
@@ -363,6 +378,8 @@ impl Lifecycle {
             initramfs: record.spec.initramfs.clone(),
             cmdline: record.spec.cmdline.clone(),
             disks: disks.collect(),
+            balloon: record.spec.balloon,
+            vsock: record.spec.vsock.then(|| PlannedVsock::new(&runtime_dir, record.owner)),
             memory: life.join(snapshot::MEMORY),
             runtime_dir,
             console_log: home.console_log(),
@@ -436,6 +453,14 @@ impl Lifecycle {
             tracing::error!(id = %entry.id(), error = super::chain(&error), "ending an operation");
         }
     }
+}
+
+/// Says which machine a VMM makes of `spec`, in so far as a snapshot of one does not load
+/// into another. What has the devices that there were from the start is called as then.
+pub(super) fn machine_of(spec: &Spec, vmm: &VmmIdentity) -> String {
+    let balloon = if spec.balloon { "" } else { ", no balloon" };
+    let vsock = if spec.vsock { ", vsock" } else { "" };
+    format!("{}{balloon}{vsock}", vmm.machine)
 }
 
 /// Names a VMM as `status` shows it.

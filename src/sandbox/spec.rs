@@ -103,6 +103,12 @@ pub struct Spec {
     pub cmdline: String,
     /// Its network.
     pub net: NetMode,
+    /// Whether it has a balloon, by which its guest gives back memory that it has freed.
+    pub balloon: bool,
+    /// Whether its guest is asked for all memory that it can spare before it is put to sleep.
+    pub inflate_before_sleep: bool,
+    /// Whether it has a vsock, by which the host reaches its guest without a network.
+    pub vsock: bool,
     /// Its disks, in the order in which the guest sees them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
@@ -140,6 +146,9 @@ impl Default for Spec {
             initramfs: None,
             cmdline: "console=ttyS0".to_owned(),
             net: NetMode::None,
+            balloon: true,
+            inflate_before_sleep: false,
+            vsock: false,
             disks: Vec::new(),
         }
     }
@@ -152,7 +161,7 @@ impl Default for Spec {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SpecDocument {
-    vmm: Option<VmmChoice>,
+    vmm: Option<Spanned<VmmChoice>>,
     #[serde(default, deserialize_with = "vcpus_from_number")]
     vcpus: Option<u8>,
     #[serde(default, deserialize_with = "memory_from_text")]
@@ -164,8 +173,14 @@ pub struct SpecDocument {
     #[serde(default, deserialize_with = "cmdline_from_text")]
     cmdline: Option<String>,
     net: Option<NetMode>,
+    balloon: Option<Switch>,
+    inflate_before_sleep: Option<Switch>,
+    vsock: Option<Switch>,
     disks: Option<Vec<DiskDocument>>,
 }
+
+/// What is to be true or false.
+type Switch = Spanned<toml::Value>;
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -210,6 +225,7 @@ impl SpecDocument {
         text: &str,
         missing: &dyn Fn(&Path) -> Option<String>,
     ) -> Result<Spec, SpecError> {
+        let lines = self.lines(text);
         let found = |key: &str, path: Spanned<AbsolutePath>| {
             let line = line_of(text, path.span().start);
             let path = path.into_inner().0;
@@ -237,11 +253,15 @@ impl SpecDocument {
             let message = format!("`disks`: a sandbox has at most {DISKS_MAX} disks");
             return Err(SpecError { line: None, message });
         }
-        let line = |start: Option<usize>| start.map(|start| line_of(text, start));
-        let memory_line = line(self.memory_mode.as_ref().map(|mode| mode.span().start));
-        let restore_line = line(self.restore_mode.as_ref().map(|mode| mode.span().start));
+        let switch = |key: &str, given: Option<Switch>, base: bool| match given {
+            None => Ok(base),
+            Some(given) => given.get_ref().as_bool().ok_or_else(|| SpecError {
+                line: Some(line_of(text, given.span().start)),
+                message: format!("`{key}` is true or false, not {}", given.get_ref()),
+            }),
+        };
         let spec = Spec {
-            vmm: self.vmm.unwrap_or(base.vmm),
+            vmm: self.vmm.map_or(base.vmm, Spanned::into_inner),
             vcpus: self.vcpus.unwrap_or(base.vcpus),
             memory_bytes: self.memory.unwrap_or(base.memory_bytes),
             memory_mode: self.memory_mode.map_or(base.memory_mode, Spanned::into_inner),
@@ -250,18 +270,41 @@ impl SpecDocument {
             initramfs: initramfs.or_else(|| base.initramfs.clone()),
             cmdline: self.cmdline.unwrap_or_else(|| base.cmdline.clone()),
             net: self.net.unwrap_or(base.net),
+            balloon: switch("balloon", self.balloon, base.balloon)?,
+            inflate_before_sleep: switch(
+                "inflate_before_sleep",
+                self.inflate_before_sleep,
+                base.inflate_before_sleep,
+            )?,
+            vsock: switch("vsock", self.vsock, base.vsock)?,
             disks,
         };
-        spec.check_memory_mode().map_err(|why| SpecError {
-            line: memory_line,
-            message: format!("`memory_mode`: {why}"),
-        })?;
-        spec.check_restore_mode().map_err(|why| SpecError {
-            line: restore_line.or(memory_line),
-            message: format!("`restore_mode`: {why}"),
-        })?;
+        spec.check(&lines)?;
         Ok(spec)
     }
+
+    fn lines(&self, text: &str) -> Lines {
+        let line = |start: usize| line_of(text, start);
+        let of_switch = |key: &Option<Switch>| key.as_ref().map(|key| line(key.span().start));
+        Lines {
+            vmm: self.vmm.as_ref().map(|key| line(key.span().start)),
+            memory_mode: self.memory_mode.as_ref().map(|key| line(key.span().start)),
+            restore_mode: self.restore_mode.as_ref().map(|key| line(key.span().start)),
+            balloon: of_switch(&self.balloon),
+            inflate: of_switch(&self.inflate_before_sleep),
+            vsock: of_switch(&self.vsock),
+        }
+    }
+}
+
+/// Where a document has keys of which one goes with another or does not, if it has them.
+struct Lines {
+    vmm: Option<usize>,
+    memory_mode: Option<usize>,
+    restore_mode: Option<usize>,
+    balloon: Option<usize>,
+    inflate: Option<usize>,
+    vsock: Option<usize>,
 }
 
 impl Spec {
@@ -277,6 +320,35 @@ impl Spec {
         let document: SpecDocument =
             toml::from_str(text).map_err(|error| SpecError::from_toml(&error, text))?;
         document.into_spec(base, text, missing)
+    }
+
+    /// Refuses what cannot be had together.
+    fn check(&self, lines: &Lines) -> Result<(), SpecError> {
+        self.check_memory_mode().map_err(|why| SpecError {
+            line: lines.memory_mode,
+            message: format!("`memory_mode`: {why}"),
+        })?;
+        self.check_restore_mode().map_err(|why| SpecError {
+            line: lines.restore_mode.or(lines.memory_mode),
+            message: format!("`restore_mode`: {why}"),
+        })?;
+        self.check_devices(lines)
+    }
+
+    /// Refuses devices that cannot be had together. What a key contradicts may be in the
+    /// base, and then it is its own line that is to be mended.
+    fn check_devices(&self, lines: &Lines) -> Result<(), SpecError> {
+        if self.inflate_before_sleep && !self.balloon {
+            let message = "`inflate_before_sleep = true` needs `balloon = true`".to_owned();
+            return Err(SpecError { line: lines.inflate.or(lines.balloon), message });
+        }
+        if self.vsock && self.vmm == VmmChoice::Qemu {
+            let message = "`vsock = true` needs Cloud Hypervisor; write \
+                           `vmm = \"cloud-hypervisor\"`, or `vsock = false`";
+            let line = lines.vsock.or(lines.vmm);
+            return Err(SpecError { line, message: message.to_owned() });
+        }
+        Ok(())
     }
 
     /// Refuses memory that the VMM, if it is said which, does not have.
@@ -399,7 +471,8 @@ mod tests {
     fn a_spec_reads_back_as_it_was_written() {
         let text = "vmm = \"qemu\"\nvcpus = 2\nmemory = \"2GiB\"\nmemory_mode = \"file\"\n\
                     restore_mode = \"copy\"\nkernel = \"/k\"\n\
-                    cmdline = \"quiet\"\nnet = \"none\"\n\n\
+                    cmdline = \"quiet\"\nnet = \"none\"\nballoon = true\n\
+                    inflate_before_sleep = true\nvsock = false\n\n\
                     [[disks]]\npath = \"/d\"\nreadonly = true\n";
         let spec = parse(text).unwrap();
         assert_eq!(spec.to_toml(), text);
@@ -439,6 +512,29 @@ mod tests {
             assert!(error.message.contains(says), "{text:?}: {error}");
             assert_eq!(error.line, Some(line), "{text:?}: {error}");
         }
+    }
+
+    #[test]
+    fn devices_that_do_not_go_together_are_refused_by_the_line_to_mend() {
+        let inflating = Spec { inflate_before_sleep: true, ..Spec::default() };
+        let connected = Spec { vsock: true, ..Spec::default() };
+        let translated = Spec { vmm: VmmChoice::Qemu, ..Spec::default() };
+        for (base, text, line, says) in [
+            (Spec::default(), "balloon = false\ninflate_before_sleep = true", 2, "needs `balloon"),
+            (inflating, "vcpus = 1\nballoon = false", 2, "needs `balloon = true`"),
+            (Spec::default(), "vsock = true\nvmm = \"qemu\"", 1, "needs Cloud Hypervisor"),
+            (connected, "\nvmm = \"qemu\"", 2, "needs Cloud Hypervisor"),
+            (translated, "\n\nvsock = true", 3, "needs Cloud Hypervisor"),
+            (Spec::default(), "balloon = \"yes\"", 1, "`balloon` is true or false, not \"yes\""),
+            (Spec::default(), "\nvsock = 1", 2, "`vsock` is true or false, not 1"),
+        ] {
+            let error = Spec::parse(text, &base, &|_| None).expect_err(text);
+            assert!(error.message.contains(says), "{text:?}: {error}");
+            assert_eq!(error.line, Some(line), "{text:?}: {error}");
+        }
+        let text = "vsock = true\nvmm = \"cloud-hypervisor\"\nballoon = false";
+        let spec = parse(text).unwrap();
+        assert!(spec.vsock && !spec.balloon);
     }
 
     #[test]

@@ -84,6 +84,7 @@ impl Tree {
             cached_bytes: self.lifecycle.cached_bytes(record),
             lacks: self.lifecycle.lacks(record),
             holders: self.lifecycle.holders(record.row),
+            vsock: self.lifecycle.vsock(record),
             wall: &|at| clock.wall(at),
         })
     }
@@ -131,6 +132,7 @@ impl Tree {
             cached_bytes: None,
             lacks: Vec::new(),
             holders: Vec::new(),
+            vsock: None,
             wall: &|at| clock.wall(at),
         }
         .list_line()

@@ -67,7 +67,7 @@ fn status_tells_what_the_vmm_of_a_sandbox_lacks_and_nothing_of_one_that_is_stopp
     let tree = tree(&host);
     let lacks = || {
         let status = read(&tree, "a", File::Status);
-        status.lines().last().unwrap().to_owned()
+        status.lines().find(|line| line.starts_with("lacks ")).unwrap().to_owned()
     };
     assert_eq!(lacks(), "lacks none");
     for verb in ["wake", "sleep"] {

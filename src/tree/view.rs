@@ -3,7 +3,7 @@
 //! One value a file, or a flat-keyed table, `key value` a line, newline-terminated.
 //! Keyed files may gain keys at their end, never lose or reorder them.
 
-use std::{borrow::Cow, fmt::Write, time::Duration};
+use std::{borrow::Cow, fmt::Write, path::PathBuf, time::Duration};
 
 use crate::{
     lifecycle::{Holder, Signal, Signals},
@@ -35,6 +35,8 @@ pub struct Facts<'a> {
     pub lacks: Vec<Cow<'static, str>>,
     /// Who holds it awake, and since when.
     pub holders: Vec<(Holder, Timestamp)>,
+    /// The socket by which the host reaches its guest, if there is one.
+    pub vsock: Option<PathBuf>,
     /// Says when a moment was, by the wall clock.
     pub wall: &'a dyn Fn(Timestamp) -> jiff::Timestamp,
 }
@@ -75,6 +77,7 @@ impl Facts<'_> {
         line(&mut text, "cached_bytes", or_none(self.cached_bytes));
         let lacks = (!self.lacks.is_empty()).then(|| self.lacks.join("; "));
         line(&mut text, "lacks", or_none(lacks));
+        line(&mut text, "vsock", or_none(self.vsock.as_ref().map(|path| path.display())));
         text
     }
 

@@ -21,7 +21,7 @@ use std::{
 
 use super::{Error, Machine, Plan, SAVED_MEMORY, Vmm, VmmIdentity};
 use crate::{
-    sandbox::{MemoryMode, RestoreMode, VmmChoice},
+    sandbox::{MemoryMode, Owner, RestoreMode, VmmChoice},
     sync::{Arc, Mutex, lock},
     sys::{
         cancel::Cancel,
@@ -42,6 +42,7 @@ pub(crate) enum Call {
     Pause,
     Resume,
     Save,
+    Balloon,
 }
 
 /// What happens at a call.
@@ -72,6 +73,22 @@ pub(crate) struct FakeHost {
     copies_memory: AtomicBool,
     /// Why it runs nothing.
     objection: Mutex<Option<&'static str>>,
+    /// What guests do when they are asked for memory.
+    guests: Mutex<Guests>,
+    /// Whom vsocks were given to, if there are such.
+    vsock_owners: Mutex<Option<Vec<Owner>>>,
+}
+
+/// What guests do when they are asked for memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Guests {
+    /// They give it at once.
+    #[default]
+    Give,
+    /// They have no driver for it.
+    Deaf,
+    /// They give a byte each time that somebody looks, and so never come to an end.
+    Dawdle,
 }
 
 /// A machine as it is, whoever drives it.
@@ -80,6 +97,8 @@ struct Board {
     running: bool,
     /// Whether a later caller cannot know that it has not run.
     may_have_run: bool,
+    /// How much the balloon is to have, and has.
+    balloon: (u64, u64),
     /// Whether its memory is its own.
     copies: bool,
     memory: File,
@@ -113,6 +132,36 @@ impl FakeHost {
         self.copies_memory.store(true, Ordering::SeqCst);
     }
 
+    /// Has machines of this host have vsocks.
+    pub(crate) fn have_vsocks(&self) {
+        *lock(&self.vsock_owners) = Some(Vec::new());
+    }
+
+    /// Returns whom vsocks were given to.
+    pub(crate) fn vsock_owners(&self) -> Vec<Owner> {
+        lock(&self.vsock_owners).clone().unwrap_or_default()
+    }
+
+    /// Has guests do so when they are asked for memory.
+    pub(crate) fn have_guests(&self, guests: Guests) {
+        *lock(&self.guests) = guests;
+    }
+
+    /// Returns how much the balloon of a process is to have.
+    pub(crate) fn balloon_of(&self, pid: u32) -> Option<u64> {
+        Some(lock(lock(&self.machines).get(&pid)?).balloon.0)
+    }
+
+    /// Returns what the balloons of all machines so far were last asked to have.
+    pub(crate) fn balloons(&self) -> Vec<u64> {
+        lock(&self.machines).values().map(|board| lock(board).balloon.0).collect()
+    }
+
+    /// Returns all calls so far, in order.
+    pub(crate) fn calls(&self) -> Vec<Call> {
+        lock(&self.calls).clone()
+    }
+
     fn copies_memory(&self, mode: MemoryMode) -> bool {
         match mode {
             MemoryMode::Auto => self.copies_memory.load(Ordering::SeqCst),
@@ -140,6 +189,9 @@ impl FakeHost {
             planned.map(|planned| faults.remove(planned).1)
         };
         let command = format!("{call:?}");
+        if let Some(exit) = process.and_then(Process::exited) {
+            return Err(Error::Died { doing: command, exit, said: String::new() });
+        }
         match fault {
             None => Ok(()),
             Some(Fault::Refuse) => Err(Error::Refused { command, said: "as planned".into() }),
@@ -215,6 +267,7 @@ impl FakeVmm {
         let board = Arc::new(Mutex::new(Board {
             running: false,
             may_have_run: false,
+            balloon: (0, 0),
             copies,
             memory,
             _input: ours,
@@ -255,6 +308,10 @@ impl Vmm for FakeVmm {
         "fake"
     }
 
+    fn has_vsock(&self) -> bool {
+        lock(&self.0.vsock_owners).is_some()
+    }
+
     fn lacks(&self, version: &str) -> Vec<&'static str> {
         if version == "1.0" { vec!["it is a fake", "it is an old one"] } else { Vec::new() }
     }
@@ -288,6 +345,9 @@ impl Vmm for FakeVmm {
         let load = || {
             self.0.call(Call::Restore, Some(&machine.process), &plan.cancel)?;
             let state = fs::read_to_string(dir.join("vmstate")).unwrap_or_default();
+            let (state, balloon) = state.split_once(' ').unwrap_or_default();
+            let balloon = balloon.parse().unwrap_or_default();
+            lock(&machine.board).balloon = (balloon, balloon);
             let runs = runs_in(&dir.join(SAVED_MEMORY));
             let board = lock(&machine.board);
             if board.copies {
@@ -367,7 +427,8 @@ impl Machine for FakeMachine {
         let failed = |source| Error::Host { doing: "saving".to_owned(), source };
         read.map_err(failed)?;
         // What is written before a fault stays: partial files are for the caller to remove.
-        fs::write(dir.join("vmstate"), u64::from_le_bytes(count).to_string()).map_err(failed)?;
+        let state = format!("{} {}", u64::from_le_bytes(count), board.balloon.0);
+        fs::write(dir.join("vmstate"), state).map_err(failed)?;
         if board.copies {
             let copied = File::create_new(dir.join(SAVED_MEMORY)).and_then(|copy| {
                 copy.set_len(board.memory.metadata()?.len())?;
@@ -380,6 +441,32 @@ impl Machine for FakeMachine {
 
     fn lacks(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    fn set_balloon(&mut self, bytes: u64) -> Result<(), Error> {
+        self.host.call(Call::Balloon, Some(&self.process), &self.cancel)?;
+        lock(&self.board).balloon.0 = bytes;
+        Ok(())
+    }
+
+    fn balloon_bytes(&mut self) -> Result<u64, Error> {
+        if let Some(exit) = self.process.exited() {
+            let (doing, said) = ("being looked at".to_owned(), String::new());
+            return Err(Error::Died { doing, exit, said });
+        }
+        let mut board = lock(&self.board);
+        let (wanted, has) = board.balloon;
+        board.balloon.1 = match *lock(&self.host.guests) {
+            Guests::Give => wanted,
+            Guests::Deaf => has,
+            Guests::Dawdle => wanted.min(has + 1),
+        };
+        Ok(board.balloon.1)
+    }
+
+    fn give_vsock(&mut self, owner: Owner) -> Result<(), Error> {
+        lock(&self.host.vsock_owners).get_or_insert_default().push(owner);
+        Ok(())
     }
 
     fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error> {

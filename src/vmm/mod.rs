@@ -15,7 +15,7 @@ use std::{
 };
 
 use crate::{
-    sandbox::{MemoryMode, RestoreMode, SandboxId, VmmChoice},
+    sandbox::{MemoryMode, Owner, RestoreMode, SandboxId, VmmChoice},
     sync::Arc,
     sys::{
         cancel::Cancel,
@@ -54,6 +54,9 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// # Errors
     /// As for [`Vmm::identity`].
     fn identity_of(&self, process: &Process) -> Result<Arc<VmmIdentity>, Error>;
+
+    /// Says whether its machines can have a vsock.
+    fn has_vsock(&self) -> bool;
 
     /// Returns a sentence for each thing that one of `version` lacks on this host. Nothing
     /// is looked at and nobody is asked.
@@ -140,6 +143,25 @@ pub trait Machine: fmt::Debug + Send {
     /// Returns a sentence for each thing that this machine lacks of what its VMM can give.
     fn lacks(&self) -> Vec<String>;
 
+    /// Asks the guest to have the balloon take `bytes` of its memory, or give back what is
+    /// above that. It returns before the guest has done so, which it may never do.
+    ///
+    /// # Errors
+    /// Where there is no balloon, or the VMM does not answer in time.
+    fn set_balloon(&mut self, bytes: u64) -> Result<(), Error>;
+
+    /// Returns how much of the guest's memory the balloon has, by what the guest says.
+    ///
+    /// # Errors
+    /// Where there is no balloon, or the VMM does not answer in time.
+    fn balloon_bytes(&mut self) -> Result<u64, Error>;
+
+    /// Lets `owner`, and nobody else without privileges, connect to the vsock, if there is one.
+    ///
+    /// # Errors
+    /// Where the socket is not there, or not as the VMM made it.
+    fn give_vsock(&mut self, owner: Owner) -> Result<(), Error>;
+
     /// Types `bytes` on the guest's serial console; returns how many were taken.
     ///
     /// # Errors
@@ -190,6 +212,10 @@ pub struct Plan {
     pub cmdline: String,
     /// The disks, as the machine is to open them.
     pub disks: Vec<PlannedDisk>,
+    /// Whether there is a balloon.
+    pub balloon: bool,
+    /// The vsock, if there is one.
+    pub vsock: Option<PlannedVsock>,
     /// The file that the memory is mapped from, shared, where it is in a file. `boot` finds
     /// an empty file here, `restore` the memory of the snapshot.
     pub memory: PathBuf,
@@ -211,6 +237,40 @@ pub struct PlannedDisk {
     pub path: PathBuf,
     /// Whether the guest may only read it.
     pub readonly: bool,
+}
+
+/// A socket of the host's by which it reaches a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedVsock {
+    dir: PathBuf,
+    /// Who may connect.
+    pub owner: Owner,
+}
+
+impl PlannedVsock {
+    /// The name of its directory in that of the sockets.
+    pub const DIR: &str = "vsock";
+    /// The name of the socket in its directory.
+    pub const NAME: &str = "vsock.sock";
+
+    /// Plans the vsock of a sandbox whose sockets are in `runtime_dir`. The directory above
+    /// that can be gone through by everybody.
+    #[must_use]
+    pub fn new(runtime_dir: &Path, owner: Owner) -> Self {
+        Self { dir: runtime_dir.join(Self::DIR), owner }
+    }
+
+    /// Returns the directory that the VMM makes the socket in.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Returns the path of the socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join(Self::NAME)
+    }
 }
 
 /// Why a VMM did not do what was asked.

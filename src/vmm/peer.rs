@@ -1,8 +1,9 @@
 //! What the drivers have in common: a process that was started with a socket to obey on.
 
 use std::{
-    fs, io,
-    os::unix::net::UnixListener,
+    fs::{self, Permissions},
+    io,
+    os::unix::{fs::PermissionsExt, net::UnixListener},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -67,8 +68,11 @@ pub(super) fn begin<M: Machine>(
 pub(super) fn listen(socket: &Path) -> Result<UnixListener, Error> {
     let listening = match fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        // Too long a path is refused here, in words that say so.
-        Ok(()) | Err(_) => UnixListener::bind(socket),
+        // Too long a path is refused here, in words that say so. That nobody else connects is
+        // not left to our umask, as others may get as far as its directory.
+        Ok(()) | Err(_) => UnixListener::bind(socket).and_then(|listener| {
+            fs::set_permissions(socket, Permissions::from_mode(0o600)).map(|()| listener)
+        }),
     };
     listening.map_err(host(format!("making {}", socket.display())))
 }

@@ -82,3 +82,47 @@ fn a_linux_guest_keeps_its_files_and_its_time_over_sleeps_and_its_disk_over_a_sh
     wait_until("the guest is up again", || boots(&host, "web-1") == 2);
     asks(&host, "web-1", "echo on-$(cat /data/note)", "on-note-15");
 }
+
+/// Returns the pages that the guest's balloon has taken so far, less those it gave back.
+fn pages_in_balloon(host: &Host, id: &str) -> i64 {
+    let before = host.read(&format!("{id}/console")).len();
+    let count = |word: &str| format!("$(grep balloon_{word}late /proc/vmstat | cut -d' ' -f2)");
+    types(host, id, &format!("echo has-$(({} - {}))-", count("inf"), count("def")));
+    crate::support::wait_for("the guest says what its balloon has", || {
+        let console = host.read(&format!("{id}/console"));
+        let said = console[before..].rsplit_once("\nhas-")?.1;
+        said.split_once("-\r")?.0.parse().ok()
+    })
+}
+
+#[test]
+fn a_guest_that_is_asked_for_memory_has_a_smaller_snapshot_and_all_of_its_memory_afterwards() {
+    // On a disk it is up to its file system whether small holes stay; see docs/qemu.md.
+    let tmpfs = tempfile::tempdir_in("/dev/shm").unwrap();
+    let host = Setup::linux("dozed.quiet").memory("256MiB").store(tmpfs.path()).start();
+    let mut snapshot_bytes = [0; 2];
+    for (id, bytes) in ["as-it-is", "inflated"].into_iter().zip(&mut snapshot_bytes) {
+        host.mkdir(id).unwrap();
+        let asked = id == "inflated";
+        host.write(&format!("{id}/config"), format!("inflate_before_sleep = {asked}\n")).unwrap();
+        host.wake(id);
+        wait_until("the guest is up", || boots(&host, id) == 1);
+        // What was read stays in the guest's page cache, which is no free memory.
+        asks(&host, id, "cat /dev/vda >/dev/null; echo read-$((1 + 1))", "read-2");
+        asks(&host, id, "echo kept >/run/note; echo noted-$((1 + 1))", "noted-2");
+        host.sleep(id);
+        *bytes = host.number(&format!("{id}/status"), "snapshot_bytes");
+        host.wake(id);
+    }
+    let [as_it_is, inflated] = snapshot_bytes;
+    assert!(inflated + (40 << 20) < as_it_is, "{inflated} after {as_it_is}");
+
+    let id = "inflated";
+    asks(&host, id, "echo in-$(cat /run/note)", "in-kept");
+    wait_until("the guest has its memory back", || pages_in_balloon(&host, id) == 0);
+    // More than the balloon left to it.
+    let fill = "head -c 100000000 /dev/zero >/tmp/big && wc -c </tmp/big && rm /tmp/big";
+    asks(&host, id, fill, "\n100000000");
+    asks(&host, id, "echo killed-$(dmesg | grep -ci 'out of memory')-", "killed-0-");
+    assert_eq!(boots(&host, id), 1);
+}

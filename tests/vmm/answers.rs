@@ -3,7 +3,11 @@
 
 use std::{
     fs::{self, File},
-    os::unix::{fs::MetadataExt, net::UnixListener},
+    io::{Read, Write},
+    os::unix::{
+        fs::MetadataExt,
+        net::{UnixListener, UnixStream},
+    },
     path::Path,
     thread,
     time::Duration,
@@ -353,6 +357,59 @@ fn what_is_left_of_sockets_is_in_the_way() {
     assert!(refused.contains(&"Cannot create virtio-vsock backend".to_owned()), "{refused:?}");
     fs::remove_file(running.path("vsock")).unwrap();
     running.must("vm.boot");
+}
+
+#[test]
+fn a_vsock_needs_its_directory_before_the_program_shuts_itself_in_and_after() {
+    let running = Running::start(&Standin::new("53.0"));
+    let mut config = running.config(&shared(64), "");
+    let socket = running.path("v/vsock.sock");
+    config["vsock"] = json!({ "cid": 2, "socket": socket });
+    running.must_with("vm.create", &config);
+    let refused = chain(&running.put("vm.boot"));
+    assert!(refused.contains(&"2 is a special VSOCK CID".to_owned()), "{refused:?}");
+    running.must("vm.delete");
+
+    config["vsock"]["cid"] = json!(3);
+    config["landlock_enable"] = json!(true);
+    running.must_with("vm.create", &config);
+    let said = |answer| chain(&answer).last().unwrap().clone();
+    assert_eq!(said(running.put("vm.boot")), "No such file or directory (os error 2)");
+    fs::create_dir(running.path("v")).unwrap();
+    assert_eq!(said(running.put("vm.boot")), "Permission denied (os error 13)");
+    drop(running);
+
+    let running = Running::start(&Standin::new("53.0"));
+    fs::create_dir(running.path("v")).unwrap();
+    let socket = running.path("v/vsock.sock");
+    let mut config = running.config(&shared(64), "");
+    config["vsock"] = json!({ "cid": 3, "socket": socket });
+    running.must_with("vm.create", &config);
+    running.must("vm.boot");
+    let url = pause_for_snapshot(&running, "saved");
+    running.must_with("vm.snapshot", &url);
+    // Nobody answers for a guest that does not run.
+    let mut stream = UnixStream::connect(&socket).unwrap();
+    stream.write_all(b"CONNECT 52\n").unwrap();
+    stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    stream.read_exact(&mut [0]).unwrap_err();
+    running.must("vm.resume");
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.read_exact(&mut [0; 3]).unwrap();
+    running.must("vm.delete");
+    assert!(!socket.exists());
+
+    let source = json!({ "source_url": running.url("saved") });
+    drop(UnixListener::bind(&socket).unwrap());
+    assert_eq!(
+        said(running.put_with("vm.restore", &source)),
+        "Address already in use (os error 98)"
+    );
+    fs::remove_dir_all(running.path("v")).unwrap();
+    let missing = "No such file or directory (os error 2)";
+    assert_eq!(said(running.put_with("vm.restore", &source)), missing);
+    fs::create_dir(running.path("v")).unwrap();
+    running.must_with("vm.restore", &source);
 }
 
 #[test]

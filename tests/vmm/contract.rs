@@ -156,6 +156,7 @@ contract! {
     what_is_called_off_later_ends_the_process,
     a_process_that_died_is_told_by_every_call,
     a_disk_is_that_of_one_machine,
+    a_machine_without_a_balloon_does_all_the_same,
     typing_is_taken,
     a_machine_without_a_kernel_is_refused,
 }
@@ -398,6 +399,13 @@ fn a_disk_is_that_of_one_machine(subject: &Subject) {
     end(&*machine);
     // The lock of a process that was just killed is in nobody's way.
     end(&*start(subject, &other.plan).unwrap());
+}
+
+fn a_machine_without_a_balloon_does_all_the_same(subject: &Subject) {
+    let mut host = subject.host("");
+    host.plan.balloon = false;
+    let machine = subject.run(&host);
+    sleep_and_wake(subject, &host, machine);
 }
 
 fn typing_is_taken(subject: &Subject) {

@@ -17,6 +17,9 @@ use tempfile::TempDir;
 
 use crate::support::{SOON, Standin, eventually, open_dir};
 
+/// What a template has whose memory does not matter.
+const MEMORY: &str = "memory = \"64MiB\"\n";
+
 /// A daemon that runs. It is ended at the end, with its guests.
 #[derive(Debug)]
 pub(crate) struct Daemon {
@@ -32,6 +35,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) version: &'a str,
     /// More lines for `[vmm]`.
     pub(crate) vmm: &'a str,
+    /// The size of the memory, as a line for `[template]`.
+    pub(crate) memory: &'a str,
     /// More lines for `[template]`, in which `DIR` is the daemon's directory.
     pub(crate) template: &'a str,
     /// Whether only root can enter the directories, and read the files in them. There are
@@ -41,7 +46,7 @@ pub(crate) struct Setup<'a> {
 
 impl Default for Setup<'_> {
     fn default() -> Self {
-        Self { version: "53.0", vmm: "", template: "", closed: false }
+        Self { version: "53.0", vmm: "", memory: MEMORY, template: "", closed: false }
     }
 }
 
@@ -49,6 +54,11 @@ impl Daemon {
     /// Starts a daemon on a host that has the stand-in at `version`.
     pub(crate) fn start(version: &str) -> Self {
         Self::with(Setup { version, ..Setup::default() })
+    }
+
+    /// Starts one whose template has `keys` in place of the size of its memory.
+    pub(crate) fn start_with(version: &str, keys: &str) -> Self {
+        Self::with(Setup { version, memory: keys, ..Setup::default() })
     }
 
     /// Starts a daemon on a host as described.
@@ -79,12 +89,13 @@ impl Daemon {
             }
         }
         let template = setup.template.replace("DIR", dir.path().to_str().unwrap());
+        let memory = setup.memory;
         let settings = format!(
             "mount = {:?}\nstore = {:?}\nruntime = {:?}\n\
              [defaults]\nidle_after = \"never\"\n\
              [vmm]\ncloud_hypervisor = {:?}\n{}\n\
-             [template]\nvmm = \"cloud-hypervisor\"\nmemory = \"64MiB\"\nkernel = {:?}\n\
-             cmdline = \"touch=2\"\n{template}",
+             [template]\nvmm = \"cloud-hypervisor\"\nkernel = {:?}\n\
+             cmdline = \"touch=2\"\n{memory}{template}",
             path("mount"),
             path("store"),
             path("run"),

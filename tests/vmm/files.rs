@@ -54,6 +54,8 @@ impl Host {
             initramfs: None,
             cmdline: cmdline.to_owned(),
             disks: Vec::new(),
+            balloon: true,
+            vsock: None,
             memory: path("memory"),
             runtime_dir: path("run"),
             console_log: path("console.log"),

@@ -23,3 +23,4 @@ mod silence;
 mod support;
 mod typing;
 mod users;
+mod vsock;

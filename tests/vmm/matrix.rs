@@ -14,6 +14,11 @@ use crate::{
 const ID: &str = "web-1";
 /// Longer than any limit that the driver has for a machine of this size.
 const STALL_MILLIS: u32 = 40_000;
+/// Longer than the limit for a call that takes no time, and so short that the next call,
+/// which waits for its end, does not come to its own limit.
+const SHORT_STALL_MILLIS: u32 = 15_000;
+/// A guest that is asked for memory before it sleeps, and has some.
+const INFLATING: &str = "memory = \"256MiB\"\ninflate_before_sleep = true\n";
 
 /// What goes wrong at a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +56,7 @@ impl Fault {
                 json!({ "error": { "status": 500, "chain": ["Error from API", "as planned"] } })
             }
             Self::Silence => json!("hang"),
+            Self::Stall if endpoint == "vm.resize" => json!({ "slow": SHORT_STALL_MILLIS }),
             Self::Stall => json!({ "slow": STALL_MILLIS }),
             Self::Half => json!("half"),
             Self::Nonsense => json!({ "say": "SSH-2.0-OpenSSH_9.2\r\n" }),
@@ -248,4 +254,91 @@ fn a_wake_that_fails_leaves_a_sandbox_that_wakes_unless_its_guest_may_have_run()
             sleeps_wakes_and_goes(&daemon);
         },
     );
+}
+
+#[test]
+fn a_guest_that_cannot_be_asked_for_memory_sleeps_unless_its_vmm_is_gone() {
+    try_all(&["vm.resize"], |Cell { endpoint, fault, version }| {
+        let daemon = Daemon::start_with(version, INFLATING);
+        boot(&daemon);
+        let before = (daemon.files("store"), daemon.files("run"));
+        let context =
+            |daemon: &Daemon| format!("v{version} {endpoint} {fault:?}: {}", daemon.log());
+        match fault {
+            Fault::Refused | Fault::Stall | Fault::Half | Fault::Nonsense => {
+                daemon.standin.set_faults(&fault.knob(endpoint));
+                succeed(&daemon, "sleep");
+                daemon.standin.set_faults(&json!([]));
+                assert_eq!(daemon.state(ID), "snapshotted", "{}", context(&daemon));
+                succeed(&daemon, "wake");
+                sleeps_wakes_and_goes(&daemon);
+            }
+            Fault::Silence => {
+                // It answers nothing any more, as one that is silent to a pause.
+                daemon.standin.set_faults(&fault.knob(endpoint));
+                daemon.write(ID, "sleep").unwrap_err();
+                daemon.standin.set_faults(&json!([]));
+                assert_eq!(daemon.state(ID), "snapshotting", "{}", context(&daemon));
+                assert_eq!((daemon.files("store"), daemon.files("run")), before);
+                goes(&daemon);
+            }
+            Fault::Death | Fault::LateDeath => {
+                fail(&daemon, "sleep", endpoint, fault);
+                assert_eq!(daemon.state(ID), "stopped", "{}", context(&daemon));
+                assert!(daemon.vmms().is_empty(), "{}", context(&daemon));
+                goes(&daemon);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_guest_that_cannot_be_given_its_memory_back_is_awake_unless_its_vmm_is_gone() {
+    try_all(&["vm.resize"], |Cell { endpoint, fault, version }| {
+        let daemon = Daemon::start_with(version, INFLATING);
+        boot(&daemon);
+        succeed(&daemon, "sleep");
+        daemon.standin.set_faults(&fault.knob(endpoint));
+        succeed(&daemon, "wake");
+        daemon.standin.set_faults(&json!([]));
+        if fault.is_death() {
+            let stopped = || (daemon.state(ID) == "stopped").then_some(());
+            eventually("the end to be told", stopped);
+            assert!(daemon.read(ID, "error").contains("killed by signal 9"));
+            assert!(daemon.vmms().is_empty());
+            goes(&daemon);
+        } else if fault == Fault::Silence {
+            assert_eq!(daemon.state(ID), "running", "{}", daemon.log());
+            goes(&daemon);
+        } else {
+            assert_eq!(daemon.state(ID), "running", "{}", daemon.log());
+            sleeps_wakes_and_goes(&daemon);
+        }
+    });
+}
+
+#[test]
+fn the_balloon_of_a_guest_grows_before_its_pause_and_is_let_go_after_its_resume() {
+    let daemon = Daemon::start_with("53.0", INFLATING);
+    boot(&daemon);
+    let before = daemon.standin.calls().len();
+    succeed(&daemon, "sleep");
+    succeed(&daemon, "wake");
+    let calls = daemon.standin.calls().split_off(before);
+    // Looks are as many as it takes.
+    let acts: Vec<_> = calls.iter().filter(|call| call.starts_with("PUT")).collect();
+    let spare = (256 - 64 - 8) << 20;
+    let expected = [
+        &format!("PUT vm.resize {{\"desired_balloon\":{spare}}}"),
+        "PUT vm.pause ",
+        "PUT vm.snapshot ",
+        "PUT vm.restore ",
+        "PUT vm.resume ",
+        "PUT vm.resize {\"desired_balloon\":0}",
+    ];
+    assert_eq!(acts.len(), expected.len(), "{acts:#?}");
+    for (act, expected) in acts.iter().zip(expected) {
+        assert!(act.starts_with(expected), "{act} is no {expected}");
+    }
+    sleeps_wakes_and_goes(&daemon);
 }

@@ -157,6 +157,46 @@ fn a_snapshot_of_another_version_of_the_vmm_is_refused() {
 }
 
 #[test]
+fn a_snapshot_knows_whether_its_machine_has_a_balloon() {
+    let host = Host::new();
+    host.create("a");
+    let machine = || {
+        let record = host.entry("a").record();
+        let home = host.daemon.home(&record);
+        let snapshot = home.open(&record.id, record.snapshot.unwrap().generation).unwrap();
+        snapshot.manifest().vmm.machine.clone()
+    };
+    for (balloon, says) in [(true, "none"), (false, "none, no balloon")] {
+        let spec = Spec { balloon, ..Spec::clone(&host.entry("a").record().spec) };
+        host.set("a", Policy::Spec(Box::new(spec))).unwrap();
+        host.wake("a").unwrap();
+        host.sleep("a").unwrap();
+        assert_eq!(machine(), says);
+        host.wake("a").unwrap();
+        stops(&host, "a");
+    }
+}
+
+#[test]
+fn a_snapshot_of_a_machine_with_other_devices_is_refused() {
+    let host = asleep();
+    let entry = host.entry("a");
+    let held = host.daemon.lock(&entry, Wait::ForIt).unwrap();
+    let spec = Spec { balloon: false, ..Spec::clone(&entry.record().spec) };
+    host.daemon.amend(&held, &entry, |record| record.spec = spec.into()).unwrap();
+    drop(held);
+    assert!(matches!(host.wake("a"), Err(Error::Foreign { .. })));
+    let says = "machine `none` and here it is `none, no balloon`";
+    assert!(host.error("a").contains(says), "{}", host.error("a"));
+}
+
+/// Has the guest of a sandbox end.
+fn stops(host: &Host, id: &str) {
+    host.daemon.machines.get(host.entry(id).row()).unwrap().process.kill();
+    wait_for("the end", || host.state(id) == State::Stopped);
+}
+
+#[test]
 fn an_intent_that_cannot_reach_the_disk_stops_the_sleep_and_the_guest_runs_on() {
     let mut host = Host::new();
     host.create("a");

@@ -12,8 +12,10 @@ use crate::{
     vmm::fake::{Call, Fault},
 };
 
+mod balloon;
 mod copied;
 mod crashes;
 mod failures;
 mod mixed;
 mod roads;
+mod vsock;

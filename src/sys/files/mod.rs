@@ -12,6 +12,7 @@ mod cached;
 mod durable;
 mod flock;
 mod owner;
+mod socket;
 mod sparse;
 
 pub use cached::{cached_bytes, drop_cache};
@@ -23,6 +24,7 @@ pub use flock::{LockFile, Use, is_image_locked, lock_file, lock_holder};
 pub use owner::{
     Wish, check_plain, give_dir, give_file, let_pass, let_read, may, open_path, take_back,
 };
+pub use socket::{give_socket, let_through};
 pub use sparse::{
     DataExtents, allocated_bytes, begin_sync, copy_image, data_extents, punch, reflink_works,
     sync_in_pieces,

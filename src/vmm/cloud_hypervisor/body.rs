@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{memory_file, restore_mode, told, version::Version};
+use super::{memory_file, restore_mode, told, version::Version, vsock};
 use crate::{sandbox::RestoreMode, vmm::Plan};
 
 /// The answer to `vmm.ping`.
@@ -20,6 +20,8 @@ pub(super) struct Ping {
 pub(super) struct Info {
     /// How it is with the machine.
     pub(super) state: State,
+    /// The memory, in bytes, without what the balloon has by its driver's word.
+    pub(super) memory_actual_size: u64,
 }
 
 /// How it is with a machine.
@@ -46,7 +48,10 @@ pub(super) struct VmConfig<'a> {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     disks: Vec<Disk>,
     rng: Rng,
-    balloon: Balloon,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    balloon: Option<Balloon>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vsock: Option<Vsock>,
     serial: ConsoleMode,
     console: ConsoleMode,
     landlock_enable: bool,
@@ -98,6 +103,12 @@ struct Balloon {
 }
 
 #[derive(Debug, Serialize)]
+struct Vsock {
+    cid: u32,
+    socket: PathBuf,
+}
+
+#[derive(Debug, Serialize)]
 struct ConsoleMode {
     mode: &'static str,
 }
@@ -108,6 +119,12 @@ pub(super) struct LandlockRule {
     pub(super) path: PathBuf,
     /// `r` or `rw`.
     pub(super) access: &'static str,
+}
+
+/// The body of `vm.resize`.
+#[derive(Debug, Serialize)]
+pub(super) struct Resize {
+    pub(super) desired_balloon: u64,
 }
 
 /// The body of `vm.snapshot`.
@@ -151,7 +168,15 @@ impl<'a> VmConfig<'a> {
             disks: disks.collect(),
             rng: Rng { src: "/dev/urandom" },
             // What the guest frees leaves the host's memory, and so the snapshot.
-            balloon: Balloon { size: 0, deflate_on_oom: true, free_page_reporting: true },
+            balloon: plan.balloon.then_some(Balloon {
+                size: 0,
+                deflate_on_oom: true,
+                free_page_reporting: true,
+            }),
+            vsock: plan
+                .vsock
+                .as_ref()
+                .map(|_| Vsock { cid: vsock::CID, socket: vsock::told_path() }),
             serial: ConsoleMode { mode: "Tty" },
             // The other one would be a second writer to the same terminal.
             console: ConsoleMode { mode: "Off" },
@@ -191,7 +216,7 @@ impl RestoreSource {
     }
 }
 
-/// Has the configuration in a snapshot name what is to be used now: kernel, disks and
+/// Has the configuration in a snapshot name what is to be used now: kernel, disks, vsock and
 /// memory where it finds them, and the paths that the VMM may use.
 ///
 /// # Errors
@@ -216,6 +241,13 @@ pub(super) fn adapt(
     for (key, place) in [("kernel", told::KERNEL), ("initramfs", told::INITRAMFS)] {
         if config["payload"][key].is_string() {
             config["payload"][key] = json!(told::path(place));
+        }
+    }
+    match (&plan.vsock, config["vsock"].is_object()) {
+        (Some(_), true) => config["vsock"]["socket"] = json!(vsock::told_path()),
+        (None, false) => {}
+        (Some(_), false) | (None, true) => {
+            return Err("of snapshot and sandbox only one has a vsock".to_owned());
         }
     }
     let Some(config) = config.as_object_mut() else {

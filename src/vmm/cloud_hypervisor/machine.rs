@@ -17,7 +17,7 @@ use serde::de::IgnoredAny;
 use super::{
     allowance::Allowance,
     api::{self, ANSWER_LIMIT, Call, Failed},
-    body::{Info, Ping, RestoreSource, SnapshotTarget, State, VmConfig},
+    body::{Info, Ping, Resize, RestoreSource, SnapshotTarget, State, VmConfig},
     confinement,
     console::{self, Console},
     identity::{ExecName, Identity},
@@ -25,10 +25,10 @@ use super::{
     restore_mode::STILL_LOADING,
     told,
     version::{OLDEST, Version},
-    view,
+    view, vsock,
 };
 use crate::{
-    sandbox::RestoreMode,
+    sandbox::{Owner, RestoreMode},
     sync::Arc,
     sys::{
         clock::{self, Deadline, Stopwatch},
@@ -37,7 +37,7 @@ use crate::{
         process::{Launch, Process},
     },
     vmm::{
-        Error, Machine, Plan, SAVED_MEMORY,
+        Error, Machine, Plan, PlannedVsock, SAVED_MEMORY,
         log::{self, LastWords},
         peer::{Peer, begin, host, listen},
     },
@@ -98,6 +98,7 @@ pub(super) struct CloudMachine {
     restore_mode: RestoreMode,
     /// The disks that the guest may write to.
     disks: Vec<PathBuf>,
+    vsock: Option<PlannedVsock>,
     version: Version,
     /// Whether the guest may have run in this process.
     may_have_run: bool,
@@ -143,6 +144,15 @@ impl CloudMachine {
         machine.may_have_run = true;
         let limit = memory_limit(plan.memory_bytes);
         machine.version = machine.ping("being adopted", limit)?;
+        // The daemon that had it made may have died before it gave the vsock away. Of one
+        // that has not been made yet there is none.
+        if let Some(vsock) = &machine.vsock
+            && vsock.socket().symlink_metadata().is_ok()
+            && let Err(error) = vsock::give(vsock, None)
+        {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(id = %plan.id, error, "adopting a vsock");
+        }
         Ok(machine)
     }
 
@@ -161,6 +171,7 @@ impl CloudMachine {
             in_file: memory_file::is_wanted(plan.memory_mode),
             restore_mode: plan.restore_mode,
             disks: writable.map(|disk| disk.path.clone()).collect(),
+            vsock: plan.vsock.clone(),
             version: OLDEST,
             may_have_run: false,
         }
@@ -233,6 +244,8 @@ impl CloudMachine {
 
     fn create(&mut self, plan: &Plan, memory_file: Option<&Path>) -> Result<(), Error> {
         wait_for_disks(plan)?;
+        // It shuts itself in to what is there by then.
+        vsock::prepare(plan, self.uid)?;
         self.greet()?;
         let config = VmConfig::new(plan, memory_file, self.version, confinement::rules());
         let call = Call { name: "vm.create", doing: "starting", limit: ANSWER_LIMIT };
@@ -243,6 +256,7 @@ impl CloudMachine {
     /// memory is read, which takes its time.
     fn load(&mut self, plan: &Plan, dir: &Path, memory_file: Option<&Path>) -> Result<(), Error> {
         wait_for_disks(plan)?;
+        vsock::prepare(plan, self.uid)?;
         self.greet()?;
         let view = view::make(plan, dir, memory_file, self.uid)?;
         let source = RestoreSource::new(url(&view)?, plan.restore_mode, self.version)
@@ -250,12 +264,21 @@ impl CloudMachine {
         let limit = memory_limit(self.memory_bytes);
         let call = Call { name: "vm.restore", doing: "loading the snapshot", limit };
         api::put_with(&self.peer, call, &source)?;
+        self.open_vsock()?;
         view::remove(plan)
     }
 
+    /// Lets the sandbox's owner connect to the vsock that was just made, if there is one.
+    fn open_vsock(&self) -> Result<(), Error> {
+        self.vsock.as_ref().map_or(Ok(()), |vsock| vsock::give(vsock, None))
+    }
+
+    fn info(&self, doing: &'static str, limit: Duration) -> Result<Info, Error> {
+        api::get(&self.peer, Call { name: "vm.info", doing, limit })
+    }
+
     fn state(&self, doing: &'static str) -> Result<State, Error> {
-        let info: Info = api::get(&self.peer, Call { name: "vm.info", doing, limit: RUN_LIMIT })?;
-        Ok(info.state)
+        Ok(self.info(doing, RUN_LIMIT)?.state)
     }
 
     /// Lets the vCPUs run, which are in `state`.
@@ -345,7 +368,8 @@ impl Machine for CloudMachine {
         let state = self.state("resuming")?;
         self.may_have_run = true;
         let Err(Failed { error, sent }) = self.run_from(state) else {
-            return Ok(());
+            // What was only a configuration has been made just now, and its socket with it.
+            return if state == State::Created { self.open_vsock() } else { Ok(()) };
         };
         let refused = matches!(error, Error::Refused { .. });
         if !sent || (refused && self.version.resumes_vcpus_last()) {
@@ -386,6 +410,22 @@ impl Machine for CloudMachine {
     fn lacks(&self) -> Vec<String> {
         let why = self.why_ours.iter();
         why.map(|why| format!("its VMM runs as root without privileges, as {why}")).collect()
+    }
+
+    fn set_balloon(&mut self, bytes: u64) -> Result<(), Error> {
+        let call = Call { name: "vm.resize", doing: "resizing its balloon", limit: ANSWER_LIMIT };
+        Ok(api::put_with(&self.peer, call, &Resize { desired_balloon: bytes })?)
+    }
+
+    fn balloon_bytes(&mut self) -> Result<u64, Error> {
+        let info = self.info("telling the size of its balloon", ANSWER_LIMIT)?;
+        Ok(self.memory_bytes.saturating_sub(info.memory_actual_size))
+    }
+
+    fn give_vsock(&mut self, owner: Owner) -> Result<(), Error> {
+        let Some(vsock) = &mut self.vsock else { return Ok(()) };
+        let before = std::mem::replace(&mut vsock.owner, owner);
+        vsock::give(vsock, Some(before))
     }
 
     fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error> {

@@ -24,6 +24,7 @@ mod restore_mode;
 mod told;
 mod version;
 mod view;
+mod vsock;
 
 use std::path::{Path, PathBuf};
 
@@ -129,6 +130,10 @@ impl Vmm for CloudHypervisor {
     fn identity_of(&self, process: &Process) -> Result<Arc<VmmIdentity>, Error> {
         let running = self.program.running_as(process);
         running.identity(|version, digest| self.describe(version, digest))
+    }
+
+    fn has_vsock(&self) -> bool {
+        true
     }
 
     fn lacks(&self, version: &str) -> Vec<&'static str> {

@@ -169,13 +169,16 @@ impl Arguments {
             "-device",
             format!("virtio-rng-device,rng=entropy,bus=virtio-mmio-bus.{ENTROPY_TRANSPORT}"),
         );
-        self.add(
-            "-device",
-            format!(
-                "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on,\
-                 bus=virtio-mmio-bus.{BALLOON_TRANSPORT}"
-            ),
-        );
+        // Without one its transport stays free, so that nothing else has another place.
+        if plan.balloon {
+            self.add(
+                "-device",
+                format!(
+                    "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on,\
+                     bus=virtio-mmio-bus.{BALLOON_TRANSPORT}"
+                ),
+            );
+        }
     }
 }
 

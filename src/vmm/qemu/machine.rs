@@ -16,6 +16,7 @@ use super::{
     qmp::{ANSWER_LIMIT, CONNECT_LIMIT, Migration, Qmp},
 };
 use crate::{
+    sandbox::Owner,
     sync::Arc,
     sys::{
         clock::{self, Deadline},
@@ -54,6 +55,7 @@ const FIRMWARE_LOOK: Duration = Duration::from_millis(2);
 pub(super) struct QemuMachine {
     peer: Peer,
     runtime_dir: PathBuf,
+    memory_bytes: u64,
     /// Whether it was told to save since it last ran, as far as we know.
     saved: bool,
     /// Whether it was seen outside of its firmware, to which it never returns.
@@ -102,6 +104,7 @@ impl QemuMachine {
         Ok(Self {
             peer: Peer { process, socket, last_words },
             runtime_dir: plan.runtime_dir.clone(),
+            memory_bytes: plan.memory_bytes,
             saved: false,
             // A pause waits for the firmware, so no snapshot is of it, but of a machine that
             // never leaves it.
@@ -121,8 +124,8 @@ impl QemuMachine {
         };
         Qmp::open(&peer, "being adopted", CONNECT_LIMIT)?;
         // An earlier daemon may have died in the middle of a save.
-        let runtime_dir = plan.runtime_dir.clone();
-        Ok(Self { peer, runtime_dir, saved: true, is_past_firmware: false })
+        let (runtime_dir, memory_bytes) = (plan.runtime_dir.clone(), plan.memory_bytes);
+        Ok(Self { peer, runtime_dir, memory_bytes, saved: true, is_past_firmware: false })
     }
 
     /// Waits until QEMU has made the machine and takes commands.
@@ -279,6 +282,29 @@ impl Machine for QemuMachine {
 
     fn lacks(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    fn set_balloon(&mut self, bytes: u64) -> Result<(), Error> {
+        // It is told what is to be left to the guest, and says no to nothing at all.
+        let left = self.memory_bytes.saturating_sub(bytes);
+        let mut qmp = self.open("resizing its balloon")?;
+        qmp.run("balloon", &json!({ "value": left }), ANSWER_LIMIT)?;
+        Ok(())
+    }
+
+    fn balloon_bytes(&mut self) -> Result<u64, Error> {
+        const COMMAND: &str = "query-balloon";
+        let mut qmp = self.open("telling the size of its balloon")?;
+        let answer = qmp.run(COMMAND, &Value::Null, ANSWER_LIMIT)?;
+        let left = answer["actual"].as_u64().ok_or_else(|| Error::Nonsense {
+            command: COMMAND.to_owned(),
+            said: answer.to_string(),
+        })?;
+        Ok(self.memory_bytes.saturating_sub(left))
+    }
+
+    fn give_vsock(&mut self, _: Owner) -> Result<(), Error> {
+        Ok(())
     }
 
     fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error> {

@@ -114,6 +114,12 @@ impl Vmm for Qemu {
         running.identity(|version, digest| self.describe(version, digest))
     }
 
+    fn has_vsock(&self) -> bool {
+        // It has none of its own: vhost-vsock is the host kernel's, with one address for
+        // each guest on it.
+        false
+    }
+
     fn lacks(&self, _: &str) -> Vec<&'static str> {
         match self.accelerator {
             Accelerator::Kvm => Vec::new(),

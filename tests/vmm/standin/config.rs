@@ -263,6 +263,11 @@ impl VmConfig {
             let said = format!("Balloon size ({}) greater than RAM ({ram})", balloon.size);
             return refused(&said);
         }
+        if let Some(vsock) = &self.vsock
+            && [u32::MAX, 0, 1, 2].contains(&vsock.cid)
+        {
+            return refused(&format!("{} is a special VSOCK CID", vsock.cid));
+        }
         for rule in self.landlock_rules.iter().flatten() {
             if !rule.path.exists() {
                 let path = &rule.path;

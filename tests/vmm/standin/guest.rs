@@ -97,6 +97,19 @@ struct Control {
     registers: Registers,
 }
 
+/// Tells whether a guest runs.
+#[derive(Debug, Clone)]
+pub(crate) struct Awake(Arc<Shared>);
+
+impl Awake {
+    /// Waits until the guest runs, or is no more.
+    pub(crate) fn wait(&self) {
+        let control = self.0.control.lock().expect("the CPU does not panic");
+        let asleep = |control: &mut Control| !control.running && !control.ended;
+        drop(self.0.changed.wait_while(control, asleep).expect("nobody panics with it"));
+    }
+}
+
 /// What the CPU's thread works with.
 struct Machine {
     shared: Arc<Shared>,
@@ -178,6 +191,11 @@ impl Guest {
     pub(crate) fn set_running(&self, running: bool) {
         self.shared.control.lock().expect("the CPU does not panic").running = running;
         self.shared.changed.notify_all();
+    }
+
+    /// Returns what tells whether it runs.
+    pub(crate) fn awake(&self) -> Awake {
+        Awake(Arc::clone(&self.shared))
     }
 
     /// Returns what is not in memory.

@@ -26,6 +26,7 @@ mod server;
 mod snapshot;
 mod vm;
 mod vmm;
+mod vsock;
 
 use std::{
     io::{self, Write},

@@ -1,10 +1,9 @@
 //! A VM: its guest, its devices, and the state it is in.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     io::Read,
-    os::unix::net::UnixListener,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -17,13 +16,14 @@ use rustix::fs::{FlockOperation, fcntl_lock};
 
 use crate::{
     api::stall,
-    config::{Disk, ImageType, Payload, VmConfig, Vsock},
+    config::{Disk, ImageType, Payload, VmConfig},
     failure::{Failure, Within},
     guest::{Guest, Registers},
     knobs::Knobs,
     memory::{Memory, copy_dense},
     serial::Serial,
     server::Waker,
+    vsock::Vsock,
 };
 
 /// How much is loaded at a time of what nobody demands.
@@ -60,7 +60,7 @@ pub(crate) struct Vm {
     pub(crate) memory: Arc<Memory>,
     serial: Arc<Serial>,
     disks: Vec<(Disk, File)>,
-    vsock: Option<(UnixListener, PathBuf)>,
+    vsock: Option<Vsock>,
     /// Whether memory is still being filled behind the guest.
     pub(crate) filling: Arc<AtomicBool>,
 }
@@ -86,12 +86,15 @@ impl Vm {
                 knobs.note(&format!("TAP {tap}"));
             }
         }
-        let vsock = config.vsock.as_ref().map(listen).transpose();
+        let vsock = config.vsock.as_ref().map(Vsock::listen).transpose();
         let vsock = vsock.within("Error from device manager")?;
         let memory = Arc::new(memory);
         let reports = config.balloon.as_ref().is_some_and(|balloon| balloon.free_page_reporting);
         let (its_memory, port) = (Arc::clone(&memory), Arc::clone(&serial));
         let guest = Guest::new(registers, its_memory, port, waker, reports)?;
+        if let Some(vsock) = &vsock {
+            vsock.serve(&guest.awake())?;
+        }
         let filling = Arc::new(AtomicBool::new(false));
         Ok(Self { state, guest, memory, serial, disks, vsock, filling })
     }
@@ -146,8 +149,8 @@ impl Vm {
     pub(crate) fn shut_down(self) {
         self.guest.set_running(false);
         self.serial.close();
-        if let Some((_, path)) = self.vsock {
-            fs::remove_file(path).ok();
+        if let Some(vsock) = self.vsock {
+            vsock.remove();
         }
     }
 }
@@ -179,11 +182,4 @@ fn open_disk(disk: &Disk) -> Result<(Disk, File), Failure> {
             Err(Failure::new("the stand-in has raw images only").within("Cannot open disk path"))
         }
     }
-}
-
-fn listen(vsock: &Vsock) -> Result<(UnixListener, PathBuf), Failure> {
-    let listener = UnixListener::bind(&vsock.socket)
-        .within("Error binding to the host-side Unix socket")
-        .within("Cannot create virtio-vsock backend")?;
-    Ok((listener, vsock.socket.clone()))
 }

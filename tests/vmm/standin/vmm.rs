@@ -87,6 +87,16 @@ impl Vmm {
         let options = Options::read(payload.cmdline.as_deref().unwrap_or_default());
         let balloon = config.balloon.as_ref().map_or(0, |balloon| balloon.size);
         let registers = Registers::at_boot(options, balloon);
+        if let Some(dir) = config.vsock.as_ref().and_then(|vsock| vsock.socket.parent())
+            && dir.exists()
+        {
+            // One that was made after it confined itself is covered by no rule.
+            self.confinement
+                .check_write(dir)
+                .within("Error binding to the host-side Unix socket")
+                .within("Cannot create virtio-vsock backend")
+                .within("Error from device manager")?;
+        }
         let around = (&self.knobs, self.waker.clone());
         let vm = Vm::make(config, memory, registers, VmState::Created, serial, around)?;
         // What fails from here on leaves a VM that can be neither booted nor made again.

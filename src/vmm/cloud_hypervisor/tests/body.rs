@@ -41,6 +41,35 @@ fn a_machine_is_described_by_what_its_plan_says_and_no_more() {
 }
 
 #[test]
+fn a_machine_without_a_balloon_is_described_without_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let plan = Plan { balloon: false, ..plan(&dir) };
+    let config = VmConfig::new(&plan, None, version("53.0"), None);
+    assert_eq!(serde_json::to_value(&config).unwrap().get("balloon"), None);
+}
+
+#[test]
+fn a_vsock_is_described_and_loaded_where_it_is_today() {
+    let dir = tempfile::tempdir().unwrap();
+    let vsock = PlannedVsock::new(Path::new("/run/d/7"), Owner { uid: 7, gid: 7 });
+    let plan = Plan { vsock: Some(vsock), disks: Vec::new(), ..plan(&dir) };
+    let config = VmConfig::new(&plan, None, version("53.0"), None);
+    let described = serde_json::to_value(&config).unwrap()["vsock"].clone();
+    assert_eq!(described, json!({ "cid": 3, "socket": "/proc/self/fd/201/vsock/vsock.sock" }));
+
+    let mut saved = json!({ "vsock": { "cid": 3, "id": "_vsock0", "socket": "/old" } });
+    let without = Plan { vsock: None, ..plan.clone() };
+    for (config, plan) in [(&mut saved.clone(), &without), (&mut json!({}), &plan)] {
+        let said = adapt(config, plan, None, None).unwrap_err();
+        assert!(said.contains("only one has a vsock"), "{said}");
+    }
+    adapt(&mut saved, &plan, None, None).unwrap();
+    let expected =
+        json!({ "cid": 3, "id": "_vsock0", "socket": "/proc/self/fd/201/vsock/vsock.sock" });
+    assert_eq!(saved["vsock"], expected);
+}
+
+#[test]
 fn memory_in_a_file_is_a_piece_of_its_own_and_nothing_else_is_memory() {
     let dir = tempfile::tempdir().unwrap();
     let file = Path::new("/proc/self/fd/7");

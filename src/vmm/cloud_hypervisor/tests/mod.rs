@@ -9,7 +9,11 @@ use std::{fs, time::Duration};
 use tempfile::TempDir;
 
 use super::*;
-use crate::{sys::cancel::Cancel, vmm::PlannedDisk};
+use crate::{
+    sandbox::Owner,
+    sys::cancel::Cancel,
+    vmm::{PlannedDisk, PlannedVsock},
+};
 
 /// No wait of these tests is as long on any machine.
 const SOON: Duration = Duration::from_secs(60);
@@ -33,6 +37,8 @@ fn plan(dir: &TempDir) -> Plan {
             PlannedDisk { path: path("disk-0.img"), readonly: false },
             PlannedDisk { path: path("shared.img"), readonly: true },
         ],
+        balloon: true,
+        vsock: None,
         memory: path("memory"),
         runtime_dir: path("run"),
         console_log: path("console.log"),

@@ -1,6 +1,6 @@
 //! The counter guest, which tells when anything of it was lost.
 
-use std::{fs::File, sync::mpsc};
+use std::{ffi::OsString, fs::File, sync::mpsc};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
@@ -93,6 +93,22 @@ fn the_guest_counts_on_through_ten_sleeps() {
     machine.resume().unwrap();
     wait_for_count(&host, last_count(&host) + 3);
     assert_whole(&host);
+}
+
+#[test]
+fn without_a_balloon_everything_else_is_where_it_was() {
+    let mut host = counter_host("");
+    let disk = host.path("disk");
+    host.plan.disks = vec![PlannedDisk { path: disk, readonly: false }];
+    let arguments = |plan: &Plan| {
+        command_line::arguments(plan, Accelerator::Tcg, command_line::Beginning::Restore)
+    };
+    let mut with = arguments(&host.plan);
+    host.plan.balloon = false;
+    let is_balloon = |arg: &OsString| arg.to_string_lossy().contains("balloon");
+    let at = with.iter().position(is_balloon).unwrap();
+    assert_eq!(with.drain(at - 1..=at).next().unwrap(), "-device");
+    assert_eq!(arguments(&host.plan), with);
 }
 
 fn blake3_of(path: &Path) -> blake3::Hash {

@@ -88,3 +88,46 @@ fn memory_that_linux_gives_back_becomes_a_hole_in_the_file() {
     // Linux reports a part of what is free every two seconds.
     eventually("a hole", || (used() + 10_000_000 < before).then_some(()));
 }
+
+#[test]
+fn memory_that_a_balloon_takes_becomes_a_hole_in_the_file() {
+    const WANTED: u64 = 160 << 20;
+    let qemu = Qemu::find().unwrap();
+    let mut host = linux_host();
+    // Newer kernels give a page of a mapped file on ext4 or XFS the blocks of its neighbours
+    // too, so that there small holes are filled again; docs/qemu.md says more.
+    let tmpfs = tempfile::tempdir_in("/dev/shm").unwrap();
+    host.plan.memory = tmpfs.path().join("memory");
+    fs::write(&host.plan.memory, b"").unwrap();
+    let mut machine = qemu.boot(&host.plan).unwrap();
+    machine.resume().unwrap();
+    eventually("the guest", || host.console().contains("guest# ").then_some(()));
+    let used = || fs::metadata(&host.plan.memory).unwrap().blocks() * 512;
+    // What was read stays in the guest's page cache, which is not reported as free.
+    shell(&host, &mut *machine, "cat /dev/vda >/dev/null");
+    let before = used();
+    assert_eq!(machine.balloon_bytes().unwrap(), 0);
+    machine.set_balloon(WANTED).unwrap();
+    eventually("the balloon", || (machine.balloon_bytes().unwrap() == WANTED).then_some(()));
+    assert!(used() + (40 << 20) < before, "{} after {before}", used());
+    machine.set_balloon(0).unwrap();
+    eventually("the balloon", || (machine.balloon_bytes().unwrap() == 0).then_some(()));
+}
+
+#[test]
+fn a_balloon_that_is_not_there_is_neither_resized_nor_measured() {
+    let qemu = Qemu::find().unwrap();
+    let mut host = linux_host();
+    host.plan.balloon = false;
+    let mut machine = qemu.boot(&host.plan).unwrap();
+    for error in [machine.set_balloon(1 << 20).err(), machine.balloon_bytes().err()] {
+        let error = error.unwrap().to_string();
+        assert!(error.contains("balloon"), "{error}");
+    }
+    machine.resume().unwrap();
+    eventually("the guest", || host.console().contains("guest# ").then_some(()));
+    // The disks are where they are with one.
+    let said = shell(&host, &mut *machine, "grep data /proc/mounts; head -c 6 /dev/vdb");
+    assert!(said.contains("/dev/vda /data ext4 rw"), "{said}");
+    assert!(said.contains("second"), "{said}");
+}

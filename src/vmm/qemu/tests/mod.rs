@@ -70,6 +70,8 @@ impl Host {
             initramfs: None,
             cmdline: String::new(),
             disks: Vec::new(),
+            balloon: true,
+            vsock: None,
             memory: path("memory"),
             runtime_dir: path("run"),
             console_log: path("console.log"),
