@@ -85,21 +85,14 @@ impl BareCloud {
         let args = line.trim_end_matches('\0').split('\0').skip(1).map(str::to_owned).collect();
         let log = fs::read_link(format!("/proc/{pid}/fd/2"))?;
         let home = log.parent().ok_or("the log is nowhere")?.to_owned();
-        let row = home.file_name().ok_or("a sandbox's directory has a name")?;
-        let their_runtime = daemon.runtime().join(row);
 
         daemon.write(id, "state", "sleep")?;
         let (from, to) = (snapshot_in(&home)?, snapshot(&dir, 0));
         fs::create_dir(&to)?;
         for name in STATE_FILES {
-            // The configuration has the directories that it shuts itself in to.
-            let mut text = fs::read_to_string(from.join(name))?;
-            for (theirs, ours) in [(&home, &dir), (&their_runtime, &runtime)] {
-                let name = |path: &Path| path.to_str().map(str::to_owned).ok_or("not in UTF-8");
-                text = text.replace(&name(theirs)?, &name(ours)?);
-            }
-            fs::write(to.join(name), text)?;
+            fs::copy(from.join(name), to.join(name))?;
         }
+        shut_in(&to.join(STATE_FILES[0]), &[&dir, &runtime])?;
         copy_image(&from.join(MEMORY), &to.join(MEMORY_FILE), &Cancel::default())?;
         let (site, socket) = (Arc::clone(site), runtime.join("api.sock"));
         Ok(Self { site, program, args, dir, socket, count: 0, awake: None })
@@ -178,6 +171,17 @@ impl Script for BareCloud {
         process.wait(EXIT_LIMIT).ok_or("Cloud Hypervisor does not end")?;
         Ok(watch.elapsed())
     }
+}
+
+/// Has the machine of the configuration `file` shut itself in to `dirs`, if it does so.
+fn shut_in(file: &Path, dirs: &[&Path]) -> Result<()> {
+    let mut config: Value = serde_json::from_slice(&fs::read(file)?)?;
+    if config["landlock_enable"] == true {
+        let rule = |dir: &&Path| json!({ "path": dir, "access": "rw" });
+        config["landlock_rules"] = dirs.iter().map(rule).collect();
+    }
+    fs::write(file, config.to_string())?;
+    Ok(())
 }
 
 fn snapshot(dir: &Path, count: u64) -> PathBuf {
