@@ -14,6 +14,7 @@ use super::{
     command_line::{self, Beginning},
     console, firmware,
     qmp::{ANSWER_LIMIT, CONNECT_LIMIT, Migration, Qmp},
+    wall_clock,
 };
 use crate::{
     sandbox::Owner,
@@ -56,6 +57,7 @@ pub(super) struct QemuMachine {
     peer: Peer,
     runtime_dir: PathBuf,
     memory_bytes: u64,
+    vcpus: u8,
     /// Whether it was told to save since it last ran, as far as we know.
     saved: bool,
     /// Whether it was seen outside of its firmware, to which it never returns.
@@ -105,6 +107,7 @@ impl QemuMachine {
             peer: Peer { process, socket, last_words },
             runtime_dir: plan.runtime_dir.clone(),
             memory_bytes: plan.memory_bytes,
+            vcpus: plan.vcpus,
             saved: false,
             // A pause waits for the firmware, so no snapshot is of it, but of a machine that
             // never leaves it.
@@ -124,8 +127,15 @@ impl QemuMachine {
         };
         Qmp::open(&peer, "being adopted", CONNECT_LIMIT)?;
         // An earlier daemon may have died in the middle of a save.
-        let (runtime_dir, memory_bytes) = (plan.runtime_dir.clone(), plan.memory_bytes);
-        Ok(Self { peer, runtime_dir, memory_bytes, saved: true, is_past_firmware: false })
+        let runtime_dir = plan.runtime_dir.clone();
+        Ok(Self {
+            peer,
+            runtime_dir,
+            memory_bytes: plan.memory_bytes,
+            vcpus: plan.vcpus,
+            saved: true,
+            is_past_firmware: false,
+        })
     }
 
     /// Waits until QEMU has made the machine and takes commands.
@@ -177,6 +187,7 @@ impl QemuMachine {
         }
         let path = dir.join(STATE_FILE);
         let state = OpenOptions::new()
+            .read(true)
             .write(true)
             .create_new(true)
             .mode(0o600)
@@ -186,8 +197,32 @@ impl QemuMachine {
         let uri = json!({ "uri": format!("fd:{STATE_FD}") });
         qmp.run(COMMAND, &uri, ANSWER_LIMIT)?;
         match qmp.wait_for_migration(COMMAND, STATE_LIMIT)? {
-            Migration::Completed => Ok(()),
+            Migration::Completed => self.keep_from_changing(&mut qmp, &state, &path),
             Migration::Failed | Migration::Underway => Err(refusal(&mut qmp, COMMAND)),
+        }
+    }
+
+    /// Makes the state that was saved fit memory that must not change when it is loaded.
+    fn keep_from_changing(
+        &self,
+        qmp: &mut Qmp<'_>,
+        state: &File,
+        path: &Path,
+    ) -> Result<(), Error> {
+        let stream =
+            wall_clock::read(state).map_err(host(format!("reading {}", path.display())))?;
+        match wall_clock::places(&stream, self.vcpus) {
+            Ok(places) => wall_clock::forget(state, &stream, &places)
+                .map_err(host(format!("writing {}", path.display()))),
+            Err(why) if may_use_kvm(qmp) => Err(Error::Nonsense {
+                command: "migrate".to_owned(),
+                said: format!(
+                    "what it wrote of its CPUs is not as known ({why}); use another version of \
+                     QEMU, or vmm = \"cloud-hypervisor\""
+                ),
+            }),
+            // Nobody writes a wall clock, so none has to be forgotten.
+            Err(_) => Ok(()),
         }
     }
 
@@ -341,7 +376,13 @@ fn refusal(qmp: &mut Qmp<'_>, command: &str) -> Error {
     }
 }
 
-/// Ends a migration that is still under way, so that the machine can be resumed.
+/// Says whether guests of this QEMU are run by KVM. The process may have been started by
+/// an earlier daemon, on a host that was another then. Who does not say so is taken to be.
+fn may_use_kvm(qmp: &mut Qmp<'_>) -> bool {
+    let told = qmp.run("query-kvm", &Value::Null, ANSWER_LIMIT);
+    told.map_or(true, |answer| answer["enabled"] != json!(false))
+}
+
 /// Says whether the first CPU of a paused machine executes firmware.
 fn is_in_firmware(qmp: &mut Qmp<'_>) -> Result<bool, Error> {
     let command = json!({ "command-line": "info registers" });
@@ -349,6 +390,7 @@ fn is_in_firmware(qmp: &mut Qmp<'_>) -> Result<bool, Error> {
     Ok(told.as_str().and_then(firmware::is_firmware).unwrap_or(false))
 }
 
+/// Ends a migration that is still under way, so that the machine can be resumed.
 fn call_off_migration(qmp: &mut Qmp<'_>) -> Result<(), Error> {
     const COMMAND: &str = "migrate_cancel";
     let deadline = Deadline::after(SETTLE_LIMIT);

@@ -16,6 +16,7 @@ mod console;
 mod firmware;
 mod machine;
 mod qmp;
+mod wall_clock;
 
 use std::path::{Path, PathBuf};
 

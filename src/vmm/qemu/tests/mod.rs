@@ -4,6 +4,7 @@
 mod counter;
 mod linux;
 mod scripted;
+mod wall_clock;
 
 use std::{
     fs, io,

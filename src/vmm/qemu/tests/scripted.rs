@@ -190,6 +190,63 @@ fn a_resume_calls_off_what_a_dead_daemon_was_saving() {
     actor.join().unwrap();
 }
 
+/// Saves by a QEMU that writes nothing, and then answers so when it is asked for KVM.
+fn save_nothing(told_of_kvm: &'static str, after: Vec<Vec<Act>>) -> (Host, Result<(), Error>) {
+    let host = Host::new();
+    let acts = [
+        INTRODUCTION.as_slice(),
+        &[Hear("query-status"), Say(r#"{"return": {"running": false, "status": "paused"}}"#)],
+        &[Hear("getfd"), Say(OK), Hear("migrate"), Say(OK)],
+        &[Say(r#"{"event": "MIGRATION", "data": {"status": "completed"}}"#)],
+        &[Hear(r#"{"execute":"query-kvm"}"#), Say(told_of_kvm), Hang],
+    ];
+    let scripts = [vec![INTRODUCTION.to_vec(), acts.concat()], after].concat();
+    let actor = act(&host, scripts);
+    let qemu = Qemu::find().unwrap();
+    let mut machine = qemu.adopt(&host.plan, stand_in(&host)).unwrap();
+    let saved = machine.save(&host.snapshot_dir("snapshot"));
+    if saved.is_err() {
+        machine.resume().unwrap();
+    }
+    actor.join().unwrap();
+    (host, saved)
+}
+
+#[test]
+fn a_state_of_another_form_is_no_snapshot_with_kvm_and_the_guest_runs_on() {
+    let over = [Hear("query-migrate"), Say(r#"{"return": {"status": "completed"}}"#), Hang];
+    let resume = [
+        Hear("query-status"),
+        Say(r#"{"return": {"running": false, "status": "postmigrate"}}"#),
+        Hear("cont"),
+        Say(OK),
+        Hang,
+    ];
+    let told = [
+        r#"{"return": {"enabled": true, "present": true}}"#,
+        r#"{"return": {}}"#,
+        r#"{"error": {"class": "CommandNotFound", "desc": "The command is not there"}}"#,
+    ];
+    for told in told {
+        let after = [over.as_slice(), &resume].map(|acts| [&INTRODUCTION, acts].concat());
+        let (_host, saved) = save_nothing(told, after.to_vec());
+        assert_eq!(
+            saved.unwrap_err().to_string(),
+            "the VMM's answer to migrate makes no sense: what it wrote of its CPUs is not as known \
+             (no description at its end); use another version of QEMU, or \
+             vmm = \"cloud-hypervisor\""
+        );
+    }
+}
+
+#[test]
+fn a_state_of_another_form_is_good_enough_without_kvm() {
+    let (host, saved) =
+        save_nothing(r#"{"return": {"enabled": false, "present": true}}"#, Vec::new());
+    saved.unwrap();
+    assert!(host.path("snapshot/vmstate").exists());
+}
+
 #[test]
 fn a_vmm_that_never_answers_is_ended_when_the_work_is_called_off() {
     let host = Host::new();
