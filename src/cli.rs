@@ -8,7 +8,10 @@ use std::{env, ffi::OsString, path::PathBuf};
 use clap::{Args, Parser, Subcommand, builder::PossibleValuesParser, builder::TypedValueParser};
 use tracing::level_filters::LevelFilter;
 
-use crate::config::{Config, ConfigError};
+use crate::{
+    config::{Config, ConfigError},
+    sys::mount::Device,
+};
 
 /// What the program is to do.
 #[derive(Debug)]
@@ -19,6 +22,13 @@ pub enum Task {
         config: Config,
         /// What it is to say.
         log: Log,
+    },
+    /// Tell inotify of the daemon's changes.
+    Announce {
+        /// Where the tree is mounted.
+        mount: PathBuf,
+        /// The number of its device.
+        device: Device,
     },
     /// Look at the host.
     Doctor {
@@ -95,6 +105,9 @@ enum Command {
         #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = level_parser())]
         log: LevelFilter,
     },
+    /// Tell inotify of changes; the daemon starts this itself
+    #[command(hide = true)]
+    Announce { mount: PathBuf, device: Device },
     /// Say what this host can do, and how to mend the rest
     Doctor {
         #[command(flatten)]
@@ -129,6 +142,7 @@ fn read(
         Command::Run { config, log } => {
             Ok(Task::Run { config: config.load()?, log: Log { level: log, journal } })
         }
+        Command::Announce { mount, device } => Ok(Task::Announce { mount, device }),
         Command::Doctor { config } => Ok(Task::Doctor { config: config.load()? }),
     }
 }
@@ -181,6 +195,19 @@ mod tests {
         let error = task(&format!("{run} --log loud")).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains("error, warn, info, debug, trace"));
+    }
+
+    #[test]
+    fn the_announcer_is_told_its_mount_and_device_and_users_are_not_told_of_it() {
+        let Ok(Task::Announce { mount, device }) = task("dozed announce /m 0:41") else {
+            panic!("it is not read");
+        };
+        assert_eq!((mount, device), ("/m".into(), Device { major: 0, minor: 41 }));
+        for bad in ["41", "0:", "0:x", ":41"] {
+            let error = task(&format!("dozed announce /m {bad}")).unwrap_err();
+            assert!(error.to_string().contains("MAJOR:MINOR"), "{error}");
+        }
+        assert!(!task("dozed --help").unwrap_err().to_string().contains("announce"));
     }
 
     #[test]

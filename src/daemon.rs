@@ -24,6 +24,7 @@ use crate::{
     fuse::{FS_NAME, Mounted},
     index::{self, Index},
     lifecycle::{Lifecycle, Parts, Settings, chain},
+    notify::{self, Program},
     reaper::Reaper,
     sandbox::VmmChoice,
     sync::Arc,
@@ -31,7 +32,8 @@ use crate::{
         clock::{Clock, ClockBasis, HostClock},
         files::{LockFile, lock_file, lock_holder, make_private_dir},
         host::is_root,
-        kvm, mount,
+        kvm,
+        mount::{self, Device},
         pool::Pool,
         process::reserve_places,
     },
@@ -46,6 +48,8 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(60);
 const SERVING_LOOK: Duration = Duration::from_secs(1);
 /// Where the index keeps the basis of its time line.
 const CLOCK_KEY: &str = "clock";
+/// The subcommand by which we start ourselves as the announcer.
+const ANNOUNCE: &str = "announce";
 
 /// Why the daemon did not run, or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -151,7 +155,8 @@ pub fn run(config: Config) -> Result<(), Error> {
     );
 
     let tree = Arc::new(Tree::new(Arc::clone(&lifecycle)).map_err(bad_index)?);
-    let mounted = Mounted::mount(tree, &config.mount, Arc::clone(&pool))
+    let announcing = Some(announcer());
+    let mounted = Mounted::mount(tree, &config.mount, Arc::clone(&pool), announcing)
         .map_err(host(format!("mounting {}", config.mount.display())))?;
     let reaper =
         Reaper::start(Arc::clone(&lifecycle), config.reaper.tick, config.reaper.concurrency)
@@ -201,7 +206,10 @@ fn take_directories(config: &Config) -> Result<Vec<LockFile>, Error> {
 /// Makes the mount point, and takes away what a daemon that was killed left mounted.
 fn clear_mount_point(dir: &Path) -> Result<(), Error> {
     let looking = || format!("looking at the mount point {}", dir.display());
-    let dir = &without_links(dir).map_err(host(looking()))?;
+    if let Some(above) = dir.parent() {
+        std::fs::create_dir_all(above).map_err(host(looking()))?;
+    }
+    let dir = &mount::without_links(dir).map_err(host(looking()))?;
     while let Some(found) = mount::mounted_at(dir).map_err(host(looking()))? {
         // The type has no subtype where the mount was made without fusermount.
         let ours = found.source == FS_NAME && found.fs_type.as_encoded_bytes().starts_with(b"fuse");
@@ -223,14 +231,18 @@ fn clear_mount_point(dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Returns the path without links above `dir`, as the kernel lists mounts by it. `dir`
-/// itself is not touched: a mount there whose server is dead would not answer.
-fn without_links(dir: &Path) -> io::Result<PathBuf> {
-    let (Some(above), Some(name)) = (dir.parent(), dir.file_name()) else {
-        return Ok(dir.to_owned());
-    };
-    std::fs::create_dir_all(above)?;
-    Ok(above.canonicalize()?.join(name))
+/// Returns the program that tells inotify of changes: this one, also after another was
+/// put in its place.
+fn announcer() -> Program {
+    Program { path: "/proc/self/exe".into(), args: vec![ANNOUNCE.into()] }
+}
+
+/// Runs the process that tells inotify of changes, until its daemon is gone.
+///
+/// # Errors
+/// Where it was not started by a daemon, or that does not know it.
+pub fn announce(mount: PathBuf, device: Device) -> io::Result<()> {
+    notify::announce(mount, device)
 }
 
 /// Goes on with the time line of the index.

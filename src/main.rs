@@ -32,6 +32,10 @@ fn main() -> ExitCode {
                 Err(error) => fail(&error, FAILURE_EXIT),
             }
         }
+        Ok(Task::Announce { mount, device }) => match daemon::announce(mount, device) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error, FAILURE_EXIT),
+        },
         Ok(Task::Doctor { config }) => {
             let report = doctor::examine(&config);
             let printed = write!(io::stdout(), "{report}");

@@ -2,12 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
 use dozed::{
     config::Config,
     lifecycle::Signals,
-    sandbox::{Owner, Period, Record, RowId, Spec, State, Timestamp},
+    notify::{Event, News, View, What},
+    sandbox::{Actor, Cause, Owner, Period, Record, RowId, Spec, State, Timestamp},
     tree::{BadCommand, DaemonFacts, DaemonFile, Facts, File, Verb, verb},
 };
 
@@ -153,6 +154,98 @@ fn each_key_of_the_tables_is_listed_in_order() {
         assert_eq!(quoted(&row[0]), [*file]);
         assert_eq!(quoted(&row[1]), keys(table), "{file}");
     }
+}
+
+fn actor() -> Actor {
+    Actor { pid: Some(1), command: Some("sh".into()), uid: 0 }
+}
+
+fn event(what: What) -> Event {
+    Event {
+        time: jiff::Timestamp::UNIX_EPOCH,
+        row: RowId(1),
+        id: "web-1".parse().unwrap(),
+        owner: Owner { uid: 0, gid: 0 },
+        generation: 1,
+        what,
+        cause: Cause::Write(actor()),
+    }
+}
+
+/// Returns the lines of every kind of event, each with all keys that it can have.
+fn lines() -> Vec<String> {
+    let stepped = What::Stepped {
+        from: State::Snapshotting,
+        to: State::Snapshotted,
+        lasted: Duration::ZERO,
+        took: Some(Duration::ZERO),
+        snapshot_bytes: Some(0),
+        error: Some("so".into()),
+    };
+    let kinds = [What::Created, stepped, What::Failed { error: "so".into() }, What::Deleted];
+    let mut lines: Vec<String> = kinds.map(|what| event(what).line()).to_vec();
+    let news = News::default();
+    let slow = news.log().open(View::Sandbox(RowId(1)));
+    let now = jiff::Timestamp::UNIX_EPOCH;
+    news.tell(&event(What::Created));
+    let read = slow.read(0, 1 << 20, now).len() as u64;
+    (0..5000).for_each(|_| news.tell(&event(What::Created)));
+    let gap = slow.read(read, 1 << 20, now);
+    let gap = String::from_utf8(gap).unwrap();
+    lines.push(gap.lines().next().unwrap().to_owned());
+    lines
+}
+
+#[test]
+fn each_kind_of_event_is_listed_with_its_keys() {
+    let text = document("docs/events.md");
+    let rows = rows(&text, "The kinds");
+    let lines = lines();
+    assert_eq!(rows.len(), lines.len());
+    let mut all = BTreeSet::new();
+    for (row, line) in rows.iter().zip(&lines) {
+        let object: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(line).unwrap();
+        assert_eq!(quoted(&row[0]), [object["event"].as_str().unwrap()]);
+        let keys: BTreeSet<&str> = object.keys().map(String::as_str).collect();
+        let listed = quoted(&row[2]);
+        assert_eq!(listed.iter().copied().collect::<BTreeSet<_>>(), keys, "{line}");
+        // In the order in which the line has them.
+        let places = listed.iter().map(|key| line.find(&format!("\"{key}\":")).unwrap());
+        assert!(places.is_sorted(), "{line}");
+        assert_eq!(object["v"], dozed::notify::VERSION);
+        all.extend(object.keys().cloned());
+    }
+    let explained = self::rows(&text, "The keys");
+    let explained = explained.iter().flat_map(|row| quoted(&row[0])).map(str::to_owned);
+    assert_eq!(explained.collect::<BTreeSet<_>>(), all);
+}
+
+#[test]
+fn each_cause_is_listed() {
+    let text = document("docs/events.md");
+    let rows = rows(&text, "The causes");
+    let listed: Vec<&str> = rows.iter().map(|row| quoted(&row[0])[0]).collect();
+    let there = [
+        Cause::Write(actor()),
+        Cause::Hold(actor()),
+        Cause::Mkdir(actor()),
+        Cause::Rmdir(actor()),
+        Cause::Idle,
+        Cause::Stale,
+        Cause::GuestExit,
+        Cause::Reconcile,
+    ];
+    assert_eq!(listed, there.each_ref().map(Cause::word));
+    // A new one stops the build here.
+    let (Cause::Write(_)
+    | Cause::Hold(_)
+    | Cause::Mkdir(_)
+    | Cause::Rmdir(_)
+    | Cause::Idle
+    | Cause::Stale
+    | Cause::GuestExit
+    | Cause::Reconcile) = &there[0];
 }
 
 fn record() -> Record {

@@ -17,6 +17,7 @@ mod report;
 mod restart;
 mod roads;
 mod site;
+mod watching;
 
 use std::{
     env,
@@ -40,12 +41,13 @@ type Measure = fn(&Bench) -> Result<Vec<Line>>;
 
 /// All rows. The tick comes last: its million rows leave this process large, and a large
 /// process is slow to fork, which would be held against the bare VMM.
-const ROWS: [(&[&str], Measure); 9] = [
+const ROWS: [(&[&str], Measure); 10] = [
     (&["cat-state"], looking::cat_state),
     (&["wake", "sleep"], roads::one),
     (&["large"], roads::large),
     (&["cloud-wake", "cloud-sleep", "cloud-large"], roads::cloud),
     (&["no-op"], looking::no_op),
+    (&["watch"], watching::watch),
     (&["memory"], filled::memory),
     (&["crowd"], roads::crowd),
     (&["restart"], restart::restart),
@@ -56,8 +58,8 @@ const HELP: &str = "\
 usage: scripts/bench [--quick] [--cloud-hypervisor PATH] [ROW ...]
 
 Measures the figures of docs/performance.md; without a ROW, all of them.
-Rows: cat-state wake sleep large cloud-wake cloud-sleep cloud-large no-op memory crowd
-      restart tick
+Rows: cat-state wake sleep large cloud-wake cloud-sleep cloud-large no-op watch memory
+      crowd restart tick
 
   --quick                   fewer rounds, smaller numbers
   --cloud-hypervisor PATH   the program for the rows cloud-*, which otherwise are of the

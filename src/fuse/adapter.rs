@@ -16,16 +16,20 @@ use fuser::{
 };
 
 use super::{
+    ghosts,
+    polls::{self, Polls},
     translate::{
         BLOCK_BYTES, attr_ttl, caller, caught, file_attr, give, is_nonblocking, node, number,
         reply_attr, reply_entry, reply_opened, reply_written,
     },
-    waiting::{Once, Waiting},
+    waiting::{AnnouncedWrite, Once, Waiting},
 };
 use crate::{
+    notify::News,
+    sandbox::RowId,
     sync::Arc,
-    sys::pool::Pool,
-    tree::{Access, AttrChange, Errno, Job, Opened, Tree, Written},
+    sys::{growth::GrowthWatch, pool::Pool},
+    tree::{Access, AttrChange, Errno, File, Job, Node, Opened, Tree, Written},
 };
 
 /// The largest write. A document is smaller; a larger one arrives whole, to be refused.
@@ -37,13 +41,25 @@ const REMOVE_WAIT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Adapter {
     tree: Arc<Tree>,
+    news: Arc<News>,
     pool: Arc<Pool>,
     waiting: Arc<Waiting>,
+    polls: Arc<Polls>,
+    consoles: GrowthWatch,
 }
 
 impl Adapter {
-    pub(super) fn new(tree: Arc<Tree>, pool: Arc<Pool>, waiting: Arc<Waiting>) -> Self {
-        Self { tree, pool, waiting }
+    pub(super) fn new(
+        tree: Arc<Tree>,
+        pool: Arc<Pool>,
+        waiting: Arc<Waiting>,
+        polls: Arc<Polls>,
+    ) -> io::Result<Self> {
+        let news = Arc::clone(tree.news());
+        let woken = Arc::clone(&polls);
+        let consoles =
+            GrowthWatch::start(move |row| woken.wake(Node::File(RowId(row), File::Console)))?;
+        Ok(Self { tree, news, pool, waiting, polls, consoles })
     }
 
     /// Runs a call of the tree's; a panic in it is an EIO for this caller only.
@@ -69,6 +85,19 @@ impl Adapter {
         if let Err(full) = queued {
             tracing::warn!("{full}; one more is refused");
             give(&reply, &answer, Err(Number::EBUSY));
+        }
+    }
+}
+
+impl Adapter {
+    /// Has the pollers of a console woken when its guest prints. Before its first boot there
+    /// is nothing to watch; they are woken when it boots.
+    fn watch_console(&self, tree: &Tree, row: RowId) {
+        let Some(log) = tree.console_log(row) else { return };
+        if let Err(error) = self.consoles.watch(row.0, &log)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, "watching a console for a program that polls");
         }
     }
 }
@@ -110,8 +139,9 @@ impl Adapter {
         }
     }
 
-    fn write_later(&self, job: Job<usize>, tid: u32, reply: ReplyWrite) {
-        self.later_unless_signalled(job, tid, reply, reply_written, drop);
+    fn write_later(&self, job: Job<usize>, node: Node, tid: u32, reply: ReplyWrite) {
+        let reply = AnnouncedWrite::begin(node, &self.news, reply);
+        self.later_unless_signalled(job, tid, reply, AnnouncedWrite::give, drop);
     }
 
     fn open_later(&self, job: Job<u64>, tid: u32, reply: ReplyOpen) {
@@ -138,17 +168,33 @@ impl Filesystem for Adapter {
         Ok(())
     }
 
-    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        reply_entry(reply, self.call(|tree| tree.lookup(node(parent)?, name.as_bytes())));
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let name = name.as_bytes();
+        let found = self.call(|tree| tree.lookup(node(parent)?, name));
+        if found.as_ref().err().map(|errno| errno.code()) != Some(Number::ENOENT.code()) {
+            return reply_entry(reply, found);
+        }
+        let tid = request.pid();
+        if parent == INodeNo::ROOT && self.news.greet(name, tid) {
+            return reply.error(Number::EALREADY);
+        }
+        let ghost = self.call(|tree| ghosts::lookup(tree, tid, node(parent)?, name));
+        reply_entry(reply, ghost);
     }
 
-    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        reply_attr(reply, self.call(|tree| tree.attr(node(ino)?)));
+    fn getattr(&self, request: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        let caller = caller(request);
+        let attr = |tree: &Arc<Tree>| {
+            let node = node(ino)?;
+            tree.attr_for(node, caller)
+                .or_else(|errno| ghosts::attr(tree, caller.tid, node).map_err(|_| errno))
+        };
+        reply_attr(reply, self.call(attr));
     }
 
     fn setattr(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -164,11 +210,12 @@ impl Filesystem for Adapter {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        let caller = caller(request);
         let mode = mode.and_then(|mode| u16::try_from(mode & 0o7777).ok());
         let change = AttrChange { mode, uid, gid, mtime: mtime.is_some() };
         match self.call(|tree| {
             let node = node(ino)?;
-            let job = tree.set_attr(node, change)?;
+            let job = tree.set_attr(node, change, caller)?;
             Ok((job, tree.attr(node)?))
         }) {
             Ok((None, attr)) => reply_attr(reply, Ok(attr)),
@@ -193,8 +240,18 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let removal = match self.call(|tree| tree.remove_dir(node(parent)?, name.as_bytes())) {
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let caller = caller(request);
+        if self.news.is_announcer(caller.tid) {
+            // It must never be taken for a user, whatever the name means by now.
+            let removed = self.call(|tree| ghosts::remove_dir(tree, node(parent)?, name));
+            return match removed {
+                Ok(()) => reply.ok(),
+                Err(errno) => reply.error(errno),
+            };
+        }
+        let removed = self.call(|tree| tree.remove_dir(node(parent)?, name.as_bytes(), caller));
+        let removal = match removed {
             Ok(removal) => removal,
             Err(errno) => return reply.error(errno),
         };
@@ -277,10 +334,15 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let nonblocking = is_nonblocking(flags);
-        match self.call(|tree| Ok(tree.write(node(ino)?, handle.0, data, nonblocking))) {
-            Ok(Written::Now(result)) => reply_written(reply, result.map_err(number)),
-            Ok(Written::Later(job)) => self.write_later(job, request.pid(), reply),
-            Ok(Written::Started(len, job)) => {
+        let caller = caller(request);
+        let written = self.call(|tree| {
+            let node = node(ino)?;
+            Ok((node, tree.write(node, handle.0, data, nonblocking, caller)))
+        });
+        match written {
+            Ok((_, Written::Now(result))) => reply_written(reply, result.map_err(number)),
+            Ok((node, Written::Later(job))) => self.write_later(job, node, caller.tid, reply),
+            Ok((_, Written::Started(len, job))) => {
                 let started = self.pool.run(move || {
                     // Nobody waits for the result; `error` has it.
                     caught(job).ok();
@@ -304,13 +366,16 @@ impl Filesystem for Adapter {
     fn release(
         &self,
         _: &Request,
-        _: INodeNo,
+        ino: INodeNo,
         handle: FileHandle,
         _: OpenFlags,
         _: Option<LockOwner>,
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        if let Ok(node) = node(ino) {
+            self.polls.leave(node, handle.0);
+        }
         self.tree.close(handle.0);
         reply.ok();
     }
@@ -383,18 +448,31 @@ impl Filesystem for Adapter {
         reply.error(Number::ENOSYS);
     }
 
-    /// The kernel then takes every file for ready.
     fn poll(
         &self,
         _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        _: PollNotifier,
+        ino: INodeNo,
+        handle: FileHandle,
+        notifier: PollNotifier,
         _: PollEvents,
-        _: PollFlags,
+        flags: PollFlags,
         reply: ReplyPoll,
     ) {
-        reply.error(Number::ENOSYS);
+        let ready = self.call(|tree| {
+            let node = node(ino)?;
+            // First this, and then the look: what changes between them is not missed.
+            if flags.contains(PollFlags::FUSE_POLL_SCHEDULE_NOTIFY) {
+                self.polls.enter(node, handle.0, notifier);
+                if let Node::File(row, File::Console) = node {
+                    self.watch_console(tree, row);
+                }
+            }
+            Ok(tree.poll(node, handle.0))
+        });
+        match ready {
+            Ok(ready) => reply.poll(polls::events(ready)),
+            Err(errno) => reply.error(errno),
+        }
     }
 
     /// Programs that ask whether a file is a terminal come with this.
@@ -440,8 +518,13 @@ impl Filesystem for Adapter {
         reply.error(if regular { Number::EACCES } else { Number::EPERM });
     }
 
-    fn unlink(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        reply.error(Number::EPERM);
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let tid = request.pid();
+        let file = self.call(|tree| ghosts::lookup(tree, tid, node(parent)?, name.as_bytes()));
+        match file {
+            Ok(_) => reply.ok(),
+            Err(_) => reply.error(Number::EPERM),
+        }
     }
 
     fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &std::path::Path, reply: ReplyEntry) {

@@ -10,10 +10,14 @@
 //! Nothing in this process may make the kernel wait for the mount: no call into it, and
 //! no notification that takes a directory's lock, as to make it forget a name does. If
 //! the daemon is killed while a thread of its waits for such a lock, and whoever has it
-//! waits for the daemon, both wait for ever. So a name that the reaper deleted is
-//! remembered for at most a second, and is ENOENT or ENODEV to whoever uses it.
+//! waits for the daemon, both wait for ever. So inotify and the kernel's memory of names
+//! are told of changes by the announcer, a process of its own; see `notify`. What that
+//! does comes in here like anybody's request, and is answered without waiting.
 
 mod adapter;
+mod ghosts;
+mod polls;
+mod spots;
 mod translate;
 mod waiting;
 
@@ -25,12 +29,14 @@ use std::{
 
 use adapter::Adapter;
 use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
+use polls::Polls;
 use waiting::Waiting;
 
 use crate::{
+    notify::{Announcer, Program, Teller},
     sync::Arc,
     sys::{mount, pool::Pool},
-    tree::Tree,
+    tree::{File, Tree},
 };
 
 /// Threads that read requests. One would do for one client; a second keeps a long
@@ -46,14 +52,21 @@ pub struct Mounted {
     session: BackgroundSession,
     waiting: Arc<Waiting>,
     watcher: JoinHandle<()>,
+    teller: Teller,
 }
 
 impl Mounted {
-    /// Mounts the tree.
+    /// Mounts the tree. Without a program that announces, inotify is told only of what comes
+    /// through the mount.
     ///
     /// # Errors
     /// Where the kernel or the mount point does not let us.
-    pub fn mount(tree: Arc<Tree>, mount: &Path, pool: Arc<Pool>) -> io::Result<Self> {
+    pub fn mount(
+        tree: Arc<Tree>,
+        mount: &Path,
+        pool: Arc<Pool>,
+        announcing: Option<Program>,
+    ) -> io::Result<Self> {
         let (waiting, watcher) = Waiting::start()?;
         let mut config = Config::default();
         config.acl = SessionACL::All;
@@ -66,9 +79,13 @@ impl Mounted {
             MountOption::NoDev,
             MountOption::NoExec,
         ];
-        let adapter = Adapter::new(tree, pool, Arc::clone(&waiting));
+        let (news, polls) = (Arc::clone(tree.news()), Arc::new(Polls::default()));
+        let adapter = Adapter::new(tree, pool, Arc::clone(&waiting), Arc::clone(&polls))?;
         let session = Session::new(adapter, mount, &config)?.spawn()?;
-        Ok(Self { mount: mount.to_owned(), session, waiting, watcher })
+        let announcer = announcing.map(|program| announcer(program, mount)).transpose()?;
+        let wake = move |spot| spots::polled(spot).for_each(|node| polls.wake(node));
+        let teller = Teller::start(news, announcer, wake, spots::locate)?;
+        Ok(Self { mount: mount.to_owned(), session, waiting, watcher, teller })
     }
 
     /// Says whether requests are still served; they are not once somebody unmounted it.
@@ -83,6 +100,8 @@ impl Mounted {
     /// Where the kernel does not let us.
     pub fn unmount(self) -> io::Result<()> {
         let serving = self.is_serving();
+        // It uses the mount, and what has happened is to be told before that ends.
+        self.teller.stop();
         let unmounted = self.session.umount_and_join().or_else(|error| {
             // Somebody has a file open in it, or stands in it: it goes when they do.
             tracing::info!(%error, "the mount is in use; detaching it");
@@ -94,4 +113,13 @@ impl Mounted {
         }
         unmounted
     }
+}
+
+/// Says what the announcer of the tree that was just mounted needs.
+fn announcer(program: Program, mount: &Path) -> io::Result<Announcer> {
+    // Without touching the mount: it is ours, and so must not be waited for.
+    let mount = mount::without_links(mount)?;
+    let mounted = mount::mounted_at(&mount)?.ok_or(io::ErrorKind::NotFound)?;
+    let files = File::ALL.map(File::name).to_vec();
+    Ok(Announcer { program, mount, device: mounted.device, files })
 }

@@ -7,9 +7,15 @@
 
 use std::{io, thread::JoinHandle, time::Duration};
 
+use fuser::{Errno, ReplyWrite};
+
+use super::translate::reply_written;
 use crate::{
+    notify::News,
+    sandbox::RowId,
     sync::{Arc, Condvar, Mutex, lock, wait, wait_while_within},
     sys::task::has_signal,
+    tree::{File, Node},
 };
 
 /// How often writers are looked at. Half of what the contract allows, and then half.
@@ -59,6 +65,36 @@ impl<R> Once<R> {
     /// Takes the answer, unless it was given.
     pub(super) fn take(&self) -> Option<R> {
         lock(&self.reply).take()
+    }
+}
+
+/// The answer of a write that the announcer knows of, if it is to a `state`.
+#[derive(Debug)]
+pub(super) struct AnnouncedWrite {
+    state_of: Option<RowId>,
+    news: Arc<News>,
+    reply: ReplyWrite,
+}
+
+impl AnnouncedWrite {
+    /// From now on the announcer leaves the file alone.
+    pub(super) fn begin(node: Node, news: &Arc<News>, reply: ReplyWrite) -> Self {
+        let state_of = match node {
+            Node::File(row, File::State) => Some(row),
+            Node::File(..) | Node::Root | Node::Daemon(_) | Node::Dir(_) => None,
+        };
+        if let Some(row) = state_of {
+            news.writing(row);
+        }
+        Self { state_of, news: Arc::clone(news), reply }
+    }
+
+    /// Answers, after which it is known who tells of what has changed meanwhile.
+    pub(super) fn give(self, result: Result<usize, Errno>) {
+        if let Some(row) = self.state_of {
+            self.news.wrote(row, result.is_ok());
+        }
+        reply_written(self.reply, result);
     }
 }
 

@@ -6,10 +6,10 @@ use std::{
     time::Duration,
 };
 
-use super::{Entry, Error, Lifecycle};
+use super::{Entry, Error, Held, Lifecycle};
 use crate::{
     index::{self, NewSandbox},
-    sandbox::{Owner, RowId, SandboxId},
+    sandbox::{Cause, Owner, RowId, SandboxId},
     sync::Arc,
     sys::files::{make_private_dir, rename_durably},
 };
@@ -23,11 +23,10 @@ impl Lifecycle {
     ///
     /// # Errors
     /// `Exists`, `TooMany`, or the index's.
-    pub fn create(&self, id: &SandboxId, owner: Owner) -> Result<Arc<Entry>, Error> {
-        let held = self
-            .locks
-            .lock_within(id, NAME_WAIT)
-            .ok_or_else(|| Error::Locked { id: id.clone() })?;
+    pub fn create(&self, id: &SandboxId, owner: Owner, cause: Cause) -> Result<Arc<Entry>, Error> {
+        let lock = self.locks.lock_within(id, NAME_WAIT);
+        let lock = lock.ok_or_else(|| Error::Locked { id: id.clone() })?;
+        let held = Held::new(lock, cause);
         if self.operations.is_closing() {
             return Err(Error::ShuttingDown);
         }
@@ -55,6 +54,7 @@ impl Lifecycle {
                 .map_err(|source| Error::Index { id: id.clone(), source })?;
             return Err(Error::Host { doing: "making room for", id: id.clone(), source });
         }
+        self.tell_created(&held, &entry);
         tracing::info!(%id, uid = owner.uid, "created");
         Ok(entry)
     }

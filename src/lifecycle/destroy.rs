@@ -4,8 +4,8 @@ use std::{io, time::Duration};
 
 use super::{Arrow, Entry, Error, Lifecycle, Outcome, exits::end};
 use crate::{
-    lock::Held,
-    sandbox::{RowId, State, Step},
+    lifecycle::Held,
+    sandbox::{Cause, RowId, State, Step},
     sync::Arc,
     sys::files::{remove_tree, rename, sync_dir},
 };
@@ -39,15 +39,16 @@ impl Lifecycle {
         &self,
         entry: &Arc<Entry>,
         limit: Option<Duration>,
+        cause: Cause,
     ) -> Result<bool, Error> {
-        let held = match limit {
+        let lock = match limit {
             None => self.locks.lock(entry.id()),
             Some(limit) => match self.locks.lock_within(entry.id(), limit) {
-                Some(held) => held,
+                Some(lock) => lock,
                 None => return Ok(false),
             },
         };
-        self.destroy(&held, entry).map(|()| true)
+        self.destroy(&Held::new(lock, cause), entry).map(|()| true)
     }
 
     /// Deletes a sandbox that has slept for longer than its `delete_after`, if that is
@@ -74,6 +75,9 @@ impl Lifecycle {
             Err(error) => self.note(entry, error),
         }
         self.operations.pardon(entry.row());
+        if result.is_ok() {
+            self.tell_deleted(held, entry);
+        }
         result
     }
 

@@ -4,8 +4,8 @@ use std::{io, time::Duration};
 
 use super::{Entry, Error, Lifecycle, chain, machines::Ended};
 use crate::{
-    lock::Held,
-    sandbox::Step,
+    lifecycle::Held,
+    sandbox::{Cause, Step},
     sync::Arc,
     sys::process::{Exit, Process},
 };
@@ -42,7 +42,7 @@ impl Lifecycle {
         let Some(entry) = self.by_row(ended.row) else {
             return;
         };
-        let held = self.locks.lock(entry.id());
+        let held = Held::new(self.locks.lock(entry.id()), Cause::GuestExit);
         // An operation that found out by itself has struck the machine off, and
         // perhaps another lives by now.
         let Some(live) = self.machines.get(ended.row) else {
@@ -67,7 +67,17 @@ impl Lifecycle {
             id: entry.id().clone(),
             source,
         })?;
-        self.step(held, entry, Step::Lost, |record| {
+        // A writer that finds the guest gone did not end it.
+        let cause = match held.cause() {
+            cause @ (Cause::GuestExit | Cause::Reconcile) => cause,
+            Cause::Write(_)
+            | Cause::Hold(_)
+            | Cause::Mkdir(_)
+            | Cause::Rmdir(_)
+            | Cause::Idle
+            | Cause::Stale => &Cause::GuestExit,
+        };
+        self.step_because(cause, held, entry, Step::Lost, |record| {
             record.process = None;
             record.snapshot = None;
             record.error = Some(why.into());

@@ -29,12 +29,14 @@ mod create;
 mod destroy;
 mod error;
 mod exits;
+mod held;
 mod holds;
 mod machines;
 mod operation;
 mod policy;
 mod reconcile;
 mod sleep;
+mod telling;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -56,6 +58,7 @@ use admission::Admission;
 pub use console::ConsoleLog;
 use cooling::Cooling;
 pub use error::{Error, Fault, chain};
+pub use held::Held;
 use holds::Holds;
 pub use holds::{HoldId, Holder};
 use machines::Machines;
@@ -64,12 +67,14 @@ pub use policy::Policy;
 
 pub use crate::{
     index::{Commit, Due, Entry, Error as IndexError, Index},
-    lock::Held,
+    notify::{News, Reader, View, Viewer},
 };
 use crate::{
     lock::Locks,
     notify::Bell,
-    sandbox::{Period, Record, RowId, SandboxId, Spec, State, Step, Timestamp, Users, VmmChoice},
+    sandbox::{
+        Cause, Period, Record, RowId, SandboxId, Spec, State, Step, Timestamp, Users, VmmChoice,
+    },
     snapshot::{self, Home, VmmFacts},
     sync::Arc,
     sys::{clock::Clock, pool::Pool},
@@ -149,6 +154,8 @@ pub struct Lifecycle {
     pool: Arc<Pool>,
     /// Rung when something may be due earlier than the reaper thinks.
     bell: Bell,
+    /// Where all that happens is told.
+    news: Arc<News>,
     /// When the reaper last looked; 0 before that.
     last_tick: AtomicI64,
     #[cfg(test)]
@@ -209,6 +216,7 @@ impl Lifecycle {
             cooling: Cooling::default(),
             pool: parts.pool,
             bell: Bell::default(),
+            news: Arc::default(),
             last_tick: AtomicI64::new(0),
             #[cfg(test)]
             crash: testing::CrashPlan::default(),
@@ -237,18 +245,25 @@ impl Lifecycle {
         entries
     }
 
-    /// Waits for the sandbox's lock, or only looks whether it is free.
+    /// Waits for the sandbox's lock, or only looks whether it is free. What is done under
+    /// it is told with `cause`.
     ///
     /// # Errors
     /// `Locked` where it is taken and `wait` is `Wait::Never`.
-    pub fn lock(&self, entry: &Entry, wait: Wait) -> Result<Held, Error> {
-        match wait {
-            Wait::ForIt => Ok(self.locks.lock(entry.id())),
-            Wait::Never => self
-                .locks
-                .try_lock(entry.id())
-                .ok_or_else(|| Error::Locked { id: entry.id().clone() }),
-        }
+    pub fn lock(&self, entry: &Entry, wait: Wait, cause: Cause) -> Result<Held, Error> {
+        let lock = match wait {
+            Wait::ForIt => Some(self.locks.lock(entry.id())),
+            Wait::Never => self.locks.try_lock(entry.id()),
+        };
+        let lock = lock.ok_or_else(|| Error::Locked { id: entry.id().clone() })?;
+        Ok(Held::new(lock, cause))
+    }
+
+    /// Says whether the sandbox is `state`, as it should be, and nobody is at work on it.
+    #[must_use]
+    pub fn rests_in(&self, entry: &Entry, state: State) -> bool {
+        let lock = self.locks.try_lock(entry.id());
+        lock.is_some() && entry.record().state == state && self.is_settled(entry)
     }
 
     /// Returns how many ids are locked or waited for.
@@ -355,11 +370,24 @@ impl Lifecycle {
         step: Step,
         change: impl FnOnce(&mut Record),
     ) -> Result<Arc<Record>, Error> {
+        self.step_because(held.cause(), held, entry, step, change)
+    }
+
+    /// Takes a step for another cause than the lock was taken for.
+    fn step_because(
+        &self,
+        cause: &Cause,
+        held: &Held,
+        entry: &Entry,
+        step: Step,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<Arc<Record>, Error> {
+        let before = entry.record();
         let record = self
             .index
             .advance(held, entry, step, self.now(), change)
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
-        self.tell(&record);
+        self.told(cause, &before, &record);
         Ok(record)
     }
 
@@ -372,15 +400,17 @@ impl Lifecycle {
         step: Step,
         change: impl FnOnce(&mut Record),
     ) -> Result<(Arc<Record>, Commit), Error> {
+        let before = entry.record();
         let (record, commit) = self
             .index
             .advance_unsynced(held, entry, step, self.now(), change)
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
-        self.tell(&record);
+        self.told(held.cause(), &before, &record);
         Ok((record, commit))
     }
 
-    fn tell(&self, record: &Record) {
+    fn told(&self, cause: &Cause, before: &Record, record: &Record) {
+        self.tell_step(cause, before, record);
         if matches!(record.state, State::Running | State::Snapshotted) {
             self.bell.ring(); // It has a deadline now, which may be the next of all.
         }

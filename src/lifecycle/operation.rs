@@ -13,7 +13,7 @@ use std::{
 
 use super::{Entry, Error, Lifecycle, chain};
 use crate::{
-    lock::Held,
+    lifecycle::Held,
     sandbox::RowId,
     sync::{Arc, Condvar, Mutex, lock, wait_while_within},
     sys::cancel::Cancel,
@@ -140,6 +140,9 @@ impl Lifecycle {
         if let Err(error) = self.amend(held, entry, |record| record.error.clone_from(&line)) {
             tracing::error!(id = %entry.id(), error = chain(&error), "recording a result");
             self.activities.note(entry.row(), chain(&error));
+        }
+        if let Some(line) = line {
+            self.tell_failed(held, entry, line);
         }
     }
 }

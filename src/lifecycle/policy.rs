@@ -2,7 +2,7 @@
 
 use super::{Entry, Error, Lifecycle, chain, create::free_name};
 use crate::{
-    lock::Held,
+    lifecycle::Held,
     sandbox::{Owner, Period, Record, Spec, State},
     snapshot::Home,
     sync::{Arc, lock},

@@ -47,8 +47,8 @@ use super::{
     wake::{host_failed, snapshot_failed, vmm_failed},
 };
 use crate::{
-    lock::Held,
-    sandbox::{RowId, SnapshotFacts, State, Step},
+    lifecycle::Held,
+    sandbox::{Cause, RowId, SnapshotFacts, State, Step},
     snapshot::Memory,
     sync::{Arc, Mutex, lock},
     sys::{cancel::Cancel, clock::boot_id, files::sync_dir, process::Process},
@@ -105,7 +105,7 @@ impl Lifecycle {
     }
 
     fn reconcile_one(&self, entry: &Arc<Entry>, done: &Mutex<Reconciled>) {
-        let held = self.locks.lock(entry.id());
+        let held = Held::new(self.locks.lock(entry.id()), Cause::Reconcile);
         let before = entry.record().state;
         let cancel = Arc::new(Cancel::default());
         let recovered = self.recover_with(&held, entry, &cancel);

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     index::Commit,
-    lock::Held,
+    lifecycle::Held,
     sandbox::{Disk, Record, SnapshotFacts, State, Step},
     snapshot::{
         self, Committed, DiskFacts, HardwareFacts, HostFacts, ManifestFacts, Memory,

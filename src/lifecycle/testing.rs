@@ -15,7 +15,7 @@ use std::{
 use super::{Arrow, Entry, Error, Lifecycle, Outcome, Parts, Policy, Settings, Wait, Why};
 use crate::{
     index::Index,
-    sandbox::{Owner, Period, SandboxId, Spec, State, Timestamp, VmmChoice},
+    sandbox::{Actor, Cause, Owner, Period, SandboxId, Spec, State, Timestamp, VmmChoice},
     snapshot::{Home, MEMORY},
     sync::{Arc, Mutex, lock},
     sys::{
@@ -142,7 +142,7 @@ impl Host {
     }
 
     pub(crate) fn create(&self, id: &str) -> Arc<Entry> {
-        self.daemon.create(&name(id), Owner { uid: 1, gid: 2 }).unwrap()
+        self.daemon.create(&name(id), Owner { uid: 1, gid: 2 }, Cause::Mkdir(actor())).unwrap()
     }
 
     pub(crate) fn entry(&self, id: &str) -> Arc<Entry> {
@@ -155,7 +155,7 @@ impl Host {
 
     pub(crate) fn wake(&self, id: &str) -> Result<Outcome, Error> {
         let entry = self.entry(id);
-        let held = self.daemon.lock(&entry, Wait::ForIt)?;
+        let held = self.daemon.lock(&entry, Wait::ForIt, Cause::Write(actor()))?;
         self.daemon.wake(&held, &entry)
     }
 
@@ -165,20 +165,20 @@ impl Host {
 
     pub(crate) fn sleep_because(&self, id: &str, why: Why) -> Result<Outcome, Error> {
         let entry = self.entry(id);
-        let held = self.daemon.lock(&entry, Wait::ForIt)?;
+        let held = self.daemon.lock(&entry, Wait::ForIt, Cause::Write(actor()))?;
         self.daemon.sleep(&held, &entry, why)
     }
 
     pub(crate) fn set(&self, id: &str, policy: Policy) -> Result<(), Error> {
         let entry = self.entry(id);
-        let held = self.daemon.lock(&entry, Wait::ForIt)?;
+        let held = self.daemon.lock(&entry, Wait::ForIt, Cause::Write(actor()))?;
         self.daemon.set(&held, &entry, policy)
     }
 
     pub(crate) fn destroy(&self, id: &str) -> Result<bool, Error> {
         let entry = self.entry(id);
         self.daemon.doom(&entry)?;
-        self.daemon.finish_destroy(&entry, None)
+        self.daemon.finish_destroy(&entry, None, Cause::Rmdir(actor()))
     }
 
     /// What `error` reads as.
@@ -265,6 +265,11 @@ impl Drop for Host {
             live.process.kill();
         }
     }
+}
+
+/// Who does what a test asks for.
+pub(crate) fn actor() -> Actor {
+    Actor { pid: Some(7), command: Some("test".into()), uid: 1 }
 }
 
 pub(crate) fn name(id: &str) -> SandboxId {

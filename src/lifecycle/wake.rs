@@ -7,7 +7,7 @@ use super::{
     undo::Undo,
 };
 use crate::{
-    lock::Held,
+    lifecycle::Held,
     sandbox::{Record, Spec, State, Step},
     snapshot::{self, Home, Memory, Snapshot},
     sync::{Arc, lock},

@@ -29,7 +29,7 @@ use crate::{
     lifecycle::{
         Due as DueRow, Entry, Error, Held, IndexError, Lifecycle, Outcome, Wait, Why, chain,
     },
-    sandbox::{RowId, Timestamp},
+    sandbox::{Cause, RowId, Timestamp},
     sync::{Arc, Mutex, lock},
 };
 
@@ -209,7 +209,12 @@ impl Shared {
             return;
         };
         // Busy is active: whoever has the lock is doing something with it.
-        let Ok(held) = self.lifecycle.lock(&entry, Wait::Never) else {
+        let cause = match due {
+            Due::Sleep(_) => Cause::Idle,
+            Due::Delete(_) => Cause::Stale,
+            Due::Settle(_) => Cause::Reconcile,
+        };
+        let Ok(held) = self.lifecycle.lock(&entry, Wait::Never, cause) else {
             return;
         };
         let (doing, result) = match due {

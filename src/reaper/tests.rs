@@ -151,7 +151,7 @@ fn one_that_hangs_does_not_hold_up_the_others() {
 fn one_that_is_locked_is_passed_over_until_the_next_look() {
     let host = awake("a");
     let reaper = reap(&host);
-    let held = host.daemon.lock(&host.entry("a"), Wait::ForIt).unwrap();
+    let held = host.daemon.lock(&host.entry("a"), Wait::ForIt, Cause::Reconcile).unwrap();
     host.clock.advance(Duration::from_secs(60));
     look(&host);
     look(&host);

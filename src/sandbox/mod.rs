@@ -4,6 +4,7 @@
 //! must agree on (which step leads where, what a valid id is, what `5m` means, when
 //! a sandbox counts as idle) are each written once, here.
 
+mod cause;
 mod id;
 mod period;
 mod record;
@@ -12,6 +13,7 @@ mod state;
 mod time;
 mod users;
 
+pub use cause::{Actor, Cause};
 pub use id::{IdError, SandboxId};
 pub use period::{Period, PeriodError};
 pub use record::{Owner, ProcessIdentity, Record, RowId, SnapshotFacts};

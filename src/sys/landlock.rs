@@ -1,4 +1,12 @@
-//! Whether processes can shut themselves in to some paths (`landlock(7)`).
+//! Whether processes can shut themselves in to some paths, and doing so (`landlock(7)`).
+
+use std::{
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    path::Path,
+};
+
+use rustix::fs::{Mode, OFlags, open};
 
 /// Returns the version of Landlock that the kernel has; 0 if it has none, or it is off.
 #[must_use]
@@ -13,9 +21,129 @@ pub fn abi() -> u32 {
     u32::try_from(version).unwrap_or(0)
 }
 
+/// `struct landlock_ruleset_attr` of linux/landlock.h. Older kernels know its first fields.
+#[repr(C)]
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Ruleset {
+    fs: u64,
+    net: u64,
+    scoped: u64,
+}
+
+/// `struct landlock_path_beneath_attr`.
+#[repr(C, packed)]
+struct Beneath {
+    allowed: u64,
+    dir: i32,
+}
+
+/// `LANDLOCK_ACCESS_FS_REMOVE_DIR` and `LANDLOCK_ACCESS_FS_REMOVE_FILE`.
+const REMOVE: u64 = 1 << 4 | 1 << 5;
+/// `LANDLOCK_RULE_PATH_BENEATH`.
+const PATH_BENEATH: libc::c_uint = 1;
+
+/// Returns all that the kernel can refuse, by its version of Landlock, and how much of
+/// that structure it knows.
+fn everything(abi: u32) -> (Ruleset, usize) {
+    let fs = match abi {
+        0 | 1 => (1 << 13) - 1,
+        2 => (1 << 14) - 1,
+        3 | 4 => (1 << 15) - 1,
+        5.. => (1 << 16) - 1,
+    };
+    let net = if abi >= 4 { 0b11 } else { 0 };
+    let scoped = if abi >= 6 { 0b11 } else { 0 };
+    let known = match abi {
+        0..=3 => 1,
+        4 | 5 => 2,
+        6.. => 3,
+    };
+    (Ruleset { fs, net, scoped }, known * size_of::<u64>())
+}
+
+/// Gives up for good all that Landlock governs but removing files and directories below
+/// `dir`: this thread and what it starts can then open no file, anywhere, to read or write
+/// it, and make none. What goes by names alone, as setting a file's times, is not governed.
+/// False where the kernel has no Landlock.
+///
+/// # Errors
+/// Where the kernel refuses, as it does where programs may still give us privileges.
+pub fn only_remove_below(dir: &Path) -> io::Result<bool> {
+    let abi = abi();
+    if abi == 0 {
+        return Ok(false);
+    }
+    let dir = open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let (refused, size) = everything(abi);
+    let ruleset = create(&refused, size)?;
+    let beneath = Beneath { allowed: REMOVE, dir: dir.as_raw_fd() };
+    // SAFETY: the structure is what this kind of rule wants, and is alive for the call; both
+    // descriptors are open for it.
+    let added = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_add_rule,
+            ruleset.as_raw_fd(),
+            PATH_BENEATH,
+            &raw const beneath,
+            0,
+        )
+    };
+    if added != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call takes no pointers, and the descriptor is open for it.
+    let done = unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) };
+    if done == 0 { Ok(true) } else { Err(io::Error::last_os_error()) }
+}
+
+fn create(refused: &Ruleset, size: usize) -> io::Result<OwnedFd> {
+    // SAFETY: the structure is alive for the call, and at least `size` bytes long.
+    let made =
+        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, &raw const *refused, size, 0) };
+    let number = i32::try_from(made).map_err(io::Error::other)?;
+    if number < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made the descriptor for us, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_refused_is_what_the_kernel_knows() {
+        assert_eq!(everything(1), (Ruleset { fs: 0x1fff, net: 0, scoped: 0 }, 8));
+        assert_eq!(everything(3), (Ruleset { fs: 0x7fff, net: 0, scoped: 0 }, 8));
+        assert_eq!(everything(4), (Ruleset { fs: 0x7fff, net: 3, scoped: 0 }, 16));
+        assert_eq!(everything(99), (Ruleset { fs: 0xffff, net: 3, scoped: 3 }, 24));
+    }
+
+    #[test]
+    fn a_thread_that_gave_it_up_can_only_remove() {
+        let (inside, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let files = [inside.path().join("a"), outside.path().join("a")];
+        files.iter().for_each(|file| std::fs::write(file, "text").unwrap());
+        let (shut_in, shut_out) = (inside.path().to_owned(), outside.path().to_owned());
+        // Only the thread is shut in.
+        let thread = std::thread::Builder::new().spawn(move || {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            if !only_remove_below(&shut_in).unwrap() {
+                return;
+            }
+            for file in &files {
+                assert!(std::fs::read(file).is_err());
+                assert!(std::fs::write(file, "more").is_err());
+                assert!(std::fs::write(file.with_extension("b"), "").is_err());
+                assert!(file.metadata().is_ok(), "to look is not governed");
+            }
+            std::fs::remove_file(&files[0]).unwrap();
+            assert!(std::fs::remove_file(&files[1]).is_err());
+            assert!(std::fs::remove_dir(&shut_out).is_err());
+        });
+        thread.unwrap().join().unwrap();
+    }
 
     #[test]
     fn the_version_is_one_that_a_kernel_could_have() {

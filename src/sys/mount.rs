@@ -36,6 +36,18 @@ pub struct Device {
     pub minor: u32,
 }
 
+impl std::str::FromStr for Device {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (major, minor) = text.split_once(':').unwrap_or_default();
+        match (major.parse(), minor.parse()) {
+            (Ok(major), Ok(minor)) => Ok(Self { major, minor }),
+            (Err(_), _) | (_, Err(_)) => Err("write a device as MAJOR:MINOR"),
+        }
+    }
+}
+
 /// Returns what is mounted on `path`, which is absolute and free of symbolic links.
 /// It never touches the path itself: a mount whose server is dead would not answer.
 ///
@@ -62,6 +74,18 @@ pub fn mount_of(path: &Path) -> io::Result<Option<MountInfo>> {
 pub fn mounts_of_type(fs_type: &str) -> io::Result<Vec<PathBuf>> {
     let list = fs::read(MOUNTINFO)?;
     Ok(entries(&list).filter(|(_, info)| info.fs_type == fs_type).map(|(path, _)| path).collect())
+}
+
+/// Returns the path without links above `path`, as the kernel lists mounts by it. What is at
+/// the path is not touched: a mount there whose server is dead would not answer.
+///
+/// # Errors
+/// Where something above does not exist.
+pub fn without_links(path: &Path) -> io::Result<PathBuf> {
+    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
+        return Ok(path.to_owned());
+    };
+    Ok(above.canonicalize()?.join(name))
 }
 
 /// Returns where something is mounted, in the order in which it was; a place that was

@@ -1,6 +1,6 @@
 //! What `/proc` tells of the threads that ask us for something.
 
-use std::fs;
+use std::{ffi::CStr, fs};
 
 /// Returns the supplementary groups of a thread; none where it cannot be seen.
 #[must_use]
@@ -8,6 +8,12 @@ pub fn groups_of(tid: u32) -> Vec<u32> {
     let status = status_of(tid).unwrap_or_default();
     let groups = field(&status, "Groups:").unwrap_or_default();
     groups.split_whitespace().filter_map(|group| group.parse().ok()).collect()
+}
+
+/// Names this process, as `ps` shows it, and its first thread, which must be the caller.
+pub fn name_process(name: &CStr) {
+    // The kernel takes what fits and refuses nothing.
+    rustix::thread::set_name(name).ok();
 }
 
 /// Returns the process of a thread, where it can be seen.

@@ -5,9 +5,10 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use super::Node;
+use super::{Node, console::Console};
 use crate::{
-    lifecycle::HoldId,
+    lifecycle::{HoldId, Reader},
+    sandbox::{State, Timestamp},
     sync::{Arc, Mutex, lock},
 };
 
@@ -18,12 +19,31 @@ pub(super) struct Handle {
     pub(super) node: Node,
     /// What a read at offset 0 saw; later offsets are of the same.
     pub(super) text: Option<Arc<[u8]>>,
-    /// Where the console's log began when it was opened.
-    pub(super) start: u64,
+    /// How far a console was read.
+    pub(super) console: Option<Arc<Console>>,
+    /// How far a log of events was read.
+    pub(super) events: Option<Arc<Reader>>,
+    /// The state that was read last, and since when it was so.
+    pub(super) seen: Option<(State, Timestamp)>,
     /// Whether something was written to it.
     pub(super) written: bool,
     /// The hold that it is.
     hold: Option<HoldId>,
+}
+
+impl Handle {
+    /// Nothing was read of it yet.
+    pub(super) fn new(node: Node) -> Self {
+        Self {
+            node,
+            text: None,
+            console: None,
+            events: None,
+            seen: None,
+            written: false,
+            hold: None,
+        }
+    }
 }
 
 /// The table of open files.
@@ -39,37 +59,33 @@ impl Handles {
         Self { table: Mutex::default(), next: AtomicU64::new(1) }
     }
 
-    pub(super) fn open(&self, node: Node, start: u64) -> u64 {
+    pub(super) fn open(&self, handle: Handle) -> u64 {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        lock(&self.table)
-            .insert(number, Handle { node, text: None, start, written: false, hold: None });
+        lock(&self.table).insert(number, handle);
         number
     }
 
     /// Opens a file that is a hold for as long as it is open.
     pub(super) fn open_hold(&self, node: Node, hold: HoldId) -> u64 {
-        let number = self.open(node, 0);
-        if let Some(handle) = lock(&self.table).get_mut(&number) {
-            handle.hold = Some(hold);
-        }
-        number
+        self.open(Handle { hold: Some(hold), ..Handle::new(node) })
     }
 
     pub(super) fn get(&self, number: u64, node: Node) -> Handle {
         let known = lock(&self.table).get(&number).cloned();
-        known.filter(|handle| handle.node == node).unwrap_or(Handle {
-            node,
-            text: None,
-            start: 0,
-            written: false,
-            hold: None,
-        })
+        known.filter(|handle| handle.node == node).unwrap_or(Handle::new(node))
     }
 
     /// Keeps what a reader saw, if it will come back for the rest of it.
     pub(super) fn keep(&self, number: u64, text: Arc<[u8]>) {
         if let Some(handle) = lock(&self.table).get_mut(&number) {
             handle.text = Some(text);
+        }
+    }
+
+    /// Notes the state that was read.
+    pub(super) fn saw(&self, number: u64, seen: (State, Timestamp)) {
+        if let Some(handle) = lock(&self.table).get_mut(&number) {
+            handle.seen = Some(seen);
         }
     }
 
@@ -81,6 +97,8 @@ impl Handles {
 
     /// Closes a file; returns the hold that ends with it.
     pub(super) fn close(&self, number: u64) -> Option<HoldId> {
-        lock(&self.table).remove(&number)?.hold
+        // A log has a lock of its own, so it is let go after this one.
+        let closed = lock(&self.table).remove(&number);
+        closed?.hold
     }
 }

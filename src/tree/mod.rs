@@ -7,6 +7,7 @@
 //! reaches anything of `lifecycle` that changes a sandbox or counts as activity.
 
 mod command;
+mod console;
 mod errno;
 mod handle;
 mod modes;
@@ -24,17 +25,19 @@ use std::{
 };
 
 pub use command::{BadCommand, Verb, verb};
+use console::Consoles;
 pub use errno::Errno;
 use handle::Handles;
 use modes::Modes;
 pub use node::{DaemonFile, File, Node};
 pub use open::{Access, Opened};
+pub use read::Readiness;
 pub use view::{DaemonFacts, Facts};
 pub use write::{AttrChange, Job, Removal, Written};
 
 use crate::{
-    lifecycle::{Entry, Lifecycle},
-    sandbox::{IdError, RowId, SandboxId, Timestamp},
+    lifecycle::{Entry, Lifecycle, News, View, Viewer},
+    sandbox::{IdError, Owner, RowId, SandboxId, Timestamp},
     sync::Arc,
     sys::{host::own_ids, task::groups_of},
 };
@@ -53,6 +56,7 @@ const LIST_PAGE: usize = 256;
 pub struct Tree {
     lifecycle: Arc<Lifecycle>,
     handles: Handles,
+    consoles: Arc<Consoles>,
     modes: Modes,
     started: Timestamp,
     root_owner: (u32, u32),
@@ -106,7 +110,8 @@ impl Tree {
         let modes = Modes::load(lifecycle.index())?;
         let started = lifecycle.clock().now();
         let root_owner = own_ids();
-        Ok(Self { lifecycle, handles: Handles::new(), modes, started, root_owner })
+        let (handles, consoles) = (Handles::new(), Arc::default());
+        Ok(Self { lifecycle, handles, consoles, modes, started, root_owner })
     }
 
     /// Returns the attributes of what `name` is in `parent`.
@@ -137,6 +142,18 @@ impl Tree {
         }
     }
 
+    /// Returns the attributes of a node as `caller` sees them, who may see a part of it only.
+    ///
+    /// # Errors
+    /// `NoEnt` where its sandbox is gone.
+    pub fn attr_for(&self, node: Node, caller: Caller) -> Result<Attr, Errno> {
+        let mut attr = self.attr(node)?;
+        if node == Node::Daemon(DaemonFile::Events) {
+            (attr.size, attr.mtime) = self.events_facts(&View::Viewer(viewer(caller)), attr.mtime);
+        }
+        Ok(attr)
+    }
+
     /// Returns the attributes of a node.
     ///
     /// # Errors
@@ -149,6 +166,26 @@ impl Tree {
             Node::Dir(row) => self.entry(row).map(|entry| self.dir_attr(&entry)),
             Node::File(row, file) => self.entry(row).map(|entry| self.file_attr(&entry, file)),
         }
+    }
+
+    /// Returns the attributes that a node of a deleted sandbox had.
+    ///
+    /// # Errors
+    /// `NoEnt` for what is no node of a sandbox.
+    pub fn ghost_attr(&self, node: Node, owner: Owner) -> Result<Attr, Errno> {
+        let mode = match node {
+            Node::Dir(_) => DIR_MODE,
+            Node::File(_, file) => file.mode(),
+            Node::Root | Node::Daemon(_) => return Err(Errno::NoEnt),
+        };
+        let mtime = self.system_time(self.lifecycle.clock().now());
+        Ok(Attr { node, mode, uid: owner.uid, gid: owner.gid, size: 0, mtime })
+    }
+
+    /// Returns where changes are told.
+    #[must_use]
+    pub fn news(&self) -> &Arc<News> {
+        self.lifecycle.news()
     }
 
     fn entry(&self, row: RowId) -> Result<Arc<Entry>, Errno> {
@@ -185,6 +222,10 @@ impl Tree {
             File::State => (STATE_SIZE, self.system_time(record.since)),
             File::Activity => (0, self.system_time(entry.last_activity())),
             File::Console => self.console_facts(&record),
+            File::Events => {
+                let created = self.system_time(record.created_at);
+                self.events_facts(&View::Sandbox(entry.row()), created)
+            }
             File::Status
             | File::Error
             | File::Config
@@ -205,9 +246,7 @@ impl Tree {
     }
 
     fn system_time(&self, at: Timestamp) -> SystemTime {
-        let millis = self.lifecycle.clock().wall(at).as_millisecond();
-        let millis = u64::try_from(millis).unwrap_or(0);
-        SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
+        shown(self.lifecycle.clock().wall(at))
     }
 
     /// Lists a directory from `offset` on, and calls `add` with each entry until it
@@ -271,12 +310,20 @@ impl Tree {
 
     /// Says whether `caller` may see the sandbox, as the modes of its files say.
     fn may_see(&self, entry: &Entry, caller: Caller) -> bool {
-        let owner = entry.record().owner;
-        caller.uid == 0
-            || caller.uid == owner.uid
-            || caller.gid == owner.gid
-            || groups_of(caller.tid).contains(&owner.gid)
+        viewer(caller).may_see(entry.record().owner)
     }
+}
+
+/// Says who looks, as far as it matters for what they see.
+fn viewer(caller: Caller) -> Viewer {
+    // Root sees everything, so its groups need not be looked up.
+    let groups = if caller.uid == 0 { Vec::new() } else { groups_of(caller.tid) };
+    Viewer { uid: caller.uid, gid: caller.gid, groups }
+}
+
+fn shown(at: jiff::Timestamp) -> SystemTime {
+    let millis = u64::try_from(at.as_millisecond()).unwrap_or(0);
+    SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
 }
 
 impl fmt::Debug for Tree {

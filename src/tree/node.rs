@@ -30,6 +30,8 @@ pub enum DaemonFile {
     Status,
     /// `dozed.list`
     List,
+    /// `dozed.events`
+    Events,
 }
 
 /// The files of a sandbox.
@@ -46,12 +48,13 @@ pub enum File {
     IdleAfter,
     DeleteAfter,
     Pinned,
+    Events,
     Console,
 }
 
 impl DaemonFile {
     /// All of them, in the order in which they are listed.
-    pub const ALL: [Self; 2] = [Self::Status, Self::List];
+    pub const ALL: [Self; 3] = [Self::Status, Self::List, Self::Events];
 
     /// Returns its name.
     #[must_use]
@@ -59,6 +62,7 @@ impl DaemonFile {
         match self {
             Self::Status => "dozed.status",
             Self::List => "dozed.list",
+            Self::Events => "dozed.events",
         }
     }
 
@@ -67,13 +71,14 @@ impl DaemonFile {
         match self {
             Self::Status => 2,
             Self::List => 3,
+            Self::Events => 4,
         }
     }
 }
 
 impl File {
     /// All of them, in the order in which they are listed.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::State,
         Self::Status,
         Self::Error,
@@ -84,6 +89,7 @@ impl File {
         Self::IdleAfter,
         Self::DeleteAfter,
         Self::Pinned,
+        Self::Events,
         Self::Console,
     ];
 
@@ -101,6 +107,7 @@ impl File {
             Self::IdleAfter => "idle_after",
             Self::DeleteAfter => "delete_after",
             Self::Pinned => "pinned",
+            Self::Events => "events",
             Self::Console => "console",
         }
     }
@@ -117,7 +124,7 @@ impl File {
             | Self::Pinned
             | Self::Console => 0o660,
             Self::Config => 0o640,
-            Self::Status | Self::Error | Self::Idle => 0o440,
+            Self::Status | Self::Error | Self::Idle | Self::Events => 0o440,
         }
     }
 
@@ -135,6 +142,7 @@ impl File {
             Self::Pinned => 9,
             Self::Console => 10,
             Self::Awake => 11,
+            Self::Events => 12,
         }
     }
 }

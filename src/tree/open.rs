@@ -1,11 +1,14 @@
 //! Opening and closing. Only `awake` that is opened for writing does something by it.
 
-use super::{Caller, Errno, File, Job, Node, Tree, errno, write::answer};
+use super::{
+    Caller, DaemonFile, Errno, File, Job, Node, Tree, errno,
+    handle::Handle,
+    write::{actor, answer},
+};
 use crate::{
     lifecycle::{Entry, HoldId, Holder, Wait},
-    sandbox::RowId,
+    sandbox::{Cause, RowId},
     sync::Arc,
-    sys::task::{command_of, process_of},
 };
 
 /// What a file is opened for.
@@ -62,14 +65,20 @@ impl Tree {
         if access != Access::Read && read_only {
             return Err(Errno::Acces);
         }
-        let start = match attr.node {
+        let mut handle = Handle::new(node);
+        match attr.node {
             Node::File(row, File::Awake) if access != Access::Read => {
                 return self.open_hold(row, access, caller);
             }
-            Node::File(row, File::Console) => self.console_start(row),
-            Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::File(..) => 0,
-        };
-        Ok(Opened::Now(self.handles.open(node, start)))
+            Node::File(row, File::Console) => {
+                handle.console = Some(Arc::new(self.open_console(row)));
+            }
+            Node::Daemon(DaemonFile::Events) | Node::File(_, File::Events) => {
+                handle.events = Some(self.open_events(node, caller));
+            }
+            Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::File(..) => {}
+        }
+        Ok(Opened::Now(self.handles.open(handle)))
     }
 
     /// Closes an open file, and ends the hold that it is.
@@ -86,11 +95,13 @@ impl Tree {
         caller: Caller,
     ) -> Result<Opened, Errno> {
         let entry = self.entry(row)?;
+        let by = actor(caller);
         let holder = Holder {
-            pid: process_of(caller.tid).unwrap_or(caller.tid),
-            uid: caller.uid,
-            command: command_of(caller.tid).unwrap_or_else(|| "?".to_owned()).into(),
+            pid: by.pid.unwrap_or(caller.tid),
+            uid: by.uid,
+            command: by.command.clone().unwrap_or_else(|| "?".into()),
         };
+        let cause = Cause::Hold(by);
         let node = Node::File(row, File::Awake);
         // It is held from now on, so that nobody puts it to sleep before it is awake.
         let enter = move |this: &Self, entry: &Entry| -> Result<HoldId, Errno> {
@@ -102,24 +113,21 @@ impl Tree {
         let this = Arc::clone(self);
         if access == Access::WriteNonblocking {
             let handle = self.handles.open_hold(node, enter(self, &entry)?);
-            return Ok(Opened::Started(handle, Box::new(move || this.wake_held(&entry))));
+            return Ok(Opened::Started(handle, Box::new(move || this.wake_held(&entry, cause))));
         }
         Ok(Opened::Later(Box::new(move || {
             let hold = enter(&this, &entry)?;
-            this.wake_held(&entry).inspect_err(|_| this.lifecycle.give_up(hold))?;
+            this.wake_held(&entry, cause).inspect_err(|_| this.lifecycle.give_up(hold))?;
             Ok(this.handles.open_hold(node, hold))
         })))
     }
 
-    fn wake_held(&self, entry: &Arc<Entry>) -> Result<(), Errno> {
+    fn wake_held(&self, entry: &Arc<Entry>, cause: Cause) -> Result<(), Errno> {
         self.lifecycle.note_hold(entry);
-        let held = self.lifecycle.lock(entry, Wait::ForIt).map_err(|error| errno::of(&error))?;
+        let held = self.lifecycle.lock(entry, Wait::ForIt, cause);
+        let held = held.map_err(|error| errno::of(&error))?;
         let woken = self.lifecycle.wake(&held, entry);
         drop(held);
         woken.map(drop).map_err(|error| answer(entry, "waking to hold", &error))
-    }
-
-    fn console_start(&self, row: RowId) -> u64 {
-        self.lifecycle.by_row(row).map_or(0, |entry| self.lifecycle.console(&entry.record()).start)
     }
 }

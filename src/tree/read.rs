@@ -2,9 +2,9 @@
 
 use std::time::SystemTime;
 
-use super::{Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree};
+use super::{Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree, shown, viewer};
 use crate::{
-    lifecycle::Entry,
+    lifecycle::{Entry, Reader, View},
     sandbox::{Record, RowId},
     sync::Arc,
 };
@@ -12,7 +12,53 @@ use crate::{
 /// How many rows are read for `dozed.list` at a time.
 const LIST_PAGE: usize = 1024;
 
+/// What poll(2) is to say of an open file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    /// It is made anew at each read, so it can always be read.
+    Always,
+    /// It says something else than when it was last read.
+    Changed,
+    /// It is a log of which there is more to read.
+    More,
+    /// It is a log that was read to its end.
+    AtEnd,
+    /// Its sandbox was deleted.
+    Gone,
+}
+
 impl Tree {
+    /// Says whether an open file has news for its reader.
+    #[must_use]
+    pub fn poll(&self, node: Node, handle: u64) -> Readiness {
+        let open = self.handles.get(handle, node);
+        let entry = match node {
+            Node::Root | Node::Daemon(_) => None,
+            Node::Dir(row) | Node::File(row, _) => match self.lifecycle.by_row(row) {
+                Some(entry) => Some(entry),
+                None => return Readiness::Gone,
+            },
+        };
+        let log = |more| if more { Readiness::More } else { Readiness::AtEnd };
+        match (node, entry) {
+            (Node::File(_, File::State), Some(entry)) => {
+                let record = entry.record();
+                if open.seen == Some((record.state, record.since)) {
+                    Readiness::Always
+                } else {
+                    Readiness::Changed
+                }
+            }
+            (Node::File(_, File::Console), Some(entry)) => {
+                log(open.console.is_none_or(|console| self.console_has_more(&entry, &console)))
+            }
+            (Node::Daemon(DaemonFile::Events) | Node::File(_, File::Events), _) => {
+                log(open.events.is_none_or(|events| events.has_more()))
+            }
+            (Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::File(..), _) => Readiness::Always,
+        }
+    }
+
     /// Reads at most `size` bytes from `offset` of what the file was when it was read
     /// from offset 0.
     ///
@@ -30,13 +76,19 @@ impl Tree {
         let text = match (node, open.text) {
             (Node::File(row, File::Console), _) => {
                 let entry = self.open_entry(row)?;
-                let from = open.start.saturating_add(offset);
-                return self.lifecycle.read_console(&entry, from, size).map_err(|error| {
-                    tracing::warn!(id = %entry.id(), %error, "reading a console");
-                    Errno::Io
-                });
+                let console = open.console.unwrap_or_else(|| Arc::new(self.open_console(row)));
+                return self.read_console(&entry, &console, offset, size);
+            }
+            (Node::Daemon(DaemonFile::Events) | Node::File(_, File::Events), _) => {
+                if let Node::File(row, _) = node {
+                    self.open_entry(row)?;
+                }
+                let events = open.events.unwrap_or_else(|| self.open_events(node, caller));
+                let clock = self.lifecycle.clock();
+                return Ok(events.read(offset, size, clock.wall(clock.now())));
             }
             (_, Some(text)) if offset > 0 => text,
+            (Node::File(row, File::State), _) => self.state_text(row, handle)?.into_bytes().into(),
             (Node::File(row, file), _) => self.file_text(row, file)?.into_bytes().into(),
             (Node::Daemon(DaemonFile::Status), _) => self.daemon_status().into_bytes().into(),
             (Node::Daemon(DaemonFile::List), _) => self.daemon_list(caller).into_bytes().into(),
@@ -50,6 +102,28 @@ impl Tree {
             self.handles.keep(handle, text);
         }
         Ok(part)
+    }
+
+    /// Opens a log of events as `caller` may see it.
+    pub(super) fn open_events(&self, node: Node, caller: Caller) -> Arc<Reader> {
+        let view = match node {
+            Node::File(row, _) | Node::Dir(row) => View::Sandbox(row),
+            Node::Root | Node::Daemon(_) => View::Viewer(viewer(caller)),
+        };
+        Arc::new(self.lifecycle.news().log().open(view))
+    }
+
+    /// The size of a log of events, and when it last grew; `otherwise` if it never did.
+    pub(super) fn events_facts(&self, view: &View, otherwise: SystemTime) -> (u64, SystemTime) {
+        let (size, grew) = self.lifecycle.news().log().size(view);
+        (size, grew.map_or(otherwise, shown))
+    }
+
+    /// Reads a state, which from then on is no news to whoever polls that open file.
+    fn state_text(&self, row: RowId, handle: u64) -> Result<String, Errno> {
+        let record = self.open_entry(row)?.record();
+        self.handles.saw(handle, (record.state, record.since));
+        Ok(format!("{}\n", record.state))
     }
 
     fn file_text(&self, row: RowId, file: File) -> Result<String, Errno> {
@@ -66,7 +140,7 @@ impl Tree {
             File::IdleAfter => format!("{}\n", record.idle_after),
             File::DeleteAfter => format!("{}\n", record.delete_after),
             File::Pinned => format!("{}\n", u8::from(record.pinned)),
-            File::Console => String::new(), // Read from its log, not from here.
+            File::Console | File::Events => String::new(), // Read from their logs, not from here.
         })
     }
 
@@ -136,12 +210,5 @@ impl Tree {
             wall: &|at| clock.wall(at),
         }
         .list_line()
-    }
-
-    /// The size of the console's log, without what was cut off from its front, and when
-    /// it last grew.
-    pub(super) fn console_facts(&self, record: &Arc<Record>) -> (u64, SystemTime) {
-        let log = self.lifecycle.console(record);
-        (log.len - log.start, log.mtime.unwrap_or_else(|| self.system_time(record.since)))
     }
 }

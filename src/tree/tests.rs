@@ -41,7 +41,7 @@ fn read(tree: &Arc<Tree>, id: &str, file: File) -> String {
 
 /// Writes, and does the job at once if there is one.
 fn write(tree: &Tree, id: &str, file: File, data: &str) -> Result<usize, Errno> {
-    match tree.write(node(tree, id, file), 0, data.as_bytes(), false) {
+    match tree.write(node(tree, id, file), 0, data.as_bytes(), false, ROOT) {
         Written::Now(result) => result,
         Written::Later(job) | Written::Started(_, job) => job(),
     }
@@ -144,7 +144,7 @@ fn a_document_that_comes_in_pieces_is_refused_at_the_second() {
     let tree = tree(&host);
     let config = node(&tree, "a", File::Config);
     let handle = open(&tree, config, Access::Write).unwrap();
-    let write = |data: &[u8]| match tree.write(config, handle, data, false) {
+    let write = |data: &[u8]| match tree.write(config, handle, data, false, ROOT) {
         Written::Now(result) => result,
         Written::Later(job) | Written::Started(_, job) => job(),
     };
@@ -160,10 +160,13 @@ fn a_writer_that_does_not_wait_gets_eagain_while_the_lock_is_taken() {
     host.create("a");
     let tree = tree(&host);
     let state = node(&tree, "a", File::State);
-    let held = host.daemon.lock(&host.entry("a"), crate::lifecycle::Wait::ForIt).unwrap();
-    assert!(matches!(tree.write(state, 0, b"wake", true), Written::Now(Err(Errno::Again))));
+    let held = host
+        .daemon
+        .lock(&host.entry("a"), crate::lifecycle::Wait::ForIt, crate::sandbox::Cause::Reconcile)
+        .unwrap();
+    assert!(matches!(tree.write(state, 0, b"wake", true, ROOT), Written::Now(Err(Errno::Again))));
     drop(held);
-    match tree.write(state, 0, b"wake", true) {
+    match tree.write(state, 0, b"wake", true, ROOT) {
         Written::Started(4, job) => assert_eq!(job(), Ok(4)),
         other @ (Written::Now(_) | Written::Later(_) | Written::Started(..)) => {
             panic!("{other:?}")
@@ -196,11 +199,11 @@ fn an_open_file_of_a_deleted_sandbox_answers_enodev_and_its_inode_is_not_used_ag
     let tree = tree(&host);
     let state = node(&tree, "a", File::State);
     let handle = open(&tree, state, Access::Read).unwrap();
-    let removal = tree.remove_dir(Node::Root, b"a").unwrap();
+    let removal = tree.remove_dir(Node::Root, b"a", ROOT).unwrap();
     assert_eq!(tree.lookup(Node::Root, b"a"), Err(Errno::NoEnt));
     assert_eq!(removal.finish(None), Ok(true));
     assert_eq!(tree.read(state, handle, 0, 9, ROOT), Err(Errno::NoDev));
-    assert!(matches!(tree.write(state, 0, b"wake", false), Written::Now(Err(Errno::NoDev))));
+    assert!(matches!(tree.write(state, 0, b"wake", false, ROOT), Written::Now(Err(Errno::NoDev))));
     let make = tree.make_dir(Node::Root, b"a", ROOT).unwrap();
     assert_ne!(make().unwrap().node, Node::Dir(crate::sandbox::RowId(1)));
     assert_ne!(node(&tree, "a", File::State), state);
@@ -247,7 +250,7 @@ fn a_listing_goes_on_where_it_stopped_whatever_came_and_went() {
         names.push(name);
         offset = at;
     }
-    assert_eq!(names, [".", "..", "dozed.status", "dozed.list", "a", "c"]);
+    assert_eq!(names, [".", "..", "dozed.status", "dozed.list", "dozed.events", "a", "c"]);
 }
 
 #[test]
@@ -282,11 +285,15 @@ fn looking_changes_nothing() {
     for file in File::ALL {
         read(&tree, "a", file);
     }
-    tree.set_attr(node(&tree, "a", File::State), AttrChange { mtime: true, ..Default::default() })
-        .unwrap();
+    tree.set_attr(
+        node(&tree, "a", File::State),
+        AttrChange { mtime: true, ..Default::default() },
+        ROOT,
+    )
+    .unwrap();
     assert_eq!((entry.activity_count(), entry.last_activity(), entry.record()), before);
     let touch = AttrChange { mtime: true, ..Default::default() };
-    tree.set_attr(node(&tree, "a", File::Activity), touch).unwrap();
+    tree.set_attr(node(&tree, "a", File::Activity), touch, ROOT).unwrap();
     assert_eq!(entry.activity_count(), before.0 + 1);
 }
 
@@ -299,7 +306,7 @@ fn chmod_and_chown_do_what_they_say_and_last() {
         (tree.lookup(Node::Root, b"a").unwrap().node, node(&tree, "a", File::State))
     };
     let change = |host: &Host, node, change| {
-        let job = tree(host).set_attr(node, change)?;
+        let job = tree(host).set_attr(node, change, ROOT)?;
         job.map_or_else(|| tree(host).attr(node), |job| job())
     };
     let mode = AttrChange { mode: Some(0o600), ..Default::default() };
@@ -311,7 +318,7 @@ fn chmod_and_chown_do_what_they_say_and_last() {
     let owned = change(&host, dir, owner).unwrap();
     assert_eq!((owned.uid, owned.gid, owned.mode), (7, 8, 0o750));
     // The same again, as `chown -R` does, is no change.
-    assert!(tree(&host).set_attr(state, owner).unwrap().is_none());
+    assert!(tree(&host).set_attr(state, owner, ROOT).unwrap().is_none());
 
     host.restart();
     let state = tree(&host).attr(state).unwrap();
@@ -327,7 +334,7 @@ fn a_panic_in_one_operation_is_an_eio_and_never_hangs_the_mount() {
     host.create("b");
     let dir = tempfile::tempdir().unwrap();
     let pool = Arc::new(Pool::new().unwrap());
-    let mounted = Mounted::mount(tree(&host), dir.path(), pool).unwrap();
+    let mounted = Mounted::mount(tree(&host), dir.path(), pool, None).unwrap();
     let write = |path: &str, text: &str| {
         let mut file = fs::File::options().write(true).open(dir.path().join(path)).unwrap();
         file.write_all(text.as_bytes()).map_err(|error| error.raw_os_error())
@@ -366,12 +373,12 @@ fn an_open_awake_wakes_and_holds_until_it_is_closed() {
 
     assert_eq!(write(&tree, "a", File::State, "sleep"), Err(Errno::Busy));
     assert!(read(&tree, "a", File::Error).starts_with("a is held awake by ? (pid 0, uid 0), "));
-    assert!(matches!(tree.remove_dir(Node::Root, b"a"), Err(Errno::Busy)));
+    assert!(matches!(tree.remove_dir(Node::Root, b"a", ROOT), Err(Errno::Busy)));
     tree.close(first);
     assert_eq!(write(&tree, "a", File::State, "sleep"), Err(Errno::Busy));
     tree.close(second);
     assert_eq!(write(&tree, "a", File::State, "sleep"), Ok(5));
-    assert!(tree.remove_dir(Node::Root, b"a").unwrap().finish(None).unwrap());
+    assert!(tree.remove_dir(Node::Root, b"a", ROOT).unwrap().finish(None).unwrap());
 }
 
 #[test]

@@ -9,8 +9,9 @@ use super::{
 };
 use crate::{
     lifecycle::{Entry, Error, Lifecycle, Policy, Signal, Wait, Why, chain},
-    sandbox::{IdError, Owner, RowId, SandboxId, Spec, State},
+    sandbox::{Actor, Cause, IdError, Owner, RowId, SandboxId, Spec, State},
     sync::Arc,
+    sys::task::{command_of, process_of},
 };
 
 /// Work that may take long; its result answers the request.
@@ -54,6 +55,7 @@ pub struct AttrChange {
 pub struct Removal {
     lifecycle: Arc<Lifecycle>,
     entry: Arc<Entry>,
+    by: Actor,
 }
 
 impl Removal {
@@ -64,14 +66,21 @@ impl Removal {
     /// After an error it is in sight again.
     pub fn finish(&self, limit: Option<Duration>) -> Result<bool, Errno> {
         self.lifecycle
-            .finish_destroy(&self.entry, limit)
+            .finish_destroy(&self.entry, limit, Cause::Rmdir(self.by.clone()))
             .map_err(|error| answer(&self.entry, "deleting", &error))
     }
 }
 
 impl Tree {
     /// Writes `data` to an open file: one command, whatever the offset.
-    pub fn write(&self, node: Node, handle: u64, data: &[u8], nonblocking: bool) -> Written {
+    pub fn write(
+        &self,
+        node: Node,
+        handle: u64,
+        data: &[u8],
+        nonblocking: bool,
+        caller: Caller,
+    ) -> Written {
         let Node::File(row, file) = node else {
             return Written::Now(Err(Errno::Acces));
         };
@@ -83,7 +92,7 @@ impl Tree {
         let len = data.len();
         let parsed = match file {
             File::State => command::verb(data)
-                .map(|verb| verb.map(|verb| self.write_verb(&entry, verb, wait, len))),
+                .map(|verb| verb.map(|verb| self.write_verb(&entry, verb, wait, len, caller))),
             File::Activity if len > command::COMMAND_MAX_BYTES => {
                 Err(BadCommand::TooLong { limit: command::COMMAND_MAX_BYTES })
             }
@@ -92,25 +101,31 @@ impl Tree {
                 Written::Now(Ok(len))
             })),
             File::IdleAfter => command::period(data).map(|period| {
-                period.map(|period| self.write_policy(&entry, Policy::IdleAfter(period), wait, len))
+                period.map(|period| {
+                    self.write_policy(&entry, Policy::IdleAfter(period), wait, len, caller)
+                })
             }),
             File::DeleteAfter => command::period(data).map(|period| {
-                period.map(|p| self.write_policy(&entry, Policy::DeleteAfter(p), wait, len))
+                period.map(|p| self.write_policy(&entry, Policy::DeleteAfter(p), wait, len, caller))
             }),
             File::Pinned => command::switch(data).map(|switch| {
-                switch.map(|pinned| self.write_policy(&entry, Policy::Pinned(pinned), wait, len))
+                switch.map(|pinned| {
+                    self.write_policy(&entry, Policy::Pinned(pinned), wait, len, caller)
+                })
             }),
             File::Config => match command::document(data) {
                 // What a shell writes line by line would be one document a line, and the
                 // last one of them the one that holds.
                 Ok(Some(_)) if !self.handles.is_first_write(handle) => Err(BadCommand::InPieces),
                 text => text.map(|text| {
-                    text.map(|text| self.write_config(&entry, text.to_owned(), wait, len))
+                    text.map(|text| self.write_config(&entry, text.to_owned(), wait, len, caller))
                 }),
             },
             File::Console => Ok((len > 0).then(|| self.write_console(&entry, data.to_vec()))),
             File::Awake => Ok(None), // To hold it open is all that there is to do.
-            File::Status | File::Error | File::Idle => return Written::Now(Err(Errno::Acces)),
+            File::Status | File::Error | File::Idle | File::Events => {
+                return Written::Now(Err(Errno::Acces));
+            }
         };
         match parsed {
             Ok(written) => written.unwrap_or(Written::Now(Ok(len))),
@@ -130,16 +145,24 @@ impl Tree {
         }
     }
 
-    fn write_verb(&self, entry: &Arc<Entry>, verb: Verb, wait: Wait, len: usize) -> Written {
+    fn write_verb(
+        &self,
+        entry: &Arc<Entry>,
+        verb: Verb,
+        wait: Wait,
+        len: usize,
+        caller: Caller,
+    ) -> Written {
         if let Some(done) = self.already(entry, verb) {
             return Written::Now(done.map(|()| len));
         }
         let lifecycle = Arc::clone(&self.lifecycle);
         let entry = Arc::clone(entry);
+        let cause = Cause::Write(actor(caller));
         // A caller that does not wait gets its EAGAIN now, and its job the lock.
         let held = match wait {
             Wait::ForIt => None,
-            Wait::Never => match lifecycle.lock(&entry, Wait::Never) {
+            Wait::Never => match lifecycle.lock(&entry, Wait::Never, cause.clone()) {
                 Ok(held) => Some(held),
                 Err(error) => return Written::Now(Err(errno::of(&error))),
             },
@@ -149,7 +172,7 @@ impl Tree {
             let held = match held {
                 Some(held) => held,
                 None => lifecycle
-                    .lock(&entry, Wait::ForIt)
+                    .lock(&entry, Wait::ForIt, cause)
                     .map_err(|error| answer(&entry, "locking", &error))?,
             };
             let (doing, result) = match verb {
@@ -176,10 +199,7 @@ impl Tree {
         if record.state != there || self.lifecycle.last_error(entry).is_some() {
             return None;
         }
-        let held = self.lifecycle.lock(entry, Wait::Never).ok()?;
-        let still = entry.record().state == there && self.lifecycle.is_settled(entry);
-        drop(held);
-        if !still {
+        if !self.lifecycle.rests_in(entry, there) {
             return None;
         }
         if there == State::Running {
@@ -188,10 +208,18 @@ impl Tree {
         Some(Ok(()))
     }
 
-    fn write_policy(&self, entry: &Arc<Entry>, policy: Policy, wait: Wait, len: usize) -> Written {
+    fn write_policy(
+        &self,
+        entry: &Arc<Entry>,
+        policy: Policy,
+        wait: Wait,
+        len: usize,
+        caller: Caller,
+    ) -> Written {
         let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
+        let cause = Cause::Write(actor(caller));
         Written::Later(Box::new(move || {
-            let held = lifecycle.lock(&entry, wait).map_err(|error| errno::of(&error))?;
+            let held = lifecycle.lock(&entry, wait, cause).map_err(|error| errno::of(&error))?;
             lifecycle
                 .set(&held, &entry, policy)
                 .map(|()| len)
@@ -199,8 +227,16 @@ impl Tree {
         }))
     }
 
-    fn write_config(&self, entry: &Arc<Entry>, text: String, wait: Wait, len: usize) -> Written {
+    fn write_config(
+        &self,
+        entry: &Arc<Entry>,
+        text: String,
+        wait: Wait,
+        len: usize,
+        caller: Caller,
+    ) -> Written {
         let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
+        let cause = Cause::Write(actor(caller));
         Written::Later(Box::new(move || {
             let base = Arc::clone(&lifecycle.settings().template);
             let spec =
@@ -208,7 +244,7 @@ impl Tree {
                     lifecycle.note(&entry, &error);
                     Errno::Inval
                 })?;
-            let held = lifecycle.lock(&entry, wait).map_err(|error| errno::of(&error))?;
+            let held = lifecycle.lock(&entry, wait, cause).map_err(|error| errno::of(&error))?;
             lifecycle
                 .set(&held, &entry, Policy::Spec(Box::new(spec)))
                 .map(|()| len)
@@ -235,6 +271,7 @@ impl Tree {
         self: &Arc<Self>,
         node: Node,
         change: AttrChange,
+        caller: Caller,
     ) -> Result<Option<Job<Attr>>, Errno> {
         let attr = self.attr(node)?;
         if change.mtime
@@ -259,7 +296,7 @@ impl Tree {
                 this.change_mode(node, mode)?;
             }
             if let (Some(owner), Node::Dir(row)) = (owner, node) {
-                this.change_owner(row, owner)?;
+                this.change_owner(row, owner, actor(caller))?;
             }
             this.attr(node)
         })))
@@ -272,9 +309,12 @@ impl Tree {
         })
     }
 
-    fn change_owner(&self, row: RowId, owner: Owner) -> Result<(), Errno> {
+    fn change_owner(&self, row: RowId, owner: Owner, by: Actor) -> Result<(), Errno> {
         let entry = self.open_entry(row)?;
-        let held = self.lifecycle.lock(&entry, Wait::ForIt).map_err(|error| errno::of(&error))?;
+        let held = self
+            .lifecycle
+            .lock(&entry, Wait::ForIt, Cause::Write(by))
+            .map_err(|error| errno::of(&error))?;
         self.lifecycle
             .set(&held, &entry, Policy::Owner(owner))
             .map_err(|error| answer(&entry, "changing the owner of", &error))
@@ -300,9 +340,10 @@ impl Tree {
             IdError::Malformed => Errno::Inval,
         })?;
         let this = Arc::clone(self);
+        let cause = Cause::Mkdir(actor(caller));
         Ok(Box::new(move || {
             let owner = Owner { uid: caller.uid, gid: caller.gid };
-            match this.lifecycle.create(&id, owner) {
+            match this.lifecycle.create(&id, owner, cause) {
                 Ok(entry) => Ok(this.dir_attr(&entry)),
                 // The name is still held by the end of an earlier sandbox.
                 Err(Error::Locked { .. }) => Err(Errno::Busy),
@@ -318,7 +359,7 @@ impl Tree {
     ///
     /// # Errors
     /// `NoEnt`, `Perm` where it is pinned, `NotDir` for a file.
-    pub fn remove_dir(&self, parent: Node, name: &[u8]) -> Result<Removal, Errno> {
+    pub fn remove_dir(&self, parent: Node, name: &[u8], caller: Caller) -> Result<Removal, Errno> {
         let attr = self.lookup(parent, name)?;
         let Node::Dir(row) = attr.node else {
             return Err(Errno::NotDir);
@@ -332,12 +373,18 @@ impl Tree {
             errno::of(&error)
         })?;
         self.forget(row);
-        Ok(Removal { lifecycle: Arc::clone(&self.lifecycle), entry })
+        Ok(Removal { lifecycle: Arc::clone(&self.lifecycle), entry, by: actor(caller) })
     }
 
     fn forget(&self, row: RowId) {
         self.modes.forget(row);
     }
+}
+
+/// Says who `caller` is, as far as the kernel tells.
+pub(super) fn actor(caller: Caller) -> Actor {
+    let (pid, command) = (process_of(caller.tid), command_of(caller.tid));
+    Actor { pid, command: command.map(String::into), uid: caller.uid }
 }
 
 /// Logs a failure once, here at the edge, and returns its errno.

@@ -9,7 +9,7 @@ use crate::{
 /// is not listed without them.
 const ROOMS: [(&str, &[&str]); 17] = [
     ("main", &["cli", "daemon", "doctor"]),
-    ("cli", &["config"]),
+    ("cli", &["config", "sys"]),
     (
         "daemon",
         &[
@@ -37,7 +37,7 @@ const ROOMS: [(&str, &[&str]); 17] = [
     ("snapshot", &["sandbox", "sync", "sys"]),
     ("vmm", &["sandbox", "sync", "sys"]),
     ("lock", &["sandbox", "sync"]),
-    ("notify", &["sandbox", "sync"]),
+    ("notify", &["sandbox", "sync", "sys"]),
     ("config", &["sandbox", "sync", "sys"]),
     ("sys", &["sandbox", "sync"]),
     ("sandbox", &[]),
@@ -50,7 +50,7 @@ const LIBRARIES: [(&str, &[&str]); 14] = [
     ("rusqlite", &["src/index/"]),
     ("clap", &["src/cli.rs"]),
     ("std::env", &["src/cli.rs"]),
-    ("serde_json", &["src/vmm/", "src/snapshot/", "src/sys/", "src/index/"]),
+    ("serde_json", &["src/vmm/", "src/snapshot/", "src/sys/", "src/index/", "src/notify/"]),
     ("hyper", &["src/vmm/cloud_hypervisor/"]),
     ("hyper_util", &["src/vmm/cloud_hypervisor/"]),
     ("http_body_util", &["src/vmm/cloud_hypervisor/"]),

@@ -2,6 +2,7 @@
 //! failed wake leaves it asleep and wakeable.
 
 use super::*;
+use crate::sandbox::Cause;
 
 fn running() -> Host {
     let host = Host::new();
@@ -181,7 +182,7 @@ fn a_snapshot_knows_whether_its_machine_has_a_balloon() {
 fn a_snapshot_of_a_machine_with_other_devices_is_refused() {
     let host = asleep();
     let entry = host.entry("a");
-    let held = host.daemon.lock(&entry, Wait::ForIt).unwrap();
+    let held = host.daemon.lock(&entry, Wait::ForIt, Cause::Idle).unwrap();
     let spec = Spec { balloon: false, ..Spec::clone(&entry.record().spec) };
     host.daemon.amend(&held, &entry, |record| record.spec = spec.into()).unwrap();
     drop(held);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{
     Arrow, Error, Fault as Comes, Outcome, Policy, Signal, Wait, Why,
-    testing::{Host, PATIENCE, Pages, crash, name, start, wait_for},
+    testing::{Host, PATIENCE, Pages, actor, crash, name, start, wait_for},
 };
 use crate::{
     sandbox::{Disk, MemoryMode, Owner, Spec, State},

@@ -1,6 +1,7 @@
 //! The main roads, when nothing goes wrong.
 
 use super::*;
+use crate::sandbox::Cause;
 
 #[test]
 fn a_sandbox_boots_sleeps_and_wakes_where_it_was() {
@@ -79,7 +80,7 @@ fn deleting_calls_off_what_is_under_way() {
         wait_for("the sleep", || host.vmm.count(Call::Save) == 1);
         let waiting = scope.spawn(|| {
             let entry = host.entry("a");
-            let held = host.daemon.lock(&entry, Wait::ForIt).unwrap();
+            let held = host.daemon.lock(&entry, Wait::ForIt, Cause::Write(actor())).unwrap();
             host.daemon.wake(&held, &entry)
         });
         wait_for("a waiter", || waiting.is_finished() || host.daemon.locks_in_use() == 1);
@@ -152,7 +153,8 @@ fn only_so_many_sandboxes_are_made() {
     for id in ["a", "b", "c"] {
         host.create(id);
     }
-    let create = |id| host.daemon.create(&name(id), Owner { uid: 0, gid: 0 });
+    let create =
+        |id| host.daemon.create(&name(id), Owner { uid: 0, gid: 0 }, Cause::Mkdir(actor()));
     assert!(matches!(create("d"), Err(Error::TooMany { limit: 3 })));
     assert!(matches!(create("a"), Err(Error::Exists { .. })));
     host.destroy("b").unwrap();
@@ -258,6 +260,6 @@ fn a_closed_daemon_takes_no_more_operations() {
     assert_eq!(host.daemon.close(PATIENCE), 0);
     assert!(matches!(host.wake("a"), Err(Error::ShuttingDown)));
     let id = name("b");
-    let created = host.daemon.create(&id, Owner { uid: 0, gid: 0 });
+    let created = host.daemon.create(&id, Owner { uid: 0, gid: 0 }, Cause::Mkdir(actor()));
     assert!(matches!(created, Err(Error::ShuttingDown)));
 }

@@ -23,6 +23,9 @@ use rustix::{
 use super::{OwnDevice, Place, Process, reserve_places};
 use crate::sync::Arc;
 
+/// What it takes to use everybody's files as their owners may.
+const FILES: CapabilitySet = CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::FOWNER);
+
 /// What to start a process with.
 #[derive(Debug)]
 pub struct Launch<'a> {
@@ -60,6 +63,8 @@ pub enum Privileges {
     None,
     /// Nothing, and it is another user.
     NoneAs(User),
+    /// To use everybody's files as their owners may, and no more than that, for good.
+    Files,
 }
 
 /// A user whose only group of its own has the same number.
@@ -128,8 +133,11 @@ impl Process {
         }
         match launch.privileges {
             Privileges::Ours => {}
-            Privileges::None => give_up_privileges(&mut command, None),
-            Privileges::NoneAs(user) => give_up_privileges(&mut command, Some(&user)),
+            Privileges::None => give_up_privileges(&mut command, CapabilitySet::empty(), None),
+            Privileges::NoneAs(user) => {
+                give_up_privileges(&mut command, CapabilitySet::empty(), Some(&user));
+            }
+            Privileges::Files => give_up_privileges(&mut command, FILES, None),
         }
         let mut child = command.spawn()?;
         // Nobody but us reaps our child, so its number is its own until then.
@@ -208,9 +216,9 @@ fn put_in_place(command: &mut Command, placed: &[(Place, OwnedFd)]) {
     });
 }
 
-/// Has the child give up all privileges before it becomes its program, and become `user`,
-/// if that is another.
-fn give_up_privileges(command: &mut Command, user: Option<&User>) {
+/// Has the child give up all privileges but these before it becomes its program, and become
+/// `user`, if that is another.
+fn give_up_privileges(command: &mut Command, kept: CapabilitySet, user: Option<&User>) {
     let user = user.map(|user| {
         let groups: Vec<_> = user.groups.iter().map(|group| Gid::from_raw(*group)).collect();
         (Uid::from_raw(user.uid), Gid::from_raw(user.uid), groups)
@@ -226,8 +234,7 @@ fn give_up_privileges(command: &mut Command, user: Option<&User>) {
         }
         // Becoming a program gives root all of its capabilities again, but not with this.
         set_no_new_privs(true)?;
-        let none = CapabilitySet::empty();
-        let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+        let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: kept };
         set_capabilities(None, sets)?;
         Ok(())
     });

@@ -325,6 +325,14 @@ fn a_child_without_privileges_has_no_capability_and_gets_none() {
     for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
         assert_eq!(line_of(&bare, set), NO_CAPABILITY, "{bare}");
     }
+    // CAP_DAC_OVERRIDE is 1, CAP_FOWNER is 3 (capability.h).
+    let files = status(Privileges::Files);
+    if crate::sys::host::is_root() {
+        for set in ["CapPrm:", "CapEff:"] {
+            assert_eq!(line_of(&files, set), "000000000000000a", "{files}");
+        }
+        assert_eq!(line_of(&files, "NoNewPrivs:"), "1");
+    }
     assert_eq!(line_of(&bare, "NoNewPrivs:"), "1");
     // Root's are all there otherwise, so they were given up and not just absent.
     let ours = status(Privileges::Ours);

@@ -19,7 +19,14 @@ fn as_nobody(host: &Host, script: &str) -> Output {
 fn even_root_does_not_write_what_is_only_read() {
     let host = Setup::bare().start();
     host.mkdir("web-1").unwrap();
-    for file in ["web-1/status", "web-1/error", "web-1/idle", "dozed.status", "dozed.list"] {
+    for file in [
+        "web-1/status",
+        "web-1/error",
+        "web-1/idle",
+        "web-1/events",
+        "dozed.status",
+        "dozed.events",
+    ] {
         assert_eq!(host.open(file).err(), Some(Errno::ACCESS), "{file}");
         shell_fails(&host, &format!("echo x > {file}"), &[], Errno::ACCESS);
     }

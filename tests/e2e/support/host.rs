@@ -269,6 +269,11 @@ impl Host {
         assert!(process::signal_naming(pid, &self.store, signal), "{pid} is no VMM of ours");
     }
 
+    /// Sends a signal to a process that names the mount. False where there is none.
+    pub(crate) fn signal_naming_mount(&self, pid: u32, signal: Signal) -> bool {
+        process::signal_naming(pid, &self.mount, signal)
+    }
+
     /// Reads a counter guest's console, which has to be without a gap.
     #[track_caller]
     pub(crate) fn counted(&self, id: &str) -> Counted {

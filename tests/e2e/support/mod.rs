@@ -7,8 +7,10 @@ mod host;
 mod process;
 mod setup;
 mod wait;
+mod watcher;
 
 pub(crate) use host::{Host, write_once};
 pub(crate) use process::{command, is_alive, signal};
 pub(crate) use setup::Setup;
 pub(crate) use wait::{wait_for, wait_until};
+pub(crate) use watcher::Watcher;

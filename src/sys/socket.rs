@@ -1,0 +1,115 @@
+//! A pair of sockets between two processes, for short messages.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    net::{
+        AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send,
+        shutdown, socketpair,
+    },
+};
+
+/// One end. Messages keep their order and their ends, and what is sent is there once
+/// `send` has returned.
+#[derive(Debug)]
+pub struct MessageSocket(OwnedFd);
+
+impl MessageSocket {
+    /// Makes two ends that are connected.
+    ///
+    /// # Errors
+    /// Where the kernel gives no descriptors.
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let flags = SocketFlags::CLOEXEC;
+        let (one, other) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        Ok((Self(one), Self(other)))
+    }
+
+    /// Takes over the end that is our standard input.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn from_stdin() -> io::Result<Self> {
+        Ok(Self(io::stdin().as_fd().try_clone_to_owned()?))
+    }
+
+    /// Gives the descriptor away.
+    #[must_use]
+    pub fn into_fd(self) -> OwnedFd {
+        self.0
+    }
+
+    /// Sends a message; never waits.
+    ///
+    /// # Errors
+    /// Where the other end is closed, or there is no room.
+    pub fn send(&self, message: &[u8]) -> io::Result<()> {
+        // Without NOSIGNAL a closed end would be a SIGPIPE.
+        send(&self.0, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
+    /// Waits for a message and returns its length: nought once the other end is closed.
+    ///
+    /// # Errors
+    /// `TimedOut` where there is none within `limit`.
+    pub fn receive(&self, buffer: &mut [u8], limit: Option<Duration>) -> io::Result<usize> {
+        if let Some(limit) = limit {
+            let limit = Timespec::try_from(limit).ok();
+            if poll(&mut [PollFd::new(&self.0, PollFlags::IN)], limit.as_ref())? == 0 {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        loop {
+            match recv(&self.0, &mut *buffer, RecvFlags::empty()) {
+                Err(Errno::INTR) => {}
+                // The other end was closed with something unread in it.
+                Err(Errno::CONNRESET) => return Ok(0),
+                received => return Ok(received?.0),
+            }
+        }
+    }
+
+    /// Ends the conversation: whoever waits at either end finds it closed.
+    pub fn end(&self) {
+        // It fails only where it has ended already.
+        shutdown(&self.0, Shutdown::Both).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_keep_their_ends_and_a_closed_end_is_seen() {
+        let (one, other) = MessageSocket::pair().unwrap();
+        let mut buffer = [0; 16];
+        let timed_out = other.receive(&mut buffer, Some(Duration::from_millis(1))).unwrap_err();
+        assert_eq!(timed_out.kind(), io::ErrorKind::TimedOut);
+        one.send(b"first").unwrap();
+        one.send(b"second").unwrap();
+        assert_eq!(other.receive(&mut buffer, None).unwrap(), 5);
+        assert_eq!(other.receive(&mut buffer, None).unwrap(), 6);
+        assert_eq!(&buffer[..6], b"second");
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| other.receive(&mut [0; 1], None).unwrap());
+            one.end();
+            assert_eq!(waiting.join().unwrap(), 0);
+        });
+        assert!(other.send(b"x").is_err());
+    }
+
+    #[test]
+    fn a_send_that_finds_no_room_does_not_wait() {
+        let (one, _other) = MessageSocket::pair().unwrap();
+        let full = (0..1_000_000).find_map(|_| one.send(&[0; 64]).err());
+        assert_eq!(full.unwrap().kind(), io::ErrorKind::WouldBlock);
+    }
+}
