@@ -15,6 +15,7 @@ pub mod fuse;
 pub mod index;
 pub mod lifecycle;
 pub mod lock;
+pub mod net;
 pub mod notify;
 pub mod reaper;
 pub mod sandbox;

@@ -12,6 +12,7 @@ mod daemon;
 mod empty;
 mod filled;
 mod looking;
+mod network;
 mod qmp;
 mod report;
 mod restart;
@@ -41,7 +42,7 @@ type Measure = fn(&Bench) -> Result<Vec<Line>>;
 
 /// All rows. The tick comes last: its million rows leave this process large, and a large
 /// process is slow to fork, which would be held against the bare VMM.
-const ROWS: [(&[&str], Measure); 10] = [
+const ROWS: [(&[&str], Measure); 11] = [
     (&["cat-state"], looking::cat_state),
     (&["wake", "sleep"], roads::one),
     (&["large"], roads::large),
@@ -51,6 +52,7 @@ const ROWS: [(&[&str], Measure); 10] = [
     (&["memory"], filled::memory),
     (&["crowd"], roads::crowd),
     (&["restart"], restart::restart),
+    (&["network"], network::network),
     (&["tick"], filled::tick),
 ];
 
@@ -59,7 +61,7 @@ usage: scripts/bench [--quick] [--cloud-hypervisor PATH] [ROW ...]
 
 Measures the figures of docs/performance.md; without a ROW, all of them.
 Rows: cat-state wake sleep large cloud-wake cloud-sleep cloud-large no-op watch memory
-      crowd restart tick
+      crowd restart network tick
 
   --quick                   fewer rounds, smaller numbers
   --cloud-hypervisor PATH   the program for the rows cloud-*, which otherwise are of the

@@ -30,7 +30,9 @@ const WAIT_LIMIT: Duration = Duration::from_secs(120);
 /// How often it is looked at.
 const LOOK_EVERY: Duration = Duration::from_micros(500);
 /// The kinds of mounts that a run makes: with the subtype where the mounter gives it.
-const MOUNT_TYPES: [&str; 3] = ["fuse", "fuse.dozed", "fuse.dozed-empty"];
+const MOUNT_TYPES: [&str; 4] = ["fuse", "fuse.dozed", "fuse.dozed-empty", "nsfs"];
+/// Where namespaces are pinned, which is mounted on itself.
+const PINS: &str = "network/netns";
 
 /// What the program of that VMM is called.
 const CLOUD: &str = "cloud-hypervisor";
@@ -121,6 +123,10 @@ pub(crate) fn clear_place(dir: &Path) -> Result<()> {
         for path in mounted?.iter().filter(|path| path.starts_with(dir)) {
             mount::detach(path)?;
         }
+    }
+    let pins = dir.join(PINS);
+    if mount::mounted_at(&pins)?.is_some() {
+        mount::detach(&pins)?;
     }
     Ok(())
 }

@@ -6,6 +6,7 @@
 
 mod cause;
 mod id;
+pub mod network;
 mod period;
 mod record;
 mod spec;

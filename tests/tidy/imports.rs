@@ -7,7 +7,7 @@ use crate::{
 
 /// What each room may import. The pure types, the locks and the system are below all that
 /// is not listed without them.
-const ROOMS: [(&str, &[&str]); 17] = [
+const ROOMS: [(&str, &[&str]); 18] = [
     ("main", &["cli", "daemon", "doctor"]),
     ("cli", &["config", "sys"]),
     (
@@ -36,6 +36,7 @@ const ROOMS: [(&str, &[&str]); 17] = [
     ("index", &["lock", "sandbox", "sync", "sys"]),
     ("snapshot", &["sandbox", "sync", "sys"]),
     ("vmm", &["sandbox", "sync", "sys"]),
+    ("net", &["sandbox", "sync", "sys"]),
     ("lock", &["sandbox", "sync"]),
     ("notify", &["sandbox", "sync", "sys"]),
     ("config", &["sandbox", "sync", "sys"]),
@@ -45,7 +46,7 @@ const ROOMS: [(&str, &[&str]); 17] = [
 ];
 
 /// Which paths only some places may use, and which places.
-const LIBRARIES: [(&str, &[&str]); 14] = [
+const LIBRARIES: [(&str, &[&str]); 18] = [
     ("fuser", &["src/fuse/"]),
     ("rusqlite", &["src/index/"]),
     ("clap", &["src/cli.rs"]),
@@ -60,6 +61,10 @@ const LIBRARIES: [(&str, &[&str]); 14] = [
     ("std::sync::RwLock", &["src/sync.rs"]),
     ("std::sync::Condvar", &["src/sync.rs"]),
     ("shuttle", &["src/sync.rs"]),
+    ("netlink_packet_core", &["src/net/"]),
+    ("netlink_packet_netfilter", &["src/net/"]),
+    ("netlink_packet_route", &["src/net/"]),
+    ("ipnet", &["src/sandbox/network/", "src/net/"]),
 ];
 
 /// Returns the sources of the crate with what is in them besides tests.

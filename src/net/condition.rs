@@ -1,0 +1,265 @@
+//! The words that the firewall's rules are written in.
+//!
+//! Each is one condition or act in the terms of the kernel, with the check of the
+//! protocol that makes the condition mean what it says.
+
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+
+use super::ruleset::{Direction, Fate, Field, Load, Refusal, Step};
+use crate::sandbox::network::Mac;
+
+/// A device's name takes 16 bytes, with noughts after it (`IFNAMSIZ`).
+const NAME_BYTES: usize = 16;
+/// `NFPROTO_IPV4`.
+const IPV4: u8 = 2;
+/// `IPPROTO_TCP`.
+const TCP: u8 = 6;
+/// `IPPROTO_UDP`.
+const UDP: u8 = 17;
+/// Where the flags of TCP are in its header.
+const TCP_FLAGS: Field = Field { offset: 13, length: 1 };
+const SOURCE_PORT: Field = Field { offset: 0, length: 2 };
+const DESTINATION_PORT: Field = Field { offset: 2, length: 2 };
+const IP_SOURCE: Field = Field { offset: 12, length: 4 };
+const IP_DESTINATION: Field = Field { offset: 16, length: 4 };
+
+/// States of a connection (`NF_CT_STATE_BIT`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CtState(u32);
+
+pub(super) const INVALID: CtState = CtState(1);
+pub(super) const ESTABLISHED_OR_RELATED: CtState = CtState(2 | 4);
+pub(super) const NEW: CtState = CtState(8);
+
+/// Facts about a connection (`enum ip_conntrack_status`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CtStatus(u32);
+
+/// Its first packet went through.
+pub(super) const CONFIRMED: CtStatus = CtStatus(1 << 3);
+/// Its destination is translated.
+pub(super) const DNAT: CtStatus = CtStatus(1 << 5);
+
+/// TCP or UDP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Transport {
+    Tcp,
+    Udp,
+}
+
+fn is(load: Load, value: &[u8]) -> Vec<Step> {
+    vec![Step::Load(load), Step::Is(value.to_vec())]
+}
+
+fn is_not(load: Load, value: &[u8]) -> Vec<Step> {
+    vec![Step::Load(load), Step::IsNot(value.to_vec())]
+}
+
+fn named(name: &str) -> [u8; NAME_BYTES] {
+    let mut bytes = [0; NAME_BYTES];
+    for (to, from) in bytes.iter_mut().zip(name.bytes().take(NAME_BYTES - 1)) {
+        *to = from;
+    }
+    bytes
+}
+
+pub(super) fn from_device(name: &str) -> Vec<Step> {
+    is(Load::InName, &named(name))
+}
+
+pub(super) fn to_device(name: &str) -> Vec<Step> {
+    is(Load::OutName, &named(name))
+}
+
+pub(super) fn from_group(group: u32) -> Vec<Step> {
+    is(Load::InGroup, &group.to_ne_bytes())
+}
+
+pub(super) fn to_group(group: u32) -> Vec<Step> {
+    is(Load::OutGroup, &group.to_ne_bytes())
+}
+
+pub(super) fn not_to_group(group: u32) -> Vec<Step> {
+    is_not(Load::OutGroup, &group.to_ne_bytes())
+}
+
+fn ipv4() -> Vec<Step> {
+    is(Load::NetworkProtocol, &[IPV4])
+}
+
+pub(super) fn not_ipv4() -> Vec<Step> {
+    is_not(Load::NetworkProtocol, &[IPV4])
+}
+
+pub(super) fn tcp() -> Vec<Step> {
+    is(Load::TransportProtocol, &[TCP])
+}
+
+fn udp() -> Vec<Step> {
+    is(Load::TransportProtocol, &[UDP])
+}
+
+/// A field of the Ethernet header.
+pub(super) fn ethernet(field: Field, value: &[u8]) -> Vec<Step> {
+    is(Load::Link(field), value)
+}
+
+pub(super) fn not_from_mac(mac: Mac) -> Vec<Step> {
+    is_not(Load::Link(Field { offset: 6, length: 6 }), &mac.0)
+}
+
+pub(super) fn to_mac(mac: Mac) -> Vec<Step> {
+    ethernet(Field { offset: 0, length: 6 }, &mac.0)
+}
+
+/// The type of an Ethernet frame. A frame with a VLAN's tag is of another type.
+pub(super) fn ether_type(number: u16) -> Vec<Step> {
+    ethernet(Field { offset: 12, length: 2 }, &number.to_be_bytes())
+}
+
+/// A field after the Ethernet header.
+pub(super) fn after_ethernet(field: Field, value: &[u8]) -> Vec<Step> {
+    is(Load::Network(field), value)
+}
+
+pub(super) fn from_address(address: Ipv4Addr) -> Vec<Step> {
+    [ipv4(), is(Load::Network(IP_SOURCE), &address.octets())].concat()
+}
+
+pub(super) fn to_address(address: Ipv4Addr) -> Vec<Step> {
+    [ipv4(), is(Load::Network(IP_DESTINATION), &address.octets())].concat()
+}
+
+pub(super) fn from_network(network: Ipv4Net) -> Vec<Step> {
+    let mask = Step::Mask(network.netmask().octets().to_vec());
+    let own = Step::Is(network.network().octets().to_vec());
+    [ipv4(), vec![Step::Load(Load::Network(IP_SOURCE)), mask, own]].concat()
+}
+
+pub(super) fn not_from_network(network: Ipv4Net) -> Vec<Step> {
+    let mask = Step::Mask(network.netmask().octets().to_vec());
+    let own = Step::IsNot(network.network().octets().to_vec());
+    [ipv4(), vec![Step::Load(Load::Network(IP_SOURCE)), mask, own]].concat()
+}
+
+pub(super) fn to_any_of(set: &'static str) -> Vec<Step> {
+    [ipv4(), vec![Step::Load(Load::Network(IP_DESTINATION)), Step::In(set)]].concat()
+}
+
+pub(super) fn to_port(transport: Transport, port: u16) -> Vec<Step> {
+    at_port(transport, DESTINATION_PORT, port)
+}
+
+pub(super) fn from_port(transport: Transport, port: u16) -> Vec<Step> {
+    at_port(transport, SOURCE_PORT, port)
+}
+
+fn at_port(transport: Transport, field: Field, port: u16) -> Vec<Step> {
+    let protocol = match transport {
+        Transport::Tcp => tcp(),
+        Transport::Udp => udp(),
+    };
+    [protocol, is(Load::Transport(field), &port.to_be_bytes())].concat()
+}
+
+/// TCP that does not begin a connection: of FIN, SYN, RST and ACK it has not just SYN.
+pub(super) fn no_syn() -> Vec<Step> {
+    const FIN_SYN_RST_ACK: u8 = 0x17;
+    const SYN: u8 = 0x02;
+    let flags = [
+        Step::Load(Load::Transport(TCP_FLAGS)),
+        Step::Mask(vec![FIN_SYN_RST_ACK]),
+        Step::IsNot(vec![SYN]),
+    ];
+    [tcp(), flags.to_vec()].concat()
+}
+
+/// The connection is in one of these states.
+pub(super) fn state(state: CtState) -> Vec<Step> {
+    has(Load::CtState, state.0)
+}
+
+/// The fact is none of the connection.
+pub(super) fn no_status(status: CtStatus) -> Vec<Step> {
+    let bits = status.0.to_ne_bytes().to_vec();
+    vec![Step::Load(Load::CtStatus), Step::Mask(bits), Step::Is(vec![0; 4])]
+}
+
+fn has(load: Load, bits: u32) -> Vec<Step> {
+    let bits = bits.to_ne_bytes().to_vec();
+    vec![Step::Load(load), Step::Mask(bits), Step::IsNot(vec![0; 4])]
+}
+
+pub(super) fn direction(direction: Direction) -> Vec<Step> {
+    let number = match direction {
+        Direction::Original => 0,
+        Direction::Reply => 1,
+    };
+    is(Load::CtDirection, &[number])
+}
+
+/// Whom the connection was opened to, before any translation, is in the set.
+pub(super) fn opened_to_any_of(set: &'static str) -> Vec<Step> {
+    vec![Step::Load(Load::CtDestination(Direction::Original)), Step::In(set)]
+}
+
+/// Whom the connection was opened to, before any translation.
+pub(super) fn opened_to(address: Ipv4Addr) -> Vec<Step> {
+    is(Load::CtDestination(Direction::Original), &address.octets())
+}
+
+/// Who answers, after all translation, is in the set.
+pub(super) fn answered_by_any_of(set: &'static str) -> Vec<Step> {
+    vec![Step::Load(Load::CtSource(Direction::Reply)), Step::In(set)]
+}
+
+/// One packet in so many.
+pub(super) fn one_in(turns: u32) -> Vec<Step> {
+    is(Load::Turn(turns), &0_u32.to_ne_bytes())
+}
+
+pub(super) fn limited(limit: &'static str) -> Vec<Step> {
+    vec![Step::Limited(limit)]
+}
+
+pub(super) fn flows_over(count: u32) -> Vec<Step> {
+    vec![Step::FlowsOver(count)]
+}
+
+pub(super) fn count(counter: &'static str) -> Vec<Step> {
+    vec![Step::Count(counter)]
+}
+
+pub(super) fn accept() -> Vec<Step> {
+    vec![Step::Verdict(Fate::Accept)]
+}
+
+pub(super) fn drop_it() -> Vec<Step> {
+    vec![Step::Verdict(Fate::Drop)]
+}
+
+pub(super) fn goto(chain: &'static str) -> Vec<Step> {
+    vec![Step::Goto(chain)]
+}
+
+pub(super) fn reset() -> Vec<Step> {
+    vec![Step::Refuse(Refusal::TcpReset)]
+}
+
+pub(super) fn prohibit() -> Vec<Step> {
+    vec![Step::Refuse(Refusal::AdminProhibited)]
+}
+
+pub(super) fn as_source(address: Ipv4Addr) -> Vec<Step> {
+    vec![Step::Source(address)]
+}
+
+pub(super) fn as_destination(address: Ipv4Addr) -> Vec<Step> {
+    vec![Step::Destination(address)]
+}
+
+pub(super) fn masquerade() -> Vec<Step> {
+    vec![Step::Masquerade]
+}

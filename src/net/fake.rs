@@ -1,0 +1,198 @@
+//! Networks that are only remembered, for tests of those who ask for them.
+
+use std::{collections::BTreeMap, io, os::fd::OwnedFd, path::PathBuf};
+
+use super::{
+    Applied, Counters, Error, Known, Network, Ready, Reconciled, Wanted, firewall,
+    linger::Lingering,
+};
+use crate::{
+    sandbox::{
+        SandboxId, Timestamp,
+        network::{GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, SandboxAddress},
+    },
+    sync::{Mutex, lock},
+    sys::netns::Identity,
+};
+
+/// What can be made to fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The network cannot be made.
+    Ensure,
+    /// The policy cannot be changed.
+    Policy,
+    /// The network cannot be removed.
+    Remove,
+}
+
+/// Networks that are only remembered.
+///
+/// # Locking
+/// Each lock is a leaf.
+#[derive(Debug, Default)]
+pub(crate) struct FakeNetwork {
+    there: Mutex<BTreeMap<SandboxId, (u64, Wanted)>>,
+    made: Mutex<u64>,
+    fault: Mutex<Option<Fault>>,
+    lingering: Lingering,
+}
+
+impl FakeNetwork {
+    /// Makes everything of one kind fail from now on, or nothing.
+    pub(crate) fn set_fault(&self, fault: Option<Fault>) {
+        *lock(&self.fault) = fault;
+    }
+
+    /// Returns what is in force for a sandbox that has a network.
+    pub(crate) fn in_force(&self, id: &SandboxId) -> Option<Wanted> {
+        lock(&self.there).get(id).map(|(_, wanted)| wanted.clone())
+    }
+
+    fn check(&self, fault: Fault) -> Result<(), Error> {
+        if *lock(&self.fault) == Some(fault) {
+            return Err(Error::host("doing as told")(io::Error::other("on purpose")));
+        }
+        Ok(())
+    }
+}
+
+impl Network for FakeNetwork {
+    fn ensure(&self, wanted: &Wanted) -> Result<Ready, Error> {
+        self.check(Fault::Ensure)?;
+        let next = {
+            let mut made = lock(&self.made);
+            *made += 1;
+            *made
+        };
+        let mut there = lock(&self.there);
+        let entry = there.entry(wanted.id.clone()).or_insert((next, wanted.clone()));
+        entry.1 = wanted.clone();
+        let inode = entry.0;
+        drop(there);
+        self.lingering.forget(&wanted.id);
+        Ok(Ready {
+            namespace: PathBuf::from("/fake").join(wanted.id.as_str()),
+            identity: Identity { device: 0, inode },
+            tap: firewall::TAP,
+            mac: GUEST_MAC,
+            guest: GUEST_ADDRESS,
+            prefix: GUEST_PREFIX,
+            gateway: GATEWAY_ADDRESS,
+        })
+    }
+
+    fn apply_policy(&self, wanted: &Wanted) -> Result<Applied, Error> {
+        self.check(Fault::Policy)?;
+        match lock(&self.there).get_mut(&wanted.id) {
+            None => Ok(Applied::NotThere),
+            Some((_, in_force)) => {
+                *in_force = wanted.clone();
+                Ok(Applied::Now)
+            }
+        }
+    }
+
+    fn open_tap(&self, id: &SandboxId) -> Result<OwnedFd, Error> {
+        if self.in_force(id).is_none() {
+            return Err(Error::NotThere);
+        }
+        let file = std::fs::File::open("/dev/null").map_err(Error::host("opening the device"))?;
+        Ok(file.into())
+    }
+
+    fn linger(&self, id: &SandboxId, until: Timestamp) {
+        self.lingering.add(id, until);
+    }
+
+    fn lingered(&self, now: Timestamp) -> Vec<SandboxId> {
+        self.lingering.due(now)
+    }
+
+    fn next_lingered(&self) -> Option<Timestamp> {
+        self.lingering.next()
+    }
+
+    fn remove(&self, id: &SandboxId, _address: SandboxAddress) -> Result<(), Error> {
+        self.check(Fault::Remove)?;
+        lock(&self.there).remove(id);
+        self.lingering.forget(id);
+        Ok(())
+    }
+
+    fn reconcile(&self, known: &[Known]) -> Result<Reconciled, Error> {
+        let mut there = lock(&self.there);
+        let is_known = |id: &SandboxId| known.iter().any(|known| known.id == *id);
+        let removed: Vec<SandboxId> = there.keys().filter(|id| !is_known(id)).cloned().collect();
+        there.retain(|id, _| is_known(id));
+        Ok(Reconciled {
+            removed: removed.iter().map(SandboxId::to_string).collect(),
+            there: there.keys().cloned().collect(),
+        })
+    }
+
+    fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error> {
+        Ok(self.in_force(id).map(|_| Counters::default()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::network::{AddressPlan, Destinations, Nameservers, NetworkPolicy, Reach};
+
+    fn wanted(name: &str, slot: u32, reach: Reach) -> Wanted {
+        Wanted {
+            id: name.parse().unwrap(),
+            address: AddressPlan::default().address(slot).unwrap(),
+            tap_owner: 0,
+            policy: NetworkPolicy {
+                reach,
+                nameservers: Nameservers::default(),
+                denied: Destinations::default(),
+                allowed: Destinations::default(),
+            },
+        }
+    }
+
+    #[test]
+    fn a_network_that_is_remembered_goes_the_way_of_a_real_one() {
+        let network = FakeNetwork::default();
+        let (a, b) = (wanted("a", 0, Reach::Internet), wanted("b", 1, Reach::Internet));
+        assert_eq!(network.apply_policy(&a).unwrap(), Applied::NotThere);
+        assert!(matches!(network.open_tap(&a.id), Err(Error::NotThere)));
+        let first = network.ensure(&a).unwrap();
+        assert_eq!(network.ensure(&a).unwrap(), first);
+        assert_ne!(network.ensure(&b).unwrap().identity, first.identity);
+        drop(network.open_tap(&a.id).unwrap());
+        let isolated = wanted("a", 0, Reach::Isolated);
+        assert_eq!(network.apply_policy(&isolated).unwrap(), Applied::Now);
+        assert_eq!(network.in_force(&a.id), Some(isolated));
+        assert_eq!(network.counters(&a.id).unwrap(), Some(Counters::default()));
+        network.linger(&a.id, Timestamp::from_millis(5));
+        assert_eq!(network.next_lingered(), Some(Timestamp::from_millis(5)));
+        assert_eq!(network.lingered(Timestamp::from_millis(5)), std::slice::from_ref(&a.id));
+        network.remove(&a.id, a.address).unwrap();
+        network.remove(&a.id, a.address).unwrap();
+        assert_eq!(network.lingered(Timestamp::from_millis(5)), []);
+        let reconciled = network.reconcile(&[]).unwrap();
+        assert_eq!(reconciled.removed, ["b"]);
+        assert_eq!(network.counters(&b.id).unwrap(), None);
+    }
+
+    #[test]
+    fn a_fault_fails_what_it_says_and_nothing_else() {
+        let network = FakeNetwork::default();
+        let a = wanted("a", 0, Reach::Internet);
+        network.set_fault(Some(Fault::Ensure));
+        assert!(network.ensure(&a).is_err() && network.in_force(&a.id).is_none());
+        network.set_fault(Some(Fault::Policy));
+        network.ensure(&a).unwrap();
+        assert!(network.apply_policy(&wanted("a", 0, Reach::Isolated)).is_err());
+        assert_eq!(network.in_force(&a.id), Some(a.clone()));
+        network.set_fault(Some(Fault::Remove));
+        assert!(network.remove(&a.id, a.address).is_err());
+        network.set_fault(None);
+        network.remove(&a.id, a.address).unwrap();
+    }
+}

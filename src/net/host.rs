@@ -1,0 +1,128 @@
+//! The host's side, which is the same for any number of sandboxes.
+
+use std::{fs, io, path::Path};
+
+use netlink_packet_route::{address::AddressScope, link::InfoKind};
+
+use super::{
+    Error, firewall, link,
+    netlink::{Answers, Kernel},
+    nftables::{self, Mode},
+    ruleset::Family,
+};
+use crate::{
+    sandbox::network::{AddressPlan, SandboxAddress},
+    sys::{netlink, netns, tun},
+};
+
+/// Whether the host forwards at all, in the namespace of the thread that reads it.
+const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
+
+/// Prepares the host: a directory for pins, a device with the host's own address in the
+/// range, an answer for addresses that nobody has, and the second guard.
+///
+/// # Errors
+/// Where something cannot be made. Doing it again is no error.
+pub(super) fn prepare(plan: &AddressPlan, pins: &Path) -> Result<(), Error> {
+    netns::make_pin_dir(pins).map_err(Error::host("making the directory of namespaces"))?;
+    let wall = nftables::here()?;
+    let table = firewall::host_table(plan);
+    let mode = match nftables::has_table(&wall, Family::Inet, &table) {
+        Ok(true) => Mode::Replace,
+        Ok(false) => Mode::First,
+        Err(error) => return Err(without_nftables(error)),
+    };
+    nftables::apply(&wall, &firewall::of_host(plan), mode)?;
+    let links = link::here()?;
+    let name = device(plan);
+    if let Some(there) = link::find(&links, &name)?
+        && there.kind != Some(InfoKind::Tun)
+    {
+        return Err(Error::NotOurs { name: format!("the link {name}") });
+    }
+    tun::make(&name, tun::Device::Tun, 0).map_err(without_tun)?;
+    let index = link::find(&links, &name)?.ok_or(Error::NotThere)?.index;
+    let requests = vec![
+        link::without_ipv6(index),
+        link::address(index, plan.host_address(), 32, AddressScope::Universe),
+        link::up(index),
+        link::unreachable(plan.range()),
+    ];
+    links.apply(requests, Answers::Each)
+}
+
+/// Takes back what [`prepare`] did, but for the directory.
+///
+/// # Errors
+/// Where something stays.
+pub(super) fn dismantle(plan: &AddressPlan) -> Result<(), Error> {
+    let links = link::here()?;
+    let mut requests = vec![link::no_unreachable(plan.range())];
+    let device = link::find(&links, &device(plan))?.filter(|it| it.kind == Some(InfoKind::Tun));
+    requests.extend(device.map(|device| link::remove(device.index)));
+    links.apply(requests, Answers::Each)?;
+    nftables::remove(&nftables::here()?, Family::Inet, &firewall::host_table(plan))
+}
+
+/// Returns the name of the device that has the host's own address.
+fn device(plan: &AddressPlan) -> String {
+    format!("dozed{:08x}", plan.link_group())
+}
+
+/// Says whether the host lets packets through from one link to another.
+///
+/// # Errors
+/// A sentence that says how to let it.
+pub(super) fn forwards() -> Result<(), Error> {
+    let value = fs::read_to_string(FORWARDING)
+        .map_err(Error::host("looking whether the host forwards packets"))?;
+    if value.trim() == "0" {
+        return Err(Error::Lacking {
+            lacks: "it does not forward IPv4 packets",
+            remedy: "set net.ipv4.ip_forward = 1 with sysctl",
+        });
+    }
+    Ok(())
+}
+
+/// Removes the link of the host that is called `name`, if it is of a sandbox of ours.
+///
+/// # Errors
+/// Where one of that name is not ours, or it stays.
+pub(super) fn remove_link(links: &Kernel, plan: &AddressPlan, name: &str) -> Result<(), Error> {
+    let Some(found) = link::find(links, name)? else { return Ok(()) };
+    if !is_of_a_sandbox(plan, &found) {
+        return Err(Error::NotOurs { name: format!("the link {name}") });
+    }
+    links.apply(vec![link::remove(found.index)], Answers::Each)
+}
+
+/// Says whether a link is the host's end of a sandbox of this range.
+pub(super) fn is_of_a_sandbox(plan: &AddressPlan, link: &link::Link) -> bool {
+    let address = SandboxAddress::of_host_link(&link.name);
+    link.group == plan.link_group()
+        && link.kind == Some(InfoKind::Veth)
+        && address.is_some_and(|address| plan.sandbox(address).is_some())
+}
+
+fn without_nftables(error: Error) -> Error {
+    if let Error::Host { source, .. } = &error
+        && netlink::is_unsupported(source)
+    {
+        return Error::Lacking {
+            lacks: "its kernel has no nf_tables",
+            remedy: "load it with `modprobe nf_tables`",
+        };
+    }
+    error
+}
+
+fn without_tun(source: io::Error) -> Error {
+    if source.kind() == io::ErrorKind::NotFound || netlink::is_missing(&source) {
+        return Error::Lacking {
+            lacks: "there is no /dev/net/tun",
+            remedy: "load it with `modprobe tun`",
+        };
+    }
+    Error::Host { doing: "making the host's device".into(), source }
+}

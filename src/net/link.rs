@@ -1,0 +1,315 @@
+//! Links, addresses, neighbours and routes, as requests to the kernel.
+
+use std::{
+    borrow::Cow,
+    net::{IpAddr, Ipv4Addr},
+    os::fd::RawFd,
+};
+
+use ipnet::Ipv4Net;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkMessage};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage, AddressScope},
+    link::{
+        AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InetDevConf, InfoData, InfoKind,
+        InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    },
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    route::{
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol,
+        RouteScope, RouteType,
+    },
+};
+
+use super::{
+    Error,
+    netlink::{Accepts, Kernel, Request},
+};
+use crate::{sandbox::network::Mac, sys::netlink::Family};
+
+/// Who made a route, in the words of the kernel: none of the protocols that have a number.
+const OURS: RouteProtocol = RouteProtocol::Other(213);
+
+/// What is known of a link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Link {
+    pub(super) index: u32,
+    pub(super) name: String,
+    pub(super) alias: Option<String>,
+    pub(super) group: u32,
+    pub(super) mac: Option<Vec<u8>>,
+    pub(super) kind: Option<InfoKind>,
+}
+
+/// Opens a socket for the links of the namespace that this thread is in.
+pub(super) fn here() -> Result<Kernel, Error> {
+    Kernel::here(Family::Route)
+}
+
+/// Finds the link called `name`.
+pub(super) fn find(kernel: &Kernel, name: &str) -> Result<Option<Link>, Error> {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+    let message = NetlinkMessage::from(RouteNetlinkMessage::GetLink(message));
+    Ok(kernel.get("looking for a link", message)?.and_then(as_link))
+}
+
+/// Returns all links.
+pub(super) fn list(kernel: &Kernel) -> Result<Vec<Link>, Error> {
+    let message = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let found = kernel.list("listing the links", NetlinkMessage::from(message))?;
+    Ok(found.into_iter().filter_map(as_link).collect())
+}
+
+/// Returns all IPv4 addresses of this namespace.
+pub(super) fn addresses(kernel: &Kernel) -> Result<Vec<Ipv4Addr>, Error> {
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet;
+    let message = NetlinkMessage::from(RouteNetlinkMessage::GetAddress(message));
+    let found = kernel.list("listing the host's addresses", message)?;
+    let local = |message| {
+        let RouteNetlinkMessage::NewAddress(message) = message else { return None };
+        message.attributes.into_iter().find_map(|attribute| {
+            if let AddressAttribute::Local(IpAddr::V4(address)) = attribute {
+                return Some(address);
+            }
+            None
+        })
+    };
+    Ok(found.into_iter().filter_map(local).collect())
+}
+
+fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
+    let RouteNetlinkMessage::NewLink(message) = message else { return None };
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        alias: None,
+        group: 0,
+        mac: None,
+        kind: None,
+    };
+    for attribute in message.attributes {
+        if let LinkAttribute::IfName(name) = attribute {
+            link.name = name;
+        } else if let LinkAttribute::IfAlias(alias) = attribute {
+            link.alias = Some(alias);
+        } else if let LinkAttribute::Group(group) = attribute {
+            link.group = group;
+        } else if let LinkAttribute::Address(mac) = attribute {
+            link.mac = Some(mac);
+        } else if let LinkAttribute::LinkInfo(infos) = attribute {
+            link.kind = infos.into_iter().find_map(kind_of);
+        }
+    }
+    Some(link)
+}
+
+fn kind_of(info: LinkInfo) -> Option<InfoKind> {
+    if let LinkInfo::Kind(kind) = info { Some(kind) } else { None }
+}
+
+/// One end of a pair of links.
+#[derive(Debug)]
+pub(super) struct End<'a> {
+    pub(super) name: &'a str,
+    pub(super) mac: Mac,
+    pub(super) group: u32,
+}
+
+/// Makes a pair of links: `here`, and `there` in the namespace that is open as `namespace`.
+pub(super) fn pair(
+    here: &End<'_>,
+    there: &End<'_>,
+    namespace: RawFd,
+) -> Request<RouteNetlinkMessage> {
+    let described = |end: &End<'_>| {
+        vec![
+            LinkAttribute::IfName(end.name.to_owned()),
+            LinkAttribute::Address(end.mac.0.into()),
+            LinkAttribute::Group(end.group),
+        ]
+    };
+    let mut peer = LinkMessage::default();
+    peer.attributes = described(there);
+    peer.attributes.push(LinkAttribute::NetNsFd(namespace));
+    let mut message = LinkMessage::default();
+    message.attributes = described(here);
+    message.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::Kind(InfoKind::Veth),
+        LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+    ]));
+    let mut message = NetlinkMessage::from(RouteNetlinkMessage::NewLink(message));
+    message.header.flags = NLM_F_CREATE | NLM_F_EXCL;
+    request(format!("making the link {}", there.name), message)
+}
+
+/// Gives a link no IPv6 address of its own. A kernel without IPv6 has no need to be told.
+pub(super) fn without_ipv6(index: u32) -> Request<RouteNetlinkMessage> {
+    let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+    let message =
+        change(index, vec![LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])])]);
+    Request {
+        accepts: Accepts::Unsupported,
+        ..request("keeping IPv6 off a link", set_link(message))
+    }
+}
+
+/// Lets IPv4 packets that come in by a link go on to others. It is a setting of the link,
+/// told by this socket: the file in `/proc/sys` takes longer the more namespaces there are.
+pub(super) fn forwarding(index: u32) -> Request<RouteNetlinkMessage> {
+    let mut settings = InetDevConf::default();
+    settings.forwarding = 1;
+    let inet = AfSpecUnspec::Inet(vec![AfSpecInet::DevConfRequest(settings)]);
+    let message = change(index, vec![LinkAttribute::AfSpecUnspec(vec![inet])]);
+    request("letting a link forward", set_link(message))
+}
+
+/// Changes the MAC of a link, which is down.
+pub(super) fn mac(index: u32, mac: Mac) -> Request<RouteNetlinkMessage> {
+    let message = change(index, vec![LinkAttribute::Address(mac.0.into())]);
+    request("setting the MAC of a link", set_link(message))
+}
+
+/// Writes down what a link is for.
+pub(super) fn alias(index: u32, alias: &str) -> Request<RouteNetlinkMessage> {
+    let message = change(index, vec![LinkAttribute::IfAlias(alias.to_owned())]);
+    request("marking a link", set_link(message))
+}
+
+/// Takes a link into use.
+pub(super) fn up(index: u32) -> Request<RouteNetlinkMessage> {
+    let mut message = change(index, Vec::new());
+    message.header.flags = LinkFlags::Up;
+    message.header.change_mask = LinkFlags::Up;
+    request("taking a link into use", set_link(message))
+}
+
+/// Removes a link, and its peer if it has one.
+pub(super) fn remove(index: u32) -> Request<RouteNetlinkMessage> {
+    let message = NetlinkMessage::from(RouteNetlinkMessage::DelLink(change(index, Vec::new())));
+    Request { accepts: Accepts::Missing, ..request("removing a link", message) }
+}
+
+fn change(index: u32, attributes: Vec<LinkAttribute>) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes = attributes;
+    message
+}
+
+fn set_link(message: LinkMessage) -> NetlinkMessage<RouteNetlinkMessage> {
+    NetlinkMessage::from(RouteNetlinkMessage::SetLink(message))
+}
+
+/// Gives a link an address.
+pub(super) fn address(
+    index: u32,
+    address: Ipv4Addr,
+    prefix: u8,
+    scope: AddressScope,
+) -> Request<RouteNetlinkMessage> {
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.prefix_len = prefix;
+    message.header.index = index;
+    message.header.scope = scope;
+    message.attributes =
+        vec![AddressAttribute::Local(address.into()), AddressAttribute::Address(address.into())];
+    put(format!("adding the address {address}"), RouteNetlinkMessage::NewAddress(message))
+}
+
+/// Says for good which MAC an address of a link has, so that nobody asks.
+pub(super) fn neighbour(index: u32, address: Ipv4Addr, mac: Mac) -> Request<RouteNetlinkMessage> {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.ifindex = index;
+    message.header.state = NeighbourState::Permanent;
+    message.header.kind = RouteType::Unicast;
+    message.attributes = vec![
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)),
+        NeighbourAttribute::LinkLayerAddress(mac.0.into()),
+    ];
+    put(format!("adding the neighbour {address}"), RouteNetlinkMessage::NewNeighbour(message))
+}
+
+/// Sends what is for `address` to a link, from `source`.
+pub(super) fn route(
+    index: u32,
+    address: Ipv4Addr,
+    source: Ipv4Addr,
+) -> Request<RouteNetlinkMessage> {
+    let mut message = blank_route(Ipv4Net::from(address), RouteType::Unicast, RouteScope::Link);
+    message.attributes.extend([
+        RouteAttribute::Oif(index),
+        RouteAttribute::PrefSource(RouteAddress::Inet(source)),
+    ]);
+    put(format!("adding the route to {address}"), RouteNetlinkMessage::NewRoute(message))
+}
+
+/// Sends all else to `gateway`, which is on the link whatever its address.
+pub(super) fn default_route(index: u32, gateway: Ipv4Addr) -> Request<RouteNetlinkMessage> {
+    let everywhere = Ipv4Net::default();
+    let mut message = blank_route(everywhere, RouteType::Unicast, RouteScope::Universe);
+    message.header.flags = RouteFlags::Onlink;
+    message
+        .attributes
+        .extend([RouteAttribute::Oif(index), RouteAttribute::Gateway(RouteAddress::Inet(gateway))]);
+    put("adding the default route", RouteNetlinkMessage::NewRoute(message))
+}
+
+/// Answers at once that nothing is at an address of `network` that has no route of its own.
+pub(super) fn unreachable(network: Ipv4Net) -> Request<RouteNetlinkMessage> {
+    let message = blank_route(network, RouteType::Unreachable, RouteScope::Universe);
+    let doing = format!("adding the route for {network}");
+    put(doing, RouteNetlinkMessage::NewRoute(message))
+}
+
+/// Takes back [`route`].
+pub(super) fn no_route(address: Ipv4Addr) -> Request<RouteNetlinkMessage> {
+    remove_route(blank_route(Ipv4Net::from(address), RouteType::Unicast, RouteScope::Link))
+}
+
+/// Takes back [`unreachable`].
+pub(super) fn no_unreachable(network: Ipv4Net) -> Request<RouteNetlinkMessage> {
+    remove_route(blank_route(network, RouteType::Unreachable, RouteScope::Universe))
+}
+
+/// Only a route of our protocol is meant.
+fn remove_route(message: RouteMessage) -> Request<RouteNetlinkMessage> {
+    let message = NetlinkMessage::from(RouteNetlinkMessage::DelRoute(message));
+    Request { accepts: Accepts::Missing, ..request("removing a route", message) }
+}
+
+fn blank_route(network: Ipv4Net, kind: RouteType, scope: RouteScope) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = AddressFamily::Inet;
+    message.header.destination_prefix_length = network.prefix_len();
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = OURS;
+    message.header.scope = scope;
+    message.header.kind = kind;
+    if network.prefix_len() > 0 {
+        let destination = RouteAddress::Inet(network.network());
+        message.attributes.push(RouteAttribute::Destination(destination));
+    }
+    message
+}
+
+/// Adds, or takes the place of what is there.
+fn put(
+    doing: impl Into<Cow<'static, str>>,
+    message: RouteNetlinkMessage,
+) -> Request<RouteNetlinkMessage> {
+    let mut message = NetlinkMessage::from(message);
+    message.header.flags = NLM_F_CREATE | NLM_F_REPLACE;
+    request(doing, message)
+}
+
+fn request(
+    doing: impl Into<Cow<'static, str>>,
+    message: NetlinkMessage<RouteNetlinkMessage>,
+) -> Request<RouteNetlinkMessage> {
+    Request { doing: doing.into(), message, accepts: Accepts::Success }
+}

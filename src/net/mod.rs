@@ -1,0 +1,245 @@
+//! The network of each sandbox: a namespace of its own that no guest lies its way out of.
+//!
+//! ```text
+//!   guest ── tap0 [door] ── [by destination] ── eth0 ═══ dz0ad50002 ── [second guard] ── uplink
+//!   169.254.0.21          namespace of the sandbox          │        host        │
+//!                         169.254.0.22   10.213.0.2 ────────┘        10.213.0.1  masquerade
+//! ```
+//!
+//! Every namespace is the same inside: tap, guest address and MACs. What differs is the
+//! sandbox's own address, to which its namespace translates one to one, and the policy.
+//! So a snapshot restores in any namespace, and a guest is told nothing of the host.
+//!
+//! A namespace is pinned to a file only when all of it is in place, its firewall first,
+//! so one that is there is whole, and one that is half made is gone with the thread that
+//! was making it. Nothing here starts a process, and nothing in here decides when: that
+//! is up to `lifecycle`, which holds the sandbox's lock.
+//!
+//! What is ours is known by more than its name: namespaces by the directory they are
+//! pinned in and by the mark inside, links by their group, which is the number of the
+//! range of addresses. Nothing else is ever touched.
+
+use std::{fmt, io, net::Ipv4Addr, os::fd::OwnedFd, path::PathBuf};
+
+use crate::{
+    sandbox::{
+        SandboxId, Timestamp,
+        network::{Mac, NetworkPolicy, SandboxAddress},
+    },
+    sys::netns::Identity,
+};
+
+mod condition;
+mod conntrack;
+#[cfg(test)]
+pub(crate) mod fake;
+mod firewall;
+mod host;
+mod linger;
+mod link;
+mod namespace;
+mod netlink;
+mod nftables;
+mod real;
+mod ruleset;
+
+pub use real::RealNetwork;
+
+/// Makes and removes the networks of sandboxes.
+///
+/// # Locking
+/// Whoever asks for something of one sandbox holds its lock.
+pub trait Network: fmt::Debug + Send + Sync {
+    /// Sees to it that the network of a sandbox is there and whole, with the firewall as
+    /// its policy is now. Where it is there already nothing of it is interrupted.
+    ///
+    /// # Errors
+    /// Where it cannot be. What was not there before is not there then.
+    fn ensure(&self, wanted: &Wanted) -> Result<Ready, Error>;
+
+    /// Puts a new policy in force. When this returns it holds for every packet, also of
+    /// connections that are open. A sandbox without a network has nothing to change: its
+    /// policy is in force from its next wake on.
+    ///
+    /// # Errors
+    /// Where it cannot be. The old policy is in force then.
+    fn apply_policy(&self, wanted: &Wanted) -> Result<Applied, Error>;
+
+    /// Opens the guest's device, for a VMM to have as its own. One at a time may.
+    ///
+    /// # Errors
+    /// Where the sandbox has no network, or another has the device open.
+    fn open_tap(&self, id: &SandboxId) -> Result<OwnedFd, Error>;
+
+    /// Keeps the network of a sandbox that fell asleep until `until`, so that its
+    /// connections outlive a short sleep.
+    fn linger(&self, id: &SandboxId, until: Timestamp);
+
+    /// Returns the sandboxes whose networks have lingered for long enough at `now`. Each
+    /// is to be removed, if it still sleeps when its lock is held.
+    fn lingered(&self, now: Timestamp) -> Vec<SandboxId>;
+
+    /// Returns when the next network has lingered for long enough.
+    fn next_lingered(&self) -> Option<Timestamp>;
+
+    /// Removes the network of a sandbox. It is no error if there is none.
+    ///
+    /// # Errors
+    /// Where something of it stays.
+    fn remove(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error>;
+
+    /// Removes what is ours and of none of `known`: what a crash left.
+    ///
+    /// # Locking
+    /// Nobody may ask for anything else meanwhile.
+    ///
+    /// # Errors
+    /// Where something stays; the rest was removed all the same.
+    fn reconcile(&self, known: &[Known]) -> Result<Reconciled, Error>;
+
+    /// Returns what has passed and what has not. `None`: the sandbox has no network.
+    ///
+    /// # Errors
+    /// Where the kernel does not say.
+    fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error>;
+}
+
+/// What a sandbox is to have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// The sandbox.
+    pub id: SandboxId,
+    /// Its address, which no other has.
+    pub address: SandboxAddress,
+    /// The user that its VMM runs as, who may open the guest's device.
+    pub tap_owner: u32,
+    /// What it may reach.
+    pub policy: NetworkPolicy,
+}
+
+/// A network that is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ready {
+    /// The file that its namespace is pinned to.
+    pub namespace: PathBuf,
+    /// What tells the namespace from every other since the host was booted.
+    pub identity: Identity,
+    /// The name of the guest's device in it. It is there before any guest is.
+    pub tap: &'static str,
+    /// The MAC that the guest is to have; no other gets through.
+    pub mac: Mac,
+    /// The address that the guest is to have; no other gets through.
+    pub guest: Ipv4Addr,
+    /// The prefix of that address.
+    pub prefix: u8,
+    /// Its gateway and its nameserver.
+    pub gateway: Ipv4Addr,
+}
+
+/// Whether there was something to change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Applied {
+    /// It is in force.
+    Now,
+    /// The sandbox has no network now.
+    NotThere,
+}
+
+/// A sandbox whose network may be there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// The sandbox.
+    pub id: SandboxId,
+    /// Its address.
+    pub address: SandboxAddress,
+}
+
+/// What a look at all that is ours came to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reconciled {
+    /// What was removed: names of namespaces and links.
+    pub removed: Vec<String>,
+    /// The known sandboxes whose network is there.
+    pub there: Vec<SandboxId>,
+}
+
+/// Packets and bytes, by what became of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Of connections that the guest opened, from it.
+    pub guest_out: Count,
+    /// Of the same, to it.
+    pub guest_in: Count,
+    /// Of connections that the host opened, to the guest.
+    pub host_in: Count,
+    /// Of the same, from it.
+    pub host_out: Count,
+    /// Frames that were not exactly the guest's.
+    pub spoofed: Count,
+    /// To where the guest may not send.
+    pub refused: Count,
+    /// Of no connection, or of one that is gone.
+    pub invalid: Count,
+    /// Of connections that were too many.
+    pub excess: Count,
+    /// From outside, and not asked for.
+    pub unasked: Count,
+}
+
+/// So much of something.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Packets, or frames.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// Why a network is not as it is to be.
+#[derive(Debug, thiserror::Error)]
+#[allow(clippy::error_impl_error, reason = "it is written `net::Error` wherever it is used")]
+pub enum Error {
+    /// The host said no.
+    #[error("{doing}")]
+    Host {
+        /// Such as `adding the default route`.
+        doing: std::borrow::Cow<'static, str>,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The host lacks something that somebody can give it.
+    #[error("this host has no network for sandboxes: {lacks}; {remedy}")]
+    Lacking {
+        /// What it lacks.
+        lacks: &'static str,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// A name that we want is taken by what is not ours.
+    #[error("{name} is there already and not of this daemon's making")]
+    NotOurs {
+        /// Such as `the link dz0ad50002`.
+        name: String,
+    },
+    /// The sandbox has no network.
+    #[error("the sandbox has no network")]
+    NotThere,
+    /// Several things went wrong, and these are all.
+    #[error("{}", .0.join("; "))]
+    Several(Vec<String>),
+}
+
+impl Error {
+    fn host(doing: impl Into<std::borrow::Cow<'static, str>>) -> impl FnOnce(io::Error) -> Self {
+        let doing = doing.into();
+        move |source| Self::Host { doing, source }
+    }
+
+    /// Says whether it may be otherwise in a moment, as when a VMM that just ended still
+    /// has the guest's device.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        let Self::Host { source, .. } = self else { return false };
+        matches!(source.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::WouldBlock)
+    }
+}

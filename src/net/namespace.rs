@@ -1,0 +1,246 @@
+//! One sandbox's namespace: made, verified, put back in order.
+
+use std::{
+    net::Ipv4Addr,
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+};
+
+use netlink_packet_route::{address::AddressScope, link::InfoKind};
+
+use super::{
+    Error, Wanted, conntrack,
+    firewall::{self, NAMESERVERS, TABLE, TAP, UPLINK},
+    link::{self, End},
+    netlink::{Answers, Kernel},
+    nftables::{self, Mode},
+    ruleset::{Family, Ruleset},
+};
+use crate::{
+    sandbox::network::{
+        AddressPlan, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX,
+        SandboxAddress,
+    },
+    sys::{
+        netns::{self, Inside, Namespace},
+        tun,
+    },
+};
+
+/// What the way out of a namespace goes to. Nobody has the address: the neighbour is
+/// known for good, and the link has only one other end.
+const NEXT_HOP: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 1);
+const PORT_DNS: u16 = 53;
+
+/// A sandbox's namespace as it is to be.
+#[derive(Debug, Clone)]
+pub(super) struct Design {
+    pub(super) wanted: Wanted,
+    pub(super) group: u32,
+    pub(super) rules: Ruleset,
+}
+
+impl Design {
+    pub(super) fn new(plan: &AddressPlan, host_addresses: &[Ipv4Addr], wanted: &Wanted) -> Self {
+        Self {
+            wanted: wanted.clone(),
+            group: plan.link_group(),
+            rules: firewall::of_sandbox(plan, wanted.address, host_addresses, &wanted.policy),
+        }
+    }
+
+    /// Returns the mark of the namespace. A namespace with another is not used again.
+    fn mark(&self) -> String {
+        let Wanted { id, address, tap_owner, .. } = &self.wanted;
+        format!("dozed {LAYOUT} {id} {address} {tap_owner}")
+    }
+}
+
+/// The version of what a namespace has in it, rules aside. One that an older daemon made
+/// otherwise is made anew.
+const LAYOUT: u32 = 1;
+
+/// Makes the namespace and pins it to `pin` when all of it is in place. Its link's other
+/// end is in the namespace of the caller, and down.
+///
+/// # Errors
+/// Where something cannot be made. Nothing is left then.
+pub(super) fn make(pin: &Path, design: Design) -> Result<Namespace, Error> {
+    let host = Namespace::current()
+        .and_then(|host| host.file())
+        .map_err(Error::host("looking for the host's namespace"))?;
+    let pin = pin.to_owned();
+    netns::in_a_new_one(move |inside| {
+        let wall = nftables::here()?;
+        let made = fill(&wall, &host, &design)
+            .and_then(|()| inside.pin(&pin).map_err(Error::host("pinning the namespace")));
+        // It takes the kernel long to close it.
+        inside.drop_later(wall);
+        made
+    })
+    .map_err(Error::host("making a namespace"))?
+}
+
+/// Puts all that it is to have into the new namespace that this thread is in. The firewall
+/// is there before any of its links is in use.
+fn fill(wall: &Kernel, host: &OwnedFd, design: &Design) -> Result<(), Error> {
+    let Wanted { address, tap_owner, .. } = design.wanted;
+    tun::make(TAP, tun::Device::Tap, tap_owner).map_err(Error::host("making the tap"))?;
+    let links = link::here()?;
+    let inner = End { name: UPLINK, mac: address.inner_mac(), group: 0 };
+    let outer = End { name: &address.host_link(), mac: address.host_mac(), group: design.group };
+    links.apply(vec![link::pair(&inner, &outer, host.as_raw_fd())], Answers::Each)?;
+    let tap = link::find(&links, TAP)?.ok_or(Error::NotThere)?.index;
+    links.apply(vec![link::mac(tap, GATEWAY_MAC), link::without_ipv6(tap)], Answers::Each)?;
+    nftables::apply(wall, &design.rules, Mode::First)?;
+    put_in_order(&links, design)
+}
+
+/// Gives the links their addresses, neighbours and routes, and takes them into use. What
+/// is as it is to be stays so.
+fn put_in_order(links: &Kernel, design: &Design) -> Result<(), Error> {
+    let address = design.wanted.address;
+    let tap = link::find(links, TAP)?.ok_or(Error::NotThere)?.index;
+    let uplink = link::find(links, UPLINK)?.ok_or(Error::NotThere)?.index;
+    let requests = vec![
+        link::without_ipv6(uplink),
+        link::forwarding(tap),
+        link::forwarding(uplink),
+        link::address(tap, GATEWAY_ADDRESS, GUEST_PREFIX, AddressScope::Link),
+        link::address(uplink, address.ip(), 32, AddressScope::Universe),
+        link::neighbour(tap, GUEST_ADDRESS, GUEST_MAC),
+        link::neighbour(uplink, NEXT_HOP, address.host_mac()),
+        link::alias(uplink, &design.mark()),
+        link::up(tap),
+        link::up(uplink),
+        link::default_route(uplink, NEXT_HOP),
+    ];
+    links.apply(requests, Answers::Each)
+}
+
+/// Whether a namespace that is there can be used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It is this sandbox's, and all is in it.
+    Whole,
+    /// It is another's, or an older daemon's, or somebody took something out of it.
+    Unusable,
+}
+
+/// Looks whether the namespace is this sandbox's and whole, and if so puts it in order and
+/// the firewall in force.
+///
+/// # Errors
+/// Where it cannot be looked into, or put in order.
+pub(super) fn renew(namespace: &Namespace, design: Design) -> Result<Verdict, Error> {
+    enter(namespace, move |inside| {
+        let links = link::here()?;
+        let wall = nftables::here()?;
+        if !is_whole(&links, &wall, &design)? {
+            return Ok(Verdict::Unusable);
+        }
+        let done = replace_rules(&wall, &design)
+            .and_then(|()| put_in_order(&links, &design))
+            .map(|()| Verdict::Whole);
+        inside.drop_later(wall);
+        done
+    })
+}
+
+fn is_whole(links: &Kernel, wall: &Kernel, design: &Design) -> Result<bool, Error> {
+    let tap = link::find(links, TAP)?;
+    let uplink = link::find(links, UPLINK)?;
+    let tap_is_ours = tap.is_some_and(|tap| {
+        tap.kind == Some(InfoKind::Tun) && tap.mac.as_deref() == Some(&GATEWAY_MAC.0)
+    });
+    let uplink_is_ours = uplink.is_some_and(|uplink| {
+        uplink.kind == Some(InfoKind::Veth) && uplink.alias == Some(design.mark())
+    });
+    Ok(tap_is_ours
+        && uplink_is_ours
+        && nftables::has_table(wall, Family::Netdev, TABLE)?
+        && nftables::has_table(wall, Family::Inet, TABLE)?)
+}
+
+/// Puts the firewall of `design` in force in the namespace, in place.
+///
+/// # Errors
+/// Where the kernel refuses; the one before is in force then.
+pub(super) fn apply_policy(namespace: &Namespace, design: Design) -> Result<(), Error> {
+    enter(namespace, move |inside| {
+        let wall = nftables::here()?;
+        let done = replace_rules(&wall, &design);
+        inside.drop_later(wall);
+        done
+    })
+}
+
+/// Puts the rules in force. Where the nameservers are others now, what the guest's
+/// resolver asked of the ones before is forgotten, which takes the kernel a walk over the
+/// connections of all namespaces, some 10 ms.
+fn replace_rules(wall: &Kernel, design: &Design) -> Result<(), Error> {
+    let today = design.rules.addresses(NAMESERVERS);
+    let before = nftables::starts(wall, Family::Inet, TABLE, NAMESERVERS)?;
+    nftables::apply(wall, &design.rules, Mode::Replace)?;
+    if before == today {
+        return Ok(());
+    }
+    // A resolver that asks from one port for ever is to get answers again. That nothing
+    // goes to yesterday's nameservers does not depend on it, so a failure is no failure.
+    if let Err(error) = conntrack::forget(wall, (GATEWAY_ADDRESS, PORT_DNS), &today) {
+        let id = &design.wanted.id;
+        tracing::warn!(%id, %error, "a resolver may have to wait for its questions to time out");
+    }
+    Ok(())
+}
+
+/// Opens the guest's device in the namespace.
+///
+/// # Errors
+/// Where it is not there, or somebody has it open.
+pub(super) fn open_tap(namespace: &Namespace) -> Result<OwnedFd, Error> {
+    enter(namespace, |_| {
+        tun::open(TAP, tun::Device::Tap).map_err(Error::host("opening the guest's device"))
+    })
+}
+
+/// Returns what the counters of the namespace have counted, by name.
+///
+/// # Errors
+/// Where the kernel does not say.
+pub(super) fn counters(namespace: &Namespace) -> Result<Vec<(String, u64, u64)>, Error> {
+    enter(namespace, |inside| {
+        let wall = nftables::here()?;
+        let mut counted = nftables::counters(&wall, Family::Inet, TABLE)?;
+        counted.extend(nftables::counters(&wall, Family::Netdev, TABLE)?);
+        inside.drop_later(wall);
+        Ok(counted)
+    })
+}
+
+/// Takes the host's end of the link into use; its route comes last.
+///
+/// # Errors
+/// Where there is none, or the kernel refuses.
+pub(super) fn connect(
+    links: &Kernel,
+    plan: &AddressPlan,
+    address: SandboxAddress,
+) -> Result<(), Error> {
+    let outer = link::find(links, &address.host_link())?.ok_or(Error::NotThere)?.index;
+    let requests = vec![
+        link::without_ipv6(outer),
+        link::forwarding(outer),
+        link::neighbour(outer, address.ip(), address.inner_mac()),
+        link::up(outer),
+        link::route(outer, address.ip(), plan.host_address()),
+    ];
+    links.apply(requests, Answers::Each)
+}
+
+fn enter<T: Send + 'static>(
+    namespace: &Namespace,
+    job: impl FnOnce(&Inside) -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    namespace.run(job).map_err(Error::host("entering the namespace"))?
+}

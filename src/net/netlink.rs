@@ -1,0 +1,205 @@
+//! Requests to the kernel and its answers, whichever family they are of.
+
+use std::{borrow::Cow, io};
+
+use netlink_packet_core::{
+    DecodeError, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer, NetlinkDeserializable,
+    NetlinkMessage, NetlinkPayload, NetlinkSerializable,
+};
+
+use super::Error;
+use crate::sys::netlink::{self, Family, NetlinkSocket};
+
+/// A request, and what it does, for the message of its failure.
+#[derive(Debug)]
+pub(super) struct Request<M> {
+    pub(super) doing: Cow<'static, str>,
+    pub(super) message: NetlinkMessage<M>,
+    /// Which refusal is no failure.
+    pub(super) accepts: Accepts,
+}
+
+/// Which refusals of the kernel are none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Accepts {
+    /// Every refusal is one.
+    Success,
+    /// What was to be removed may be gone.
+    Missing,
+    /// What was to be switched off may be unknown to the kernel.
+    Unsupported,
+}
+
+impl Accepts {
+    fn accepts(self, error: &io::Error) -> bool {
+        match self {
+            Self::Success => false,
+            Self::Missing => netlink::is_missing(error),
+            Self::Unsupported => netlink::is_unsupported(error),
+        }
+    }
+}
+
+/// How the kernel answers a list of requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answers {
+    /// One by one: each is done or not.
+    Each,
+    /// All or nothing: the first and the last of the list are the brackets of a
+    /// transaction, and have no answer of their own unless all of it fails.
+    Transaction,
+}
+
+/// A socket in one namespace, for messages of one family.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    socket: NetlinkSocket,
+}
+
+impl Kernel {
+    /// Opens a socket in the namespace that this thread is in.
+    pub(super) fn here(family: Family) -> Result<Self, Error> {
+        let socket = NetlinkSocket::open(family)
+            .map_err(|source| Error::Host { doing: "opening a netlink socket".into(), source })?;
+        Ok(Self { socket })
+    }
+
+    /// Sends all of `requests` at once and returns when the kernel has acted on them.
+    ///
+    /// # Errors
+    /// For the first that was refused. The others were tried all the same.
+    pub(super) fn apply<M>(&self, requests: Vec<Request<M>>, answers: Answers) -> Result<(), Error>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+    {
+        let count = requests.len();
+        let bracket = |at: usize| answers == Answers::Transaction && (at == 0 || at + 1 == count);
+        let mut waiting = Vec::with_capacity(count);
+        let mut bytes = Vec::new();
+        for (at, Request { doing, mut message, accepts }) in requests.into_iter().enumerate() {
+            let ack = if bracket(at) { 0 } else { NLM_F_ACK };
+            message.header.flags |= NLM_F_REQUEST | ack;
+            message.header.sequence_number = sequence(at);
+            append(&mut bytes, message);
+            waiting.push((doing, accepts, bracket(at)));
+        }
+        let said = |source| Error::Host { doing: "telling the kernel".into(), source };
+        self.socket.send(&bytes).map_err(said)?;
+        let mut left = waiting.iter().filter(|(_, _, is_bracket)| !is_bracket).count();
+        let mut first_error: Option<(usize, io::Error)> = None;
+        while left > 0 {
+            for answer in self.receive::<M>().map_err(Error::host("waiting for the kernel"))? {
+                let (sequence, NetlinkPayload::Error(error)) =
+                    (answer.header.sequence_number, answer.payload)
+                else {
+                    continue;
+                };
+                let at = usize::try_from(sequence).unwrap_or(0).saturating_sub(1);
+                let Some((_, accepts, is_bracket)) = waiting.get(at) else { continue };
+                let refused = error.code.map(|_| error.to_io());
+                if let Some(source) = refused.filter(|source| !accepts.accepts(source))
+                    && first_error.as_ref().is_none_or(|(earlier, _)| at < *earlier)
+                {
+                    first_error = Some((at, source));
+                }
+                // Of a transaction that failed as a whole nothing else need be said.
+                left = if *is_bracket { 0 } else { left - 1 };
+            }
+        }
+        match first_error {
+            None => Ok(()),
+            Some((at, source)) => {
+                let doing = waiting.swap_remove(at).0;
+                Err(Error::Host { doing, source })
+            }
+        }
+    }
+
+    /// Asks for one thing. `None`: there is no such thing.
+    ///
+    /// # Errors
+    /// Where the kernel does not say.
+    pub(super) fn get<M>(
+        &self,
+        doing: &'static str,
+        message: NetlinkMessage<M>,
+    ) -> Result<Option<M>, Error>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+    {
+        match self.ask(message, NLM_F_ACK) {
+            Ok(mut found) => Ok(found.pop()),
+            Err(source) if Accepts::Missing.accepts(&source) => Ok(None),
+            Err(source) => Err(Error::Host { doing: doing.into(), source }),
+        }
+    }
+
+    /// Asks for all things of a kind.
+    ///
+    /// # Errors
+    /// Where the kernel does not say.
+    pub(super) fn list<M>(
+        &self,
+        doing: &'static str,
+        message: NetlinkMessage<M>,
+    ) -> Result<Vec<M>, Error>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+    {
+        self.ask(message, NLM_F_DUMP).map_err(|source| Error::Host { doing: doing.into(), source })
+    }
+
+    fn ask<M>(&self, mut message: NetlinkMessage<M>, flags: u16) -> io::Result<Vec<M>>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+    {
+        message.header.flags |= NLM_F_REQUEST | flags;
+        message.header.sequence_number = sequence(0);
+        let mut bytes = Vec::new();
+        append(&mut bytes, message);
+        self.socket.send(&bytes)?;
+        let mut found = Vec::new();
+        loop {
+            for answer in self.receive::<M>()? {
+                if let NetlinkPayload::InnerMessage(message) = answer.payload {
+                    found.push(message);
+                } else if let NetlinkPayload::Error(error) = answer.payload {
+                    return if error.code.is_some() { Err(error.to_io()) } else { Ok(found) };
+                } else if let NetlinkPayload::Done(_) = answer.payload {
+                    return Ok(found);
+                }
+            }
+        }
+    }
+
+    /// Returns the messages of the next datagram.
+    fn receive<M: NetlinkDeserializable>(&self) -> io::Result<Vec<NetlinkMessage<M>>> {
+        let nonsense = |why: DecodeError| io::Error::new(io::ErrorKind::InvalidData, why);
+        let datagram = self.socket.receive()?;
+        let mut messages = Vec::new();
+        let mut rest = datagram.as_slice();
+        while !rest.is_empty() {
+            let header = NetlinkBuffer::new_checked(rest).map_err(nonsense)?;
+            let length = usize::try_from(header.length()).unwrap_or(usize::MAX).min(rest.len());
+            let (message, _) = rest.split_at(length);
+            messages.push(NetlinkMessage::deserialize(message).map_err(nonsense)?);
+            rest = rest.get(length.next_multiple_of(ALIGNMENT)..).unwrap_or_default();
+        }
+        Ok(messages)
+    }
+}
+
+/// Messages begin at multiples of this (`NLMSG_ALIGNTO`).
+const ALIGNMENT: usize = 4;
+
+/// Nought is what the kernel's own news have.
+fn sequence(at: usize) -> u32 {
+    u32::try_from(at + 1).expect("nobody makes that many requests at once")
+}
+
+fn append<M: NetlinkSerializable>(bytes: &mut Vec<u8>, mut message: NetlinkMessage<M>) {
+    message.finalize();
+    let at = bytes.len();
+    bytes.resize((at + message.buffer_len()).next_multiple_of(ALIGNMENT), 0);
+    message.serialize(&mut bytes[at..]);
+}

@@ -1,0 +1,292 @@
+//! The networks of this host.
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    net::Ipv4Addr,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    Applied, Count, Counters, Error, Known, Network, Ready, Reconciled, Wanted, firewall, host,
+    linger::Lingering,
+    link,
+    namespace::{self, Design, Verdict},
+    netlink::Answers,
+};
+use crate::{
+    sandbox::{
+        SandboxId, Timestamp,
+        network::{
+            AddressPlan, GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, Reach,
+            SandboxAddress,
+        },
+    },
+    sync::{Mutex, lock},
+    sys::{
+        mount,
+        netns::{self, Namespace},
+    },
+};
+
+/// Where namespaces are pinned, in the daemon's runtime directory.
+const PINS: &str = "netns";
+
+/// The networks of this host, as the kernel has them.
+///
+/// # Locking
+/// `prepared` is held while the host is prepared, so that whoever comes second waits for
+/// it. Nothing else is locked meanwhile.
+#[derive(Debug)]
+pub struct RealNetwork {
+    plan: AddressPlan,
+    pins: PathBuf,
+    lingering: Lingering,
+    prepared: Mutex<bool>,
+}
+
+impl RealNetwork {
+    /// Makes networks with the addresses of `plan`, pinned in the directory `runtime`.
+    /// Nothing of the host is touched before the first one is wanted, so that a host
+    /// without nftables still has sandboxes without a network.
+    #[must_use]
+    pub fn new(plan: AddressPlan, runtime: &Path) -> Self {
+        Self {
+            plan,
+            pins: runtime.join(PINS),
+            lingering: Lingering::default(),
+            prepared: Mutex::new(false),
+        }
+    }
+
+    /// Removes everything that is ours, of every sandbox and of the host.
+    ///
+    /// # Errors
+    /// Where something stays; the rest was removed all the same.
+    pub fn dismantle(&self) -> Result<(), Error> {
+        let mut prepared = lock(&self.prepared);
+        let mut errors: Vec<String> = Vec::new();
+        errors.extend(self.reconcile(&[]).err().map(|error| chain(&error)));
+        errors.extend(host::dismantle(&self.plan).err().map(|error| chain(&error)));
+        match mount::detach(&self.pins) {
+            Err(error) if !is_absent(&error) => errors.push(format!("unmounting: {error}")),
+            Ok(()) | Err(_) => {}
+        }
+        match fs::remove_dir(&self.pins) {
+            Err(error) if !is_absent(&error) => {
+                errors.push(format!("removing {}: {error}", self.pins.display()));
+            }
+            Ok(()) | Err(_) => {}
+        }
+        *prepared = false;
+        if errors.is_empty() { Ok(()) } else { Err(Error::Several(errors)) }
+    }
+
+    fn pin(&self, id: &SandboxId) -> PathBuf {
+        self.pins.join(id.as_str())
+    }
+
+    fn open(&self, id: &SandboxId) -> Result<Option<Namespace>, Error> {
+        Namespace::open(&self.pin(id)).map_err(Error::host("opening the namespace"))
+    }
+
+    fn prepare(&self) -> Result<(), Error> {
+        let mut prepared = lock(&self.prepared);
+        if !*prepared {
+            host::prepare(&self.plan, &self.pins)?;
+            *prepared = true;
+        }
+        Ok(())
+    }
+
+    fn design(&self, wanted: &Wanted) -> Result<Design, Error> {
+        let host_addresses: Vec<Ipv4Addr> = link::addresses(&link::here()?)?;
+        Ok(Design::new(&self.plan, &host_addresses, wanted))
+    }
+
+    /// Makes the network of a sandbox that has none.
+    fn make(&self, design: Design) -> Result<Namespace, Error> {
+        let Wanted { id, address, .. } = design.wanted.clone();
+        let links = link::here()?;
+        // The kernel takes links away some time after their namespace.
+        host::remove_link(&links, &self.plan, &address.host_link())?;
+        let made = namespace::make(&self.pin(&id), design)?;
+        match namespace::connect(&links, &self.plan, address) {
+            Ok(()) => Ok(made),
+            Err(error) => match self.take_away(&id, address) {
+                Ok(()) => Err(error),
+                Err(also) => Err(Error::Several(vec![chain(&error), chain(&also)])),
+            },
+        }
+    }
+
+    /// Takes away the route and the pin, after which nothing comes and nothing goes. The
+    /// kernel takes the links away with the namespace, in its own time: to wait for it
+    /// would take ten times as long as all the rest.
+    fn take_away(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error> {
+        let links = link::here()?;
+        let unrouted = links.apply(vec![link::no_route(address.ip())], Answers::Each);
+        let unpinned = netns::unpin(&self.pin(id)).map_err(Error::host("removing the namespace"));
+        unrouted.and(unpinned)
+    }
+
+    fn ready(&self, id: &SandboxId, namespace: &Namespace) -> Ready {
+        Ready {
+            namespace: self.pin(id),
+            identity: namespace.identity(),
+            tap: firewall::TAP,
+            mac: GUEST_MAC,
+            guest: GUEST_ADDRESS,
+            prefix: GUEST_PREFIX,
+            gateway: GATEWAY_ADDRESS,
+        }
+    }
+
+    /// Returns the names of all pins.
+    fn pinned(&self) -> Result<Vec<String>, Error> {
+        let entries = match fs::read_dir(&self.pins) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(Error::host("listing the namespaces")(source)),
+        };
+        entries
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<io::Result<_>>()
+            .map_err(Error::host("listing the namespaces"))
+    }
+}
+
+impl Network for RealNetwork {
+    fn ensure(&self, wanted: &Wanted) -> Result<Ready, Error> {
+        self.prepare()?;
+        if wanted.policy.reach == Reach::Internet {
+            host::forwards()?;
+        }
+        let design = self.design(wanted)?;
+        let usable = match self.open(&wanted.id)? {
+            None => None,
+            Some(namespace) => match namespace::renew(&namespace, design.clone())? {
+                Verdict::Whole => Some(namespace),
+                Verdict::Unusable => None,
+            },
+        };
+        let links = link::here()?;
+        let namespace = match usable {
+            Some(namespace) if link::find(&links, &wanted.address.host_link())?.is_some() => {
+                namespace::connect(&links, &self.plan, wanted.address)?;
+                namespace
+            }
+            Some(_) | None => {
+                self.take_away(&wanted.id, wanted.address)?;
+                self.make(design)?
+            }
+        };
+        self.lingering.forget(&wanted.id);
+        Ok(self.ready(&wanted.id, &namespace))
+    }
+
+    fn apply_policy(&self, wanted: &Wanted) -> Result<Applied, Error> {
+        let Some(namespace) = self.open(&wanted.id)? else { return Ok(Applied::NotThere) };
+        if wanted.policy.reach == Reach::Internet {
+            host::forwards()?;
+        }
+        namespace::apply_policy(&namespace, self.design(wanted)?)?;
+        Ok(Applied::Now)
+    }
+
+    fn open_tap(&self, id: &SandboxId) -> Result<OwnedFd, Error> {
+        let namespace = self.open(id)?.ok_or(Error::NotThere)?;
+        namespace::open_tap(&namespace)
+    }
+
+    fn linger(&self, id: &SandboxId, until: Timestamp) {
+        self.lingering.add(id, until);
+    }
+
+    fn lingered(&self, now: Timestamp) -> Vec<SandboxId> {
+        self.lingering.due(now)
+    }
+
+    fn next_lingered(&self) -> Option<Timestamp> {
+        self.lingering.next()
+    }
+
+    fn remove(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error> {
+        self.take_away(id, address)?;
+        self.lingering.forget(id);
+        Ok(())
+    }
+
+    fn reconcile(&self, known: &[Known]) -> Result<Reconciled, Error> {
+        let ids: BTreeSet<&str> = known.iter().map(|known| known.id.as_str()).collect();
+        let mut found = Reconciled::default();
+        let mut errors = Vec::new();
+        for name in self.pinned()? {
+            if ids.contains(name.as_str()) {
+                continue;
+            }
+            match netns::unpin(&self.pins.join(&name)) {
+                Ok(()) => found.removed.push(name),
+                Err(error) => errors.push(format!("removing the namespace {name}: {error}")),
+            }
+        }
+        let mut kept = BTreeSet::new();
+        for Known { id, address } in known {
+            if self.open(id)?.is_some() {
+                kept.insert(address.host_link());
+                found.there.push(id.clone());
+            }
+        }
+        let links = link::here()?;
+        for link in link::list(&links)? {
+            if !host::is_of_a_sandbox(&self.plan, &link) || kept.contains(&link.name) {
+                continue;
+            }
+            match host::remove_link(&links, &self.plan, &link.name) {
+                Ok(()) => found.removed.push(link.name),
+                Err(error) => errors.push(chain(&error)),
+            }
+        }
+        if errors.is_empty() { Ok(found) } else { Err(Error::Several(errors)) }
+    }
+
+    fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error> {
+        let Some(namespace) = self.open(id)? else { return Ok(None) };
+        let counted = namespace::counters(&namespace)?;
+        let count = |wanted: &str| {
+            let found = counted.iter().find(|(name, ..)| name == wanted);
+            found.map_or_else(Count::default, |(_, packets, bytes)| Count {
+                packets: *packets,
+                bytes: *bytes,
+            })
+        };
+        Ok(Some(Counters {
+            guest_out: count(firewall::GUEST_OUT),
+            guest_in: count(firewall::GUEST_IN),
+            host_in: count(firewall::HOST_IN),
+            host_out: count(firewall::HOST_OUT),
+            spoofed: count(firewall::SPOOFED),
+            refused: count(firewall::REFUSED),
+            invalid: count(firewall::INVALID_STATE),
+            excess: count(firewall::EXCESS),
+            unasked: count(firewall::UNASKED),
+        }))
+    }
+}
+
+/// Says whether there was nothing to remove, or to unmount.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput)
+}
+
+/// Returns an error with all of its causes.
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,205 @@
+//! A firewall as a value: tables of chains of rules, in the kernel's own terms.
+//!
+//! What a rule means is said in `firewall.rs`; how it is told to the kernel in
+//! `nftables.rs`. A rule is a list of steps that are taken in order, until one does not
+//! hold: load something, compare it, count, decide.
+
+use std::net::Ipv4Addr;
+
+use crate::sandbox::network::Span;
+
+/// All that is to be in force, table by table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Ruleset {
+    pub(super) tables: Vec<Table>,
+}
+
+/// A table, with everything in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Table {
+    pub(super) family: Family,
+    pub(super) name: String,
+    pub(super) sets: Vec<Set>,
+    pub(super) counters: Vec<&'static str>,
+    pub(super) limits: Vec<Limit>,
+    pub(super) chains: Vec<Chain>,
+}
+
+/// Which packets a table sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    /// Frames, as they come from a device.
+    Netdev,
+    /// IPv4 and IPv6.
+    Inet,
+}
+
+/// A named set of addresses. It stays when the rules are replaced, and only what is in it
+/// changes: a set that is deleted is empty for another CPU that still has the old rules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Set {
+    pub(super) name: &'static str,
+    pub(super) spans: Vec<Span>,
+}
+
+/// A named limit of packets. It stays, so that replacing the rules gives nobody more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Limit {
+    pub(super) name: &'static str,
+    pub(super) per_second: u64,
+    pub(super) burst: u32,
+    /// Whether it holds for what is over it, rather than for what is within.
+    pub(super) over: bool,
+}
+
+/// A chain of rules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Chain {
+    pub(super) name: &'static str,
+    /// Where packets come in, if it is not only gone to by others.
+    pub(super) hook: Option<Hook>,
+    pub(super) rules: Vec<Rule>,
+}
+
+/// Where in the path of a packet a chain is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Hook {
+    pub(super) kind: Kind,
+    pub(super) at: At,
+    pub(super) priority: i32,
+    /// What becomes of a packet that no rule decided on.
+    pub(super) otherwise: Fate,
+}
+
+/// What the chain of a hook is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Filter,
+    Nat,
+}
+
+/// A place in the path of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum At {
+    /// Right after the device of this name.
+    Ingress(&'static str),
+    Prerouting,
+    Input,
+    Forward,
+    Postrouting,
+}
+
+/// What becomes of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fate {
+    Accept,
+    Drop,
+}
+
+pub(super) type Rule = Vec<Step>;
+
+/// A step of a rule. Steps that load put their value where the next one finds it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Loads something about the packet.
+    Load(Load),
+    /// Keeps the bits of the loaded value that are in the mask.
+    Mask(Vec<u8>),
+    /// Holds if the loaded value is this.
+    Is(Vec<u8>),
+    /// Holds if it is not.
+    IsNot(Vec<u8>),
+    /// Holds if the loaded address is in the set.
+    In(&'static str),
+    /// Holds for packets over, or within, the named limit.
+    Limited(&'static str),
+    /// Holds if more than this many connections are open.
+    FlowsOver(u32),
+    /// Counts the packet.
+    Count(&'static str),
+    /// Decides.
+    Verdict(Fate),
+    /// Goes on in another chain and does not come back.
+    Goto(&'static str),
+    /// Decides, and tells the sender at once.
+    Refuse(Refusal),
+    /// Translates the source of the connection.
+    Source(Ipv4Addr),
+    /// Translates the destination of the connection.
+    Destination(Ipv4Addr),
+    /// Translates the source to the address of the device that the packet leaves by.
+    Masquerade,
+}
+
+/// What a sender is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refusal {
+    TcpReset,
+    AdminProhibited,
+}
+
+/// What can be loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Load {
+    InName,
+    OutName,
+    InGroup,
+    OutGroup,
+    /// 2 for IPv4, 10 for IPv6.
+    NetworkProtocol,
+    /// 6 for TCP, 17 for UDP.
+    TransportProtocol,
+    /// A number that goes round from 0 to below this.
+    Turn(u32),
+    Link(Field),
+    Network(Field),
+    Transport(Field),
+    CtState,
+    CtStatus,
+    CtDirection,
+    CtSource(Direction),
+    CtDestination(Direction),
+}
+
+/// Which way the packets of a connection go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// As the packet that opened it.
+    Original,
+    Reply,
+}
+
+/// A part of a header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Field {
+    pub(super) offset: u32,
+    pub(super) length: u32,
+}
+
+impl Ruleset {
+    /// Returns the addresses that a set has one by one, in order.
+    pub(super) fn addresses(&self, set: &str) -> Vec<Ipv4Addr> {
+        let sets = self.tables.iter().flat_map(|table| &table.sets);
+        let spans = sets.filter(|it| it.name == set).flat_map(|set| &set.spans);
+        let mut addresses: Vec<Ipv4Addr> = spans.map(|span| span.first).collect();
+        addresses.sort_unstable();
+        addresses
+    }
+}
+
+/// Puts the parts of a rule together.
+pub(super) fn rule<const N: usize>(parts: [Vec<Step>; N]) -> Rule {
+    parts.into_iter().flatten().collect()
+}
+
+impl Chain {
+    /// Makes a chain that is only gone to by others.
+    pub(super) fn inner<const N: usize>(name: &'static str, rules: [Rule; N]) -> Self {
+        Self { name, hook: None, rules: rules.into() }
+    }
+
+    /// Makes a chain that packets come to by themselves.
+    pub(super) fn base<const N: usize>(name: &'static str, hook: Hook, rules: [Rule; N]) -> Self {
+        Self { name, hook: Some(hook), rules: rules.into() }
+    }
+}

@@ -1,0 +1,17 @@
+//! A sandbox's place in the network and what it may reach there, as values.
+//!
+//! Which addresses are special is written once, in `special.rs`: what people write is
+//! checked against it here, and the firewall's list of public addresses is made of it.
+
+mod plan;
+mod policy;
+mod span;
+mod special;
+
+pub use plan::{
+    AddressPlan, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, Mac,
+    PlanError, SandboxAddress,
+};
+pub use policy::{Destinations, Nameservers, NetworkPolicy, PolicyError, Reach};
+pub use span::{Span, merged, without};
+pub use special::{is_public, never_reachable, public_spans, why_not_public};

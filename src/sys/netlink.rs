@@ -1,0 +1,144 @@
+//! Sockets by which the kernel is told about links, routes and the firewall.
+//!
+//! A socket belongs to the network namespace of the thread that opens it, and stays with
+//! it. What the messages mean is known to `net`; here they are bytes.
+
+use std::{io, os::fd::OwnedFd, time::Duration};
+
+use rustix::{
+    io::Errno,
+    net::{
+        AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, sendto,
+        socket_with,
+        sockopt::{
+            Timeout, set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force,
+            set_socket_timeout,
+        },
+    },
+};
+
+/// The kernel answers in the call that asks, so this is for a host that is out of
+/// breath: removing a set waits for all CPUs, some 13 ms when they are idle.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// The longest datagram that the kernel sends us; it makes none of dumps above 32 KiB.
+const DATAGRAM_MAX_BYTES: usize = 64 * 1024;
+/// Room for all that one change of a firewall says, and for the answers to it: with both
+/// lists full that is some 300 KiB.
+const BUFFER_BYTES: usize = 2 << 20;
+
+/// Which part of the kernel a socket talks to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// Links, addresses, neighbours and routes: `rtnetlink(7)`.
+    Route,
+    /// The firewall and the table of connections.
+    Netfilter,
+}
+
+/// A socket that talks to the kernel.
+#[derive(Debug)]
+pub struct NetlinkSocket {
+    fd: OwnedFd,
+}
+
+impl NetlinkSocket {
+    /// Opens a socket in the namespace that this thread is in.
+    ///
+    /// # Errors
+    /// Where the kernel lacks the family.
+    pub fn open(family: Family) -> io::Result<Self> {
+        let protocol = match family {
+            Family::Route => None,
+            Family::Netfilter => Some(netlink::NETFILTER),
+        };
+        let flags = SocketFlags::CLOEXEC;
+        let fd = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, protocol)?;
+        set_socket_timeout(&fd, Timeout::Recv, Some(ANSWER_LIMIT))?;
+        set_socket_send_buffer_size_force(&fd, BUFFER_BYTES)?;
+        set_socket_recv_buffer_size_force(&fd, BUFFER_BYTES)?;
+        Ok(Self { fd })
+    }
+
+    /// Sends messages to the kernel, which has acted on all of them when this returns.
+    ///
+    /// # Errors
+    /// Those of sendto(2): `EMSGSIZE` past 2 MiB.
+    pub fn send(&self, messages: &[u8]) -> io::Result<()> {
+        let kernel = netlink::SocketAddrNetlink::new(0, 0);
+        loop {
+            match sendto(&self.fd, messages, SendFlags::empty(), &kernel) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Returns the next messages of the kernel.
+    ///
+    /// # Errors
+    /// `TimedOut` where none come, and those of recv(2).
+    pub fn receive(&self) -> io::Result<Vec<u8>> {
+        let mut buffer = vec![0; DATAGRAM_MAX_BYTES];
+        loop {
+            match recv(&self.fd, &mut buffer[..], RecvFlags::TRUNC) {
+                Ok((_, length)) if length > buffer.len() => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "the kernel's answer is longer than any that we know",
+                    ));
+                }
+                Ok((_, length)) => {
+                    buffer.truncate(length);
+                    return Ok(buffer);
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "the kernel does not answer",
+                    ));
+                }
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+/// Says whether a refusal means that there is no such thing.
+#[must_use]
+pub fn is_missing(error: &io::Error) -> bool {
+    let missing = [Errno::NOENT, Errno::NODEV, Errno::SRCH].map(Errno::raw_os_error);
+    error.raw_os_error().is_some_and(|code| missing.contains(&code))
+}
+
+/// Says whether a refusal means that this kernel knows no such kind of thing.
+#[must_use]
+pub fn is_unsupported(error: &io::Error) -> bool {
+    let unsupported = [Errno::AFNOSUPPORT, Errno::OPNOTSUPP].map(Errno::raw_os_error);
+    error.raw_os_error().is_some_and(|code| unsupported.contains(&code))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_answers_what_it_is_asked() {
+        let socket = NetlinkSocket::open(Family::Route).unwrap();
+        // RTM_GETLINK, NLM_F_REQUEST | NLM_F_DUMP, sequence 7, an empty ifinfomsg.
+        let mut request = vec![32, 0, 0, 0, 18, 0, 1, 3, 7, 0, 0, 0, 0, 0, 0, 0];
+        request.resize(32, 0);
+        socket.send(&request).unwrap();
+        let answer = socket.receive().unwrap();
+        // RTM_NEWLINK, with our sequence number.
+        assert_eq!(answer[4..6], [16, 0]);
+        assert_eq!(answer[8..12], [7, 0, 0, 0]);
+    }
+
+    #[test]
+    fn what_is_too_long_is_refused_and_not_cut() {
+        let socket = NetlinkSocket::open(Family::Netfilter).unwrap();
+        assert!(socket.send(&vec![0; BUFFER_BYTES * 3]).is_err());
+    }
+}

@@ -1,0 +1,15 @@
+//! The networks of sandboxes from outside, each test in a host of its own: a network
+//! namespace with an uplink to a small internet, in which servers count what reaches them.
+//! The guest is this program: it writes raw frames to the tap, and reads what comes.
+//!
+//! They need root, `/dev/net/tun` and nf_tables, and fail where these are missing.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod change;
+mod destination;
+mod guest;
+mod host;
+mod inbound;
+mod life;
+mod spoof;
