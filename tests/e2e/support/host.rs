@@ -371,7 +371,9 @@ impl Host {
     #[allow(clippy::print_stdout, reason = "the test harness shows it with the failure")]
     fn tell(&self) {
         let log = self.log();
-        let lines: Vec<_> = log.lines().collect();
+        // What came of an operation is not to be drowned in looks at it.
+        let told = log.lines().filter(|line| !line.contains(" DEBUG FUSE("));
+        let lines: Vec<_> = told.collect();
         let shown = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
         println!("--- the daemon said:\n{shown}\n---");
     }
