@@ -1,6 +1,6 @@
 //! The recipes of `docs/recipes.md`, run as they are written.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, thread};
 
 use crate::support::{Host, Setup, command};
 
@@ -35,6 +35,7 @@ fn run(host: &Host, recipe: &Recipe) -> String {
     let (program, flag) = match &*recipe.language {
         "sh" => ("/bin/sh", "-ec"),
         "python" => ("/usr/bin/python3", "-c"),
+        "js" => ("/usr/bin/node", "-e"),
         other => panic!("{}: nothing runs {other}", recipe.heading),
     };
     let output = command(program).args([flag, &text]).current_dir(mount).output().unwrap();
@@ -61,8 +62,21 @@ fn each_recipe_does_what_its_heading_says() {
             _ => {}
         }
         let count = host.number("web-1/activity", "count");
-        let said = run(&host, &recipe);
+        let waits = heading.starts_with("Wait until it sleeps");
+        let said = thread::scope(|scope| {
+            if waits {
+                host.wake("web-1");
+                scope.spawn(|| host.sleep("web-1"));
+            }
+            run(&host, &recipe)
+        });
         match heading {
+            _ if waits => assert_eq!(state(), "snapshotted", "{heading}"),
+            "What happened to it last, and who did it" => {
+                assert!(said.contains("\"to\":\"snapshotted\""), "{heading}: {said}");
+                assert!(said.contains("\"cause\":\"write by pid "), "{heading}: {said}");
+                host.wake("web-1");
+            }
             "Keep it awake while a command runs" | "Hold it in Python" => {
                 assert_eq!(state(), "running", "{heading}");
             }

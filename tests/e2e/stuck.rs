@@ -23,8 +23,10 @@ fn host() -> (Host, u32) {
 
 /// Starts a shell that puts `stuck` to sleep, and waits until it is at it.
 fn sleeper(host: &Host) -> Child {
-    let mut bash = command("/bin/bash");
-    bash.args(["-c", "echo sleep > stuck/state"]).current_dir(host.mount());
+    // Whoever runs the tests in the background has them ignore Ctrl-C, and so all they start.
+    let mut bash = command("/usr/bin/env");
+    bash.args(["--default-signal=INT", "/bin/bash", "-c", "echo sleep > stuck/state"]);
+    bash.current_dir(host.mount());
     let child = bash.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     wait_until("the sleep has begun", || host.state("stuck") == "snapshotting");
     child
