@@ -142,15 +142,6 @@ impl Lifecycle {
         table.held.contains_key(&row) || table.grace.get(&row).is_some_and(|end| *end > self.now())
     }
 
-    /// Refuses what cannot be done to a sandbox that is held.
-    pub(super) fn refuse_held(&self, entry: &Entry) -> Result<(), Error> {
-        let holders = self.holders(entry.row());
-        if holders.is_empty() {
-            return Ok(());
-        }
-        Err(Error::Held { id: entry.id().clone(), by: named(&holders) })
-    }
-
     /// Does `work` unless the sandbox is held; nobody begins to hold it meanwhile.
     pub(super) fn unless_held<T>(
         &self,

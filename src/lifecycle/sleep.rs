@@ -53,7 +53,7 @@ impl Lifecycle {
     /// Says whether the reason to sleep holds, by the activity of this moment.
     fn is_wanted(&self, entry: &Entry, record: &Record, why: Why) -> Result<bool, Error> {
         if why != Why::Idle && record.state == State::Running {
-            self.refuse_held(entry)?;
+            self.unless_held(entry, || Ok(()))?;
         }
         let count = entry.activity_count();
         match why {
