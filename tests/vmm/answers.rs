@@ -327,13 +327,14 @@ fn nothing_is_answered_while_a_snapshot_is_written() {
     running.boot(&shared(64), "");
     let url = pause_for_snapshot(&running, "snapshot");
     thread::scope(|scope| {
+        // It is slow from when it was asked, which is after this, however busy the host is.
+        let watch = Stopwatch::start();
         scope.spawn(|| running.must_with("vm.snapshot", &url));
         eventually("the request", || {
             standin.calls().iter().any(|call| call.contains("vm.snapshot")).then_some(())
         });
-        let watch = Stopwatch::start();
         assert_eq!(running.get("vmm.ping").0, 200);
-        assert!(watch.elapsed() > Duration::from_millis(150), "{:?}", watch.elapsed());
+        assert!(watch.elapsed() >= Duration::from_millis(300), "{:?}", watch.elapsed());
     });
 }
 
