@@ -24,6 +24,7 @@ use crate::{
     fuse::{FS_NAME, Mounted},
     index::{self, Index},
     lifecycle::{Lifecycle, Parts, Settings, chain},
+    net::RealNetwork,
     notify::{self, Program},
     reaper::Reaper,
     sandbox::VmmChoice,
@@ -135,10 +136,12 @@ pub fn run(config: Config) -> Result<(), Error> {
     let clock = start_clock(&index)?;
     let pool = Arc::new(Pool::new().map_err(host("making a pool of threads"))?);
     let vmms = find_vmms(&config.vmm);
+    let network = RealNetwork::new(config.network.range, &config.runtime);
     let parts = Parts {
         index,
         auto: auto(&vmms),
         vmms,
+        network: Arc::new(network),
         clock: Arc::clone(&clock) as Arc<dyn Clock>,
         pool: Arc::clone(&pool),
     };
@@ -161,6 +164,10 @@ pub fn run(config: Config) -> Result<(), Error> {
     let reaper =
         Reaper::start(Arc::clone(&lifecycle), config.reaper.tick, config.reaper.concurrency)
             .map_err(host("starting the reaper"))?;
+    let renewing = Arc::clone(&lifecycle);
+    if pool.run(move || renewing.renew_networks()).is_err() {
+        tracing::error!("the networks of running sandboxes are left as they are");
+    }
     tell_ready(&config);
 
     let serving = serve(&signals, &mounted, &config.mount);
@@ -310,6 +317,8 @@ fn settings(config: &Config) -> Settings {
         memory_budget_bytes: config.limits.memory_bytes,
         active_cpu_percent: config.activity.cpu_percent,
         users: config.vmm.users,
+        addresses: config.network.range,
+        linger: config.network.linger,
         verify_memory: config.snapshot.verify == Verify::Full,
     }
 }

@@ -59,8 +59,8 @@ fn listed_files() -> Vec<(String, String)> {
 fn each_file_is_listed_in_order_and_with_its_mode() {
     let mut there: Vec<(String, String)> =
         DaemonFile::ALL.iter().map(|file| (file.name().to_owned(), "0444".to_owned())).collect();
-    for file in File::ALL {
-        there.push((file.name().to_owned(), format!("{:04o}", file.mode())));
+    for file in File::every() {
+        there.push((file.path(), format!("{:04o}", file.mode())));
     }
     assert_eq!(listed_files(), there);
 }
@@ -263,6 +263,7 @@ fn record() -> Record {
         pinned: false,
         vmm: None,
         user: None,
+        slot: None,
         process: None,
         snapshot: None,
         sleeps: 0,

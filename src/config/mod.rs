@@ -15,7 +15,10 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use toml::Spanned;
 
 use crate::{
-    sandbox::{Period, Spec, SpecDocument, SpecError, Users, line_of, memory_from_text},
+    sandbox::{
+        Period, Spec, SpecDocument, SpecError, Users, line_of, memory_from_text,
+        network::AddressPlan,
+    },
     sys::{command::is_program, files::why_unusable},
 };
 
@@ -51,6 +54,8 @@ pub struct Config {
     pub snapshot: Snapshot,
     /// Which programs run sandboxes.
     pub vmm: Vmm,
+    /// The network of all sandboxes.
+    pub network: Network,
     /// The machine of a sandbox that nobody gave another.
     pub template: Spec,
 }
@@ -129,6 +134,17 @@ pub struct Vmm {
     pub users: Option<Users>,
 }
 
+/// `[network]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    /// The addresses of the sandboxes of this host, which nothing else may have.
+    pub range: AddressPlan,
+    /// How long the network of a sandbox stays when that falls asleep.
+    #[serde(deserialize_with = "period")]
+    pub linger: Period,
+}
+
 /// What of a snapshot is held against its digest at each wake.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Verify {
@@ -174,6 +190,7 @@ impl Default for Config {
             limits: Limits::default(),
             snapshot: Snapshot::default(),
             vmm: Vmm::default(),
+            network: Network::default(),
             template: Spec::default(),
         }
     }
@@ -203,6 +220,13 @@ impl Default for Activity {
 impl Default for Limits {
     fn default() -> Self {
         Self { sandboxes: 10_000, wakes: 16, sleeps: 8, holds: 1024, memory_bytes: None }
+    }
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        let linger = Period::After(Duration::from_secs(10 * 60));
+        Self { range: AddressPlan::default(), linger }
     }
 }
 
@@ -268,6 +292,7 @@ impl Config {
             limits: document.limits,
             snapshot: document.snapshot,
             vmm: document.vmm.into_vmm(text)?,
+            network: document.network,
             template: document.template.into_spec(&Spec::default(), text, missing)?,
         })
     }
@@ -291,6 +316,7 @@ struct Document {
     limits: Limits,
     snapshot: Snapshot,
     vmm: VmmDocument,
+    network: Network,
     template: SpecDocument,
 }
 

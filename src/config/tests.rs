@@ -1,6 +1,7 @@
 //! What a configuration file may say, and what is said of one that may not.
 
 use super::*;
+use crate::sandbox::network::Destinations;
 
 fn parse(text: &str) -> Result<Config, SpecError> {
     Config::parse(text, &|_| None)
@@ -20,10 +21,7 @@ fn an_empty_file_is_the_defaults() {
     assert_eq!(config.defaults.delete_after.to_string(), "never");
 }
 
-#[test]
-fn every_key_is_read() {
-    let config = parse(
-        r#"
+const EVERY_KEY: &str = r#"
         mount = "/m/"
         store = "/s"
         runtime = "/r"
@@ -47,14 +45,23 @@ fn every_key_is_read() {
         cloud_hypervisor = "/bin/true"
         qemu = "/bin/false"
         users = "70000-79999"
+        [network]
+        range = "172.20.0.0/16"
+        linger = "30s"
         [template]
         vcpus = 2
         kernel = "/k"
+        net = "isolated"
+        nameservers = ["9.9.9.9"]
+        denied = ["93.184.216.0/24"]
+        allowed = ["10.1.2.3"]
         [[template.disks]]
         path = "/d"
-        "#,
-    )
-    .unwrap();
+        "#;
+
+#[test]
+fn every_key_is_read() {
+    let config = parse(EVERY_KEY).unwrap();
     let disk = crate::sandbox::Disk { path: "/d".into(), readonly: false };
     let want = Config {
         mount: "/m".into(),
@@ -79,9 +86,17 @@ fn every_key_is_read() {
             qemu: Some("/bin/false".into()),
             users: Some("70000-79999".parse().unwrap()),
         },
+        network: Network {
+            range: "172.20.0.0/16".parse().unwrap(),
+            linger: Period::After(Duration::from_secs(30)),
+        },
         template: Spec {
             vcpus: 2,
             kernel: Some("/k".into()),
+            net: crate::sandbox::NetMode::Isolated,
+            nameservers: "9.9.9.9".parse().unwrap(),
+            denied: Destinations::denied(["93.184.216.0/24"].into_iter()).unwrap(),
+            allowed: Destinations::allowed(["10.1.2.3"].into_iter()).unwrap(),
             disks: vec![disk],
             ..Spec::default()
         },
@@ -94,6 +109,11 @@ fn what_is_not_accepted_is_told_with_its_line_and_what_is() {
     for (text, line, says) in [
         ("\nbogus = 1", 2, "unknown field `bogus`, expected one of `mount`"),
         ("[reaper]\nevery = 1", 2, "expected `tick` or `concurrency`"),
+        ("[network]\nrange = \"8.8.0.0/16\"", 2, "is no range for sandboxes: it is in none of"),
+        ("[network]\nlinger = 5", 2, "\"never\""),
+        ("[template]\nnet = \"bridge\"", 2, "expected one of `none`, `isolated`, `internet`"),
+        ("[template]\n\ndenied = [\"x\"]", 3, "`denied`: `x` is not a network; write"),
+        ("[template]\nnameservers = [\"10.0.0.1\"]", 2, "`10.0.0.1` is no public address"),
         ("[reaper]\ntick = 30", 2, "write \"30s\" or \"5m\""),
         ("[reaper]\ntick = \"never\"", 2, "write it as \"30s\""),
         ("[reaper]\nconcurrency = 0", 2, "from 1 to 64"),

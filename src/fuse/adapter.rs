@@ -20,7 +20,7 @@ use super::{
     polls::{self, Polls},
     translate::{
         BLOCK_BYTES, attr_ttl, caller, caught, file_attr, give, is_nonblocking, node, number,
-        reply_attr, reply_entry, reply_opened, reply_written,
+        reply_attr, reply_data, reply_entry, reply_opened, reply_written,
     },
     waiting::{AnnouncedWrite, Once, Waiting},
 };
@@ -314,11 +314,15 @@ impl Filesystem for Adapter {
         reply: ReplyData,
     ) {
         let caller = caller(request);
-        let read = self.call(|tree| tree.read(node(ino)?, handle.0, offset, size as usize, caller));
-        match read {
-            Ok(data) => reply.data(&data),
-            Err(errno) => reply.error(errno),
+        if let Ok(node) = node(ino)
+            && Tree::reads_slowly(node, offset)
+        {
+            let tree = Arc::clone(&self.tree);
+            let job = Box::new(move || tree.read(node, handle.0, offset, size as usize, caller));
+            return self.later(job, reply, reply_data);
         }
+        let read = self.call(|tree| tree.read(node(ino)?, handle.0, offset, size as usize, caller));
+        reply_data(reply, read);
     }
 
     fn write(

@@ -28,7 +28,7 @@ pub(super) fn lookup(tree: &Tree, tid: u32, parent: Node, name: &[u8]) -> Result
             let file = File::ALL.into_iter().find(|file| file.name().as_bytes() == name);
             tree.ghost_attr(Node::File(row, file.ok_or(Errno::NoEnt)?), ghost.owner)
         }
-        Node::Daemon(_) | Node::File(..) => Err(Errno::NoEnt),
+        Node::NetDir(_) | Node::Daemon(_) | Node::File(..) => Err(Errno::NoEnt),
     }
 }
 

@@ -33,7 +33,8 @@ pub(super) fn locate(spot: Spot, id: Option<&SandboxId>) -> Place {
     let path = match node {
         Node::Root | Node::Dir(_) => dir,
         Node::Daemon(file) => file.name().to_owned(),
-        Node::File(_, file) => format!("{dir}/{}", file.name()),
+        Node::NetDir(_) => format!("{dir}/net"),
+        Node::File(_, file) => format!("{dir}/{}", file.path()),
     };
     Place { path, inode: node.inode() }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use fuser::{
     Errno as Number, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, OpenFlags,
-    ReplyAttr, ReplyEntry, ReplyOpen, ReplyWrite, Request,
+    ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, ReplyWrite, Request,
 };
 use rustix::fs::OFlags;
 
@@ -112,6 +112,13 @@ pub(super) fn reply_opened(reply: ReplyOpen, result: Result<u64, Number>) {
 pub(super) fn reply_written(reply: ReplyWrite, result: Result<usize, Number>) {
     match result {
         Ok(len) => reply.written(u32::try_from(len).unwrap_or(u32::MAX)),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+pub(super) fn reply_data(reply: ReplyData, result: Result<Vec<u8>, Number>) {
+    match result {
+        Ok(data) => reply.data(&data),
         Err(errno) => reply.error(errno),
     }
 }

@@ -81,7 +81,7 @@ impl AnnouncedWrite {
     pub(super) fn begin(node: Node, news: &Arc<News>, reply: ReplyWrite) -> Self {
         let state_of = match node {
             Node::File(row, File::State) => Some(row),
-            Node::File(..) | Node::Root | Node::Daemon(_) | Node::Dir(_) => None,
+            Node::File(..) | Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::NetDir(_) => None,
         };
         if let Some(row) = state_of {
             news.writing(row);

@@ -152,6 +152,7 @@ impl Index {
             pinned: false,
             vmm: None,
             user: None,
+            slot: None,
             process: None,
             snapshot: None,
             sleeps: 0,
@@ -290,6 +291,30 @@ impl Index {
         let give = |record: &mut Record| record.user = Some(user);
         let _synced = self.update_in(open, held, entry, record.state, Wait::ForDisk, give)?;
         Ok(Some(user))
+    }
+
+    /// Gives a sandbox the lowest number below `count` that no other has as its slot, or
+    /// returns `None` where all are given. One that it has already it keeps.
+    ///
+    /// # Errors
+    /// As [`Index::amend`].
+    ///
+    /// # Panics
+    /// As [`Index::advance`].
+    pub fn give_slot(&self, held: &Held, entry: &Entry, count: u32) -> Result<Option<u32>, Error> {
+        let connection = lock(&self.connection);
+        let open = self.writable(&connection)?;
+        let record = entry.record();
+        if let Some(slot) = record.slot.filter(|slot| *slot < count) {
+            return Ok(Some(slot));
+        }
+        let free = read(&self.table).free_slot();
+        let Some(slot) = Some(free).filter(|slot| *slot < count) else {
+            return Ok(None);
+        };
+        let give = |record: &mut Record| record.slot = Some(slot);
+        let _synced = self.update_in(open, held, entry, record.state, Wait::ForDisk, give)?;
+        Ok(Some(slot))
     }
 
     /// Removes a sandbox. Its number is never used again.

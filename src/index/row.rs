@@ -10,7 +10,7 @@ use crate::sandbox::{
 };
 
 /// The columns that change, in the order in which [`values`] and [`read`] have them.
-const COLUMNS: [&str; 28] = [
+const COLUMNS: [&str; 29] = [
     "uid",
     "gid",
     "state",
@@ -23,6 +23,7 @@ const COLUMNS: [&str; 28] = [
     "pinned",
     "vmm",
     "vmm_uid",
+    "slot",
     "pid",
     "boot_id",
     "pidfs_inode",
@@ -159,6 +160,7 @@ fn values(record: &Record, last_activity: Timestamp) -> [Value; COLUMNS.len()] {
         record.pinned.into(),
         text(record.vmm.as_deref()),
         record.user.into(),
+        record.slot.into(),
         process.map(|process| process.pid).into(),
         text(process.map(|process| &*process.boot_id)),
         process.and_then(|process| process.pidfs_inode).map(unsigned).into(),
@@ -244,6 +246,7 @@ fn read(
         pinned: c.next()?,
         vmm: c.next()?,
         user: c.next()?,
+        slot: c.next()?,
         process: process(c)?,
         snapshot: snapshot(c)?,
         sleeps: c.number()?,

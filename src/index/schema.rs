@@ -11,8 +11,11 @@ use super::Error;
 use crate::sys::files;
 
 /// What version 0, an empty file, and each later version are brought forward by.
-pub(super) const MIGRATIONS: [&str; 2] =
-    [include_str!("migration-1.sql"), include_str!("migration-2.sql")];
+pub(super) const MIGRATIONS: [&str; 3] = [
+    include_str!("migration-1.sql"),
+    include_str!("migration-2.sql"),
+    include_str!("migration-3.sql"),
+];
 
 /// Marks the file as ours: `dozd` in ASCII.
 const APPLICATION_ID: i64 = 0x646f_7a64;

@@ -1,5 +1,5 @@
 //! The entries, by number and by name, how many there are in each state, and which user
-//! ids they have.
+//! ids and slots they have.
 
 use std::{
     borrow::Borrow,
@@ -19,8 +19,35 @@ pub(super) struct Table {
     by_id: HashSet<ById>,
     /// The user ids that are given.
     users: HashSet<u32>,
+    slots: Slots,
     /// In the order of [`State::ALL`].
     counts: [usize; State::ALL.len()],
+}
+
+/// Which slots are given.
+#[derive(Debug, Default)]
+struct Slots {
+    given: HashSet<u32>,
+    /// All below this one are given.
+    low: u32,
+}
+
+impl Slots {
+    fn take(&mut self, slot: u32) {
+        self.given.insert(slot);
+        while self.given.contains(&self.low) {
+            self.low += 1;
+        }
+    }
+
+    fn give_back(&mut self, slot: u32) {
+        self.given.remove(&slot);
+        self.low = self.low.min(slot);
+    }
+
+    fn lowest_free(&self) -> u32 {
+        self.low
+    }
 }
 
 /// An entry that is looked up by its name, without a second copy of the name.
@@ -31,7 +58,7 @@ impl Table {
     pub(super) fn insert(&mut self, entry: Arc<Entry>) {
         let record = entry.record();
         *self.count(record.state) += 1;
-        self.users.extend(record.user);
+        self.take(&record);
         self.by_id.insert(ById(Arc::clone(&entry)));
         self.by_row.insert(entry.row(), entry);
     }
@@ -48,19 +75,33 @@ impl Table {
     pub(super) fn changed(&mut self, from: &Record, to: &Record) {
         *self.count(from.state) -= 1;
         *self.count(to.state) += 1;
-        if from.user != to.user {
+        if (from.user, from.slot) != (to.user, to.slot) {
             self.give_back(from);
-            self.users.extend(to.user);
+            self.take(to);
         }
+    }
+
+    pub(super) fn free_slot(&self) -> u32 {
+        self.slots.lowest_free()
     }
 
     pub(super) fn has_user(&self, user: u32) -> bool {
         self.users.contains(&user)
     }
 
+    fn take(&mut self, record: &Record) {
+        self.users.extend(record.user);
+        if let Some(slot) = record.slot {
+            self.slots.take(slot);
+        }
+    }
+
     fn give_back(&mut self, record: &Record) {
         if let Some(user) = record.user {
             self.users.remove(&user);
+        }
+        if let Some(slot) = record.slot {
+            self.slots.give_back(slot);
         }
     }
 
@@ -115,3 +156,32 @@ impl PartialEq for ById {
 }
 
 impl Eq for ById {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_slot_that_is_free_is_the_next() {
+        let mut slots = Slots::default();
+        for expected in 0..4 {
+            assert_eq!(slots.lowest_free(), expected);
+            slots.take(expected);
+        }
+        slots.give_back(1);
+        slots.give_back(2);
+        assert_eq!(slots.lowest_free(), 1);
+        slots.take(1);
+        assert_eq!(slots.lowest_free(), 2);
+        slots.give_back(3);
+        assert_eq!(slots.lowest_free(), 2);
+        // As when an index is loaded, whose rows are in another order.
+        slots.take(7);
+        slots.take(u32::MAX);
+        assert_eq!(slots.lowest_free(), 2);
+        slots.take(2);
+        assert_eq!(slots.lowest_free(), 3);
+        slots.give_back(0);
+        assert_eq!(slots.lowest_free(), 0);
+    }
+}

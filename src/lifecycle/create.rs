@@ -54,6 +54,12 @@ impl Lifecycle {
                 .map_err(|source| Error::Index { id: id.clone(), source })?;
             return Err(Error::Host { doing: "making room for", id: id.clone(), source });
         }
+        if let Err(error) = self.give_address(&held, &entry) {
+            self.index
+                .remove(&held, &entry)
+                .map_err(|source| Error::Index { id: id.clone(), source })?;
+            return Err(error);
+        }
         self.tell_created(&held, &entry);
         tracing::info!(%id, uid = owner.uid, "created");
         Ok(entry)

@@ -92,6 +92,7 @@ impl Lifecycle {
         }
         self.release(entry)?;
         self.reach(Arrow::DeleteKilled);
+        self.disconnect(entry)?;
         self.set_aside(entry.row()).map_err(|source| Error::Host {
             doing: "setting aside the files of",
             id: entry.id().clone(),

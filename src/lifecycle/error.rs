@@ -3,8 +3,8 @@
 use std::{io, time::Duration};
 
 use crate::{
-    index,
-    sandbox::{Refused, SandboxId, State, Users},
+    index, net,
+    sandbox::{Refused, SandboxId, State, Users, network::AddressPlan},
     snapshot, vmm,
 };
 
@@ -122,6 +122,27 @@ pub enum Error {
         id: SandboxId,
         /// All that there are.
         users: Users,
+    },
+    /// All addresses are given.
+    #[error(
+        "there is no address for {id}: other sandboxes have all of {range} ([network] range); \
+         delete some, or widen it"
+    )]
+    NoAddress {
+        /// The sandbox.
+        id: SandboxId,
+        /// All that there are.
+        range: AddressPlan,
+    },
+    /// The network failed.
+    #[error("{doing} {id}")]
+    Network {
+        /// Such as `making the network of`.
+        doing: &'static str,
+        /// The sandbox.
+        id: SandboxId,
+        /// What went wrong.
+        source: net::Error,
     },
     /// Too many operations of that kind for too long.
     #[error("no slot to {what} {id} within {} s ([limits] {what}s)", .limit.as_secs())]
@@ -261,6 +282,13 @@ impl Error {
                 | snapshot::Error::Incomplete { .. } => Fault::Other,
             },
             Self::Host { source, .. } => fault_of_io(source),
+            Self::Network { source, .. } => match source {
+                net::Error::Host { source, .. } => fault_of_io(source),
+                net::Error::Lacking { .. }
+                | net::Error::NotOurs { .. }
+                | net::Error::NotThere
+                | net::Error::Several(_) => Fault::Other,
+            },
             Self::Undo { source, .. } => source.fault(),
             Self::Undead { .. } => Fault::TimedOut,
             Self::Gone { .. }
@@ -277,6 +305,7 @@ impl Error {
             | Self::NoMemory { .. }
             | Self::TooMany { .. }
             | Self::NoUser { .. }
+            | Self::NoAddress { .. }
             | Self::NoSlot { .. }
             | Self::ShuttingDown
             | Self::NoVmm { .. }

@@ -61,6 +61,7 @@ impl Lifecycle {
     /// Records that the guest is no more: no VMM, no memory, `stopped`, and why.
     pub(super) fn lose(&self, held: &Held, entry: &Arc<Entry>, why: &str) -> Result<(), Error> {
         self.release(entry)?;
+        self.abandon_network(entry);
         let home = self.home(&entry.record());
         home.end_life().map_err(|source| Error::Snapshot {
             doing: "clearing up after",

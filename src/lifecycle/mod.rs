@@ -7,8 +7,10 @@
 //!
 //! ```text
 //! sleep: space → snapshotting → pause → save → COMMIT → kill → snapshotted → tell
-//! wake:  admit → manifest → restoring → restore paused → CONSUME → resume → running → tell
-//! boot:  admit → disks → booting → VMM, inert → its identity recorded → resume → running → tell
+//! wake:  admit → manifest → restoring → network → restore paused → CONSUME → resume
+//!        → running → tell
+//! boot:  admit → booting → disks → network → VMM, inert → its identity recorded → resume
+//!        → running → tell
 //! ```
 //!
 //! A word in small letters is a change of the record. What announces an operation is on
@@ -32,6 +34,7 @@ mod exits;
 mod held;
 mod holds;
 mod machines;
+mod network;
 mod operation;
 mod policy;
 mod reconcile;
@@ -67,13 +70,16 @@ pub use policy::Policy;
 
 pub use crate::{
     index::{Commit, Due, Entry, Error as IndexError, Index},
+    net::Counters,
     notify::{News, Reader, View, Viewer},
 };
 use crate::{
     lock::Locks,
+    net::Network,
     notify::Bell,
     sandbox::{
         Cause, Period, Record, RowId, SandboxId, Spec, State, Step, Timestamp, Users, VmmChoice,
+        network::AddressPlan,
     },
     snapshot::{self, Home, VmmFacts},
     sync::Arc,
@@ -108,6 +114,10 @@ pub struct Settings {
     pub active_cpu_percent: u32,
     /// The user ids that VMMs run as, one for each sandbox; ours if there are none.
     pub users: Option<Users>,
+    /// The addresses of all sandboxes.
+    pub addresses: AddressPlan,
+    /// How long the network of a sandbox stays when that falls asleep.
+    pub linger: Period,
     /// Whether a wake checks the whole memory against its digest.
     pub verify_memory: bool,
 }
@@ -140,6 +150,7 @@ pub struct Lifecycle {
     locks: Arc<Locks>,
     vmms: Vec<Arc<dyn Vmm>>,
     auto: VmmChoice,
+    network: Arc<dyn Network>,
     clock: Arc<dyn Clock>,
     settings: Settings,
     /// Names this store in the command line of its VMMs.
@@ -171,6 +182,8 @@ pub struct Parts {
     pub vmms: Vec<Arc<dyn Vmm>>,
     /// The one that `auto` means, which this host may have or not.
     pub auto: VmmChoice,
+    /// The networks of this host.
+    pub network: Arc<dyn Network>,
     /// The time line of the index.
     pub clock: Arc<dyn Clock>,
     /// Threads for what nobody waits for.
@@ -205,6 +218,7 @@ impl Lifecycle {
             locks: Locks::new(),
             vmms: parts.vmms,
             auto: parts.auto,
+            network: parts.network,
             clock: parts.clock,
             settings,
             store_name,
@@ -563,11 +577,13 @@ pub(crate) enum Arrow {
     SleepCommitted,
     SleepKilled,
     WakeIntended,
+    WakeConnected,
     WakeRestored,
     WakeRecorded,
     WakeConsumed,
     WakeResumed,
     BootIntended,
+    BootConnected,
     BootSpawned,
     BootRecorded,
     BootResumed,

@@ -3,7 +3,10 @@
 use super::{Entry, Error, Lifecycle, chain, create::free_name};
 use crate::{
     lifecycle::Held,
-    sandbox::{Owner, Period, Record, Spec, State},
+    sandbox::{
+        Owner, Period, Record, Spec, State,
+        network::{Destinations, Nameservers},
+    },
     snapshot::Home,
     sync::{Arc, lock},
 };
@@ -21,6 +24,12 @@ pub enum Policy {
     Spec(Box<Spec>),
     /// Whose it is.
     Owner(Owner),
+    /// Who answers its guest's questions for names.
+    Nameservers(Nameservers),
+    /// What its guest never reaches.
+    Denied(Destinations),
+    /// What its guest reaches though it is not public.
+    Allowed(Destinations),
 }
 
 impl Lifecycle {
@@ -37,7 +46,7 @@ impl Lifecycle {
                 if *before.spec == **spec {
                     return Ok(());
                 }
-                if state != State::Stopped {
+                if state != State::Stopped && !before.spec.is_same_machine(spec) {
                     return Err(Error::NotStopped { id: entry.id().clone(), state });
                 }
                 set_aside_changed_disks(&self.home(&before), &before, spec).map_err(|source| {
@@ -49,12 +58,27 @@ impl Lifecycle {
             apply(&mut after, policy.clone());
             if after != *before {
                 self.amend(held, entry, |record| apply(record, policy))?;
+                self.change_network(held, entry, &before)?;
                 if after.owner != before.owner {
                     self.give_vsock(entry, after.owner);
                 }
                 self.bell.ring();
             }
             Ok(())
+        })
+    }
+
+    /// Puts a change of what a guest may reach in force, or takes it back.
+    fn change_network(&self, held: &Held, entry: &Entry, before: &Record) -> Result<(), Error> {
+        let after = entry.record();
+        if after.spec.network_policy() == before.spec.network_policy() {
+            return Ok(());
+        }
+        let changed = self.give_address(held, entry).and_then(|()| self.apply_network(entry));
+        changed.or_else(|cause| {
+            // What is in force is what it was.
+            self.amend(held, entry, |record| record.spec = Arc::clone(&before.spec))?;
+            Err(cause)
         })
     }
 
@@ -75,6 +99,9 @@ fn apply(record: &mut Record, policy: Policy) {
         Policy::Pinned(pinned) => record.pinned = pinned,
         Policy::Spec(spec) => record.spec = Arc::from(spec),
         Policy::Owner(owner) => record.owner = owner,
+        Policy::Nameservers(list) => Arc::make_mut(&mut record.spec).nameservers = list,
+        Policy::Denied(list) => Arc::make_mut(&mut record.spec).denied = list,
+        Policy::Allowed(list) => Arc::make_mut(&mut record.spec).allowed = list,
     }
 }
 

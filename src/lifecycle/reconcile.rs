@@ -100,6 +100,7 @@ impl Lifecycle {
         });
         let mut done = *lock(&done);
         done.orphans = self.kill_orphans();
+        self.reconcile_networks();
         self.empty_trash_later();
         done
     }
@@ -256,7 +257,7 @@ impl Lifecycle {
                 record.process = None;
                 record.snapshot = Some(SnapshotFacts { generation, bytes, at });
             })?;
-            return Ok(());
+            return self.let_linger(entry);
         }
         let Some(process) = process else {
             return self.lose(held, entry, LOST);
@@ -315,7 +316,7 @@ impl Lifecycle {
             }
         }
         self.step(held, entry, Step::Undo, |record| record.process = None)?;
-        Ok(())
+        self.let_linger(entry)
     }
 
     /// Says whether the VMM in the record was started since the host was.
@@ -347,6 +348,7 @@ impl Lifecycle {
             return self.lose(held, entry, LOST); // It may have run.
         }
         self.release(entry)?;
+        self.abandon_network(entry);
         let home = self.home(&entry.record());
         home.end_life().map_err(snapshot_failed(entry, "clearing up after"))?;
         self.step(held, entry, Step::Undo, |record| record.process = None)?;

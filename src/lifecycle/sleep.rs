@@ -131,6 +131,10 @@ impl Lifecycle {
             });
         })?;
         self.cooling.add(record.row, committed.generation, record.since);
+        if let Err(error) = self.let_linger(entry) {
+            // It sleeps, and the reaper tries again.
+            tracing::error!(id = %entry.id(), error = super::chain(&error), "after a sleep");
+        }
         Ok(Outcome::Done)
     }
 

@@ -15,7 +15,11 @@ use std::{
 use super::{Arrow, Entry, Error, Lifecycle, Outcome, Parts, Policy, Settings, Wait, Why};
 use crate::{
     index::Index,
-    sandbox::{Actor, Cause, Owner, Period, SandboxId, Spec, State, Timestamp, VmmChoice},
+    net::{Network, fake::FakeNetwork},
+    sandbox::{
+        Actor, Cause, Owner, Period, SandboxId, Spec, State, Timestamp, VmmChoice,
+        network::AddressPlan,
+    },
     snapshot::{Home, MEMORY},
     sync::{Arc, Mutex, lock},
     sys::{
@@ -56,10 +60,14 @@ impl CrashPlan {
 /// How long a condition may take to come true on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long the network of a sleeper stays.
+pub(crate) const LINGER: Duration = Duration::from_secs(600);
+
 /// A host with one sandbox store, on which daemons come and go.
 pub(crate) struct Host {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) vmm: Arc<FakeHost>,
+    pub(crate) network: Arc<FakeNetwork>,
     pub(crate) clock: Arc<ManualClock>,
     pub(crate) daemon: Arc<Lifecycle>,
     budget_bytes: Option<u64>,
@@ -96,8 +104,9 @@ impl Host {
     fn within(dir: tempfile::TempDir, budget_bytes: Option<u64>) -> Self {
         let vmm = Arc::new(FakeHost::default());
         let clock = Arc::new(ManualClock::at(Timestamp::from_millis(1_000_000)));
-        let daemon = start(dir.path(), &vmm, &clock, budget_bytes);
-        Self { dir, vmm, clock, daemon, budget_bytes, cuts: 0 }
+        let network = Arc::default();
+        let daemon = start(dir.path(), &vmm, &network, &clock, budget_bytes);
+        Self { dir, vmm, network, clock, daemon, budget_bytes, cuts: 0 }
     }
 
     /// A host whose VMM has the memory of its guests in its processes.
@@ -110,7 +119,9 @@ impl Host {
     /// Another daemon takes over, as after kill -9.
     pub(crate) fn restart(&mut self) {
         let (dir, index) = (self.dir.path(), index_name(self.cuts));
-        self.daemon = start_on(dir, &index, &self.vmm, &self.clock, self.budget_bytes);
+        self.network.forget_lingering();
+        self.daemon =
+            start_on(dir, &index, &self.vmm, &self.network, &self.clock, self.budget_bytes);
         let found = self.daemon.reconcile();
         assert_eq!(found.failed, 0, "{found:?}");
     }
@@ -283,16 +294,18 @@ fn index_name(cuts: usize) -> String {
 pub(crate) fn start(
     dir: &Path,
     vmm: &Arc<FakeHost>,
+    network: &Arc<FakeNetwork>,
     clock: &Arc<ManualClock>,
     memory_budget_bytes: Option<u64>,
 ) -> Arc<Lifecycle> {
-    start_on(dir, &index_name(0), vmm, clock, memory_budget_bytes)
+    start_on(dir, &index_name(0), vmm, network, clock, memory_budget_bytes)
 }
 
 fn start_on(
     dir: &Path,
     index: &str,
     vmm: &Arc<FakeHost>,
+    network: &Arc<FakeNetwork>,
     clock: &Arc<ManualClock>,
     memory_budget_bytes: Option<u64>,
 ) -> Arc<Lifecycle> {
@@ -302,6 +315,7 @@ fn start_on(
         index: Index::open(&store.join(index)).unwrap(),
         vmms: vec![Arc::new(FakeVmm(Arc::clone(vmm)))],
         auto: VmmChoice::Qemu,
+        network: Arc::clone(network) as Arc<dyn Network>,
         clock: Arc::clone(clock) as Arc<dyn Clock>,
         pool: Arc::new(Pool::new().unwrap()),
     };
@@ -319,6 +333,8 @@ fn start_on(
         memory_budget_bytes,
         active_cpu_percent: 5,
         users: Some("70000-70009".parse().unwrap()),
+        addresses: AddressPlan::default(),
+        linger: Period::After(LINGER),
         verify_memory: true,
     };
     Lifecycle::new(parts, settings).unwrap()

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     lifecycle::Held,
-    sandbox::{Record, Spec, State, Step},
+    sandbox::{NetMode, Record, Spec, State, Step},
     snapshot::{self, Home, Memory, Snapshot},
     sync::{Arc, lock},
     sys::{
@@ -126,6 +126,9 @@ impl Lifecycle {
             .step_unsynced(held, entry, Step::Wake, |record| record.vmm = Some(named(&identity)))?;
         *intended = true;
         self.reach(Arrow::WakeIntended);
+
+        let _network = self.connect(held, entry, undo)?;
+        self.reach(Arrow::WakeConnected);
 
         // Also where the VMM does not start there are its sockets.
         undo.push("ending the VMM", move || Ok(self.end_machine(entry)?));
@@ -297,6 +300,9 @@ impl Lifecycle {
             .map_err(snapshot_failed(entry, "making the memory of"))?;
         undo.push("removing its memory", move || Ok(self.home(&entry.record()).end_life()?));
 
+        let _network = self.connect(held, entry, undo)?;
+        self.reach(Arrow::BootConnected);
+
         // Also where the VMM does not start there are its sockets.
         undo.push("ending the VMM", move || Ok(self.end_machine(entry)?));
         let plan = self.plan(&entry.record(), &life, &operation.cancel)?;
@@ -460,7 +466,8 @@ impl Lifecycle {
 pub(super) fn machine_of(spec: &Spec, vmm: &VmmIdentity) -> String {
     let balloon = if spec.balloon { "" } else { ", no balloon" };
     let vsock = if spec.vsock { ", vsock" } else { "" };
-    format!("{}{balloon}{vsock}", vmm.machine)
+    let nic = if spec.net == NetMode::None { "" } else { ", network" };
+    format!("{}{balloon}{vsock}{nic}", vmm.machine)
 }
 
 /// Names a VMM as `status` shows it.

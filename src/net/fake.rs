@@ -44,6 +44,12 @@ impl FakeNetwork {
         *lock(&self.fault) = fault;
     }
 
+    /// Forgets what is in no kernel but in the memory of a daemon that is gone.
+    pub(crate) fn forget_lingering(&self) {
+        let lingering: Vec<_> = lock(&self.there).keys().cloned().collect();
+        lingering.iter().for_each(|id| self.lingering.forget(id));
+    }
+
     /// Returns what is in force for a sandbox that has a network.
     pub(crate) fn in_force(&self, id: &SandboxId) -> Option<Wanted> {
         lock(&self.there).get(id).map(|(_, wanted)| wanted.clone())
@@ -91,6 +97,10 @@ impl Network for FakeNetwork {
                 Ok(Applied::Now)
             }
         }
+    }
+
+    fn namespace(&self, id: &SandboxId) -> Option<PathBuf> {
+        self.in_force(id).map(|_| PathBuf::from("/fake").join(id.as_str()))
     }
 
     fn open_tap(&self, id: &SandboxId) -> Result<OwnedFd, Error> {

@@ -65,6 +65,9 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// Where it cannot be. The old policy is in force then.
     fn apply_policy(&self, wanted: &Wanted) -> Result<Applied, Error>;
 
+    /// Returns the file that the namespace of a sandbox is pinned to, if it is.
+    fn namespace(&self, id: &SandboxId) -> Option<PathBuf>;
+
     /// Opens the guest's device, for a VMM to have as its own. One at a time may.
     ///
     /// # Errors
@@ -184,6 +187,24 @@ pub struct Counters {
     pub excess: Count,
     /// From outside, and not asked for.
     pub unasked: Count,
+}
+
+impl Counters {
+    /// Returns each count with its name, in an order that never changes.
+    #[must_use]
+    pub fn by_name(&self) -> [(&'static str, Count); 9] {
+        [
+            ("guest_out", self.guest_out),
+            ("guest_in", self.guest_in),
+            ("host_in", self.host_in),
+            ("host_out", self.host_out),
+            ("spoofed", self.spoofed),
+            ("refused", self.refused),
+            ("invalid", self.invalid),
+            ("excess", self.excess),
+            ("unasked", self.unasked),
+        ]
+    }
 }
 
 /// So much of something.

@@ -195,6 +195,12 @@ impl Network for RealNetwork {
         Ok(Applied::Now)
     }
 
+    fn namespace(&self, id: &SandboxId) -> Option<PathBuf> {
+        // One that cannot be opened is none.
+        let there = self.open(id).ok().flatten();
+        there.map(|_| self.pin(id))
+    }
+
     fn open_tap(&self, id: &SandboxId) -> Result<OwnedFd, Error> {
         let namespace = self.open(id)?.ok_or(Error::NotThere)?;
         namespace::open_tap(&namespace)

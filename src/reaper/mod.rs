@@ -6,7 +6,7 @@
 //! the sandbox's lock, so that a touch that came meanwhile wins.
 //!
 //! Besides, what an operation left in the middle, as its VMM did not answer, is brought to an
-//! end once that is possible.
+//! end once that is possible; and the networks of sleepers go when they have lingered.
 //!
 //! One thread looks, at every tick, at the next deadline and when the bell rings: a few
 //! range scans of the index. A few workers act, so that a slow sandbox does not hold
@@ -50,12 +50,13 @@ enum Due {
     Sleep(RowId),
     Delete(RowId),
     Settle(RowId),
+    Unlink(RowId),
 }
 
 impl Due {
     fn row(self) -> RowId {
         match self {
-            Self::Sleep(row) | Self::Delete(row) | Self::Settle(row) => row,
+            Self::Sleep(row) | Self::Delete(row) | Self::Settle(row) | Self::Unlink(row) => row,
         }
     }
 }
@@ -125,6 +126,8 @@ impl Shared {
             self.look(give);
             let now = self.lifecycle.clock().now();
             let next = self.lifecycle.index().next_due(now).ok().flatten();
+            let lingered = self.lifecycle.next_lingered().filter(|at| *at > now);
+            let next = next.into_iter().chain(lingered).min();
             let wait = next.map_or(tick, |next| next.since(now).clamp(LOOK_MIN, tick));
             if !self.lifecycle.bell().wait(wait) {
                 return;
@@ -149,6 +152,11 @@ impl Shared {
         self.hand_out(give, Due::Sleep, |after| index.due_to_sleep(now, after, PAGE));
         self.hand_out(give, Due::Delete, |after| index.due_to_delete(now, after, PAGE));
         self.hand_out_leftovers(give, now);
+        for row in self.lifecycle.lingered() {
+            if lock(&self.in_hand).insert(row) && give.send(Due::Unlink(row)).is_err() {
+                return;
+            }
+        }
         self.lifecycle.ticked(now);
     }
 
@@ -212,7 +220,7 @@ impl Shared {
         let cause = match due {
             Due::Sleep(_) => Cause::Idle,
             Due::Delete(_) => Cause::Stale,
-            Due::Settle(_) => Cause::Reconcile,
+            Due::Settle(_) | Due::Unlink(_) => Cause::Reconcile,
         };
         let Ok(held) = self.lifecycle.lock(&entry, Wait::Never, cause) else {
             return;
@@ -225,6 +233,7 @@ impl Shared {
             Due::Settle(_) => {
                 ("settling a leftover", self.lifecycle.settle_leftover(&held, &entry))
             }
+            Due::Unlink(_) => ("removing a network", self.lifecycle.remove_lingered(&held, &entry)),
         };
         match result {
             Ok(outcome) => {
@@ -234,6 +243,10 @@ impl Shared {
                 }
             }
             Err(Error::Gone { .. } | Error::ShuttingDown) => {}
+            // That a network stays is no reason to leave its sandbox alone.
+            Err(error @ Error::Network { .. }) if matches!(due, Due::Unlink(_)) => {
+                tracing::error!(id = %entry.id(), error = chain(&error), "{doing}");
+            }
             Err(error) => {
                 let wait = self.put_off(&entry);
                 let until = self.lifecycle.clock().now().after(wait);

@@ -6,9 +6,9 @@ use super::*;
 use crate::{
     lifecycle::{
         Holder, Policy, Signal,
-        testing::{Host, wait_for},
+        testing::{Host, LINGER, wait_for},
     },
-    sandbox::{Period, State},
+    sandbox::{NetMode, Period, Spec, State},
     vmm::fake::{Call, Fault},
 };
 
@@ -242,5 +242,25 @@ fn what_an_earlier_daemon_held_is_left_alone_for_a_while() {
     host.clock.advance(Duration::from_secs(2));
     look(&host);
     wait_for("a to sleep", || host.state("a") == State::Snapshotted);
+    reaper.stop();
+}
+
+#[test]
+fn the_network_of_a_sleeper_goes_when_it_has_lingered() {
+    let host = Host::new();
+    let entry = host.create("a");
+    let spec = Spec { net: NetMode::Internet, ..Spec::clone(&entry.record().spec) };
+    host.set("a", Policy::Spec(Box::new(spec))).unwrap();
+    host.wake("a").unwrap();
+    host.sleep("a").unwrap();
+    let reaper = reap(&host);
+    host.clock.advance(LINGER - Duration::from_secs(1));
+    look(&host);
+    let is_there = || host.network.in_force(entry.id()).is_some();
+    assert!(is_there());
+    host.clock.advance(Duration::from_secs(1));
+    look(&host);
+    wait_for("the network to go", || !is_there());
+    assert_eq!(host.state("a"), State::Snapshotted);
     reaper.stop();
 }

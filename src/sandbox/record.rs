@@ -82,6 +82,8 @@ pub struct Record {
     pub vmm: Option<Box<str>>,
     /// The user id that its VMM runs as, if it is one of its own; no other sandbox has it.
     pub user: Option<u32>,
+    /// The number of its address in the range, if it has one; no other sandbox has it.
+    pub slot: Option<u32>,
     /// The VMM's process, from just before its first instruction to its end.
     pub process: Option<ProcessIdentity>,
     /// The snapshot that it sleeps on.
@@ -169,6 +171,7 @@ mod tests {
             pinned: false,
             vmm: None,
             user: None,
+            slot: None,
             process: None,
             snapshot: Some(SnapshotFacts { generation: 1, bytes: 0, at: at(100) }),
             sleeps: 0,

@@ -8,6 +8,8 @@ use std::{
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use toml::Spanned;
 
+use super::network::{Destinations, Nameservers, NetworkPolicy, PolicyError, Reach};
+
 const MIB: u64 = 1 << 20;
 /// Less memory than this boots no guest that we know of.
 const MEMORY_MIN_BYTES: u64 = 8 * MIB;
@@ -17,6 +19,10 @@ const MEMORY_MAX_BYTES: u64 = 16 << 40;
 const VCPUS_MAX: u8 = 64;
 /// A microvm has eight virtio-mmio transports; balloon and entropy take two.
 const DISKS_MAX: usize = 6;
+/// And a network interface takes another.
+const DISKS_MAX_WITH_NET: usize = 5;
+/// Two that answer everybody, of two operators.
+const NAMESERVERS: [&str; 2] = ["1.1.1.1", "9.9.9.9"];
 /// The x86 boot protocol's limit for a command line (`COMMAND_LINE_SIZE`).
 const CMDLINE_MAX_BYTES: usize = 2048;
 
@@ -40,6 +46,10 @@ pub enum NetMode {
     /// No interface at all.
     #[default]
     None,
+    /// An interface that reaches nothing but what is allowed by name.
+    Isolated,
+    /// An interface that reaches the public internet, but for what is denied.
+    Internet,
 }
 
 /// Where the memory of a sandbox's guest is while it runs.
@@ -103,6 +113,12 @@ pub struct Spec {
     pub cmdline: String,
     /// Its network.
     pub net: NetMode,
+    /// Who answers its questions for names.
+    pub nameservers: Nameservers,
+    /// What it never reaches.
+    pub denied: Destinations,
+    /// What it reaches although it is not of the public internet, or is isolated.
+    pub allowed: Destinations,
     /// Whether it has a balloon, by which its guest gives back memory that it has freed.
     pub balloon: bool,
     /// Whether its guest is asked for all memory that it can spare before it is put to sleep.
@@ -146,6 +162,9 @@ impl Default for Spec {
             initramfs: None,
             cmdline: "console=ttyS0".to_owned(),
             net: NetMode::None,
+            nameservers: Nameservers::read(NAMESERVERS.into_iter()).expect("they are public"),
+            denied: Destinations::default(),
+            allowed: Destinations::default(),
             balloon: true,
             inflate_before_sleep: false,
             vsock: false,
@@ -172,7 +191,10 @@ pub struct SpecDocument {
     initramfs: Option<Spanned<AbsolutePath>>,
     #[serde(default, deserialize_with = "cmdline_from_text")]
     cmdline: Option<String>,
-    net: Option<NetMode>,
+    net: Option<Spanned<NetMode>>,
+    nameservers: Option<Entries>,
+    denied: Option<Entries>,
+    allowed: Option<Entries>,
     balloon: Option<Switch>,
     inflate_before_sleep: Option<Switch>,
     vsock: Option<Switch>,
@@ -181,6 +203,9 @@ pub struct SpecDocument {
 
 /// What is to be true or false.
 type Switch = Spanned<toml::Value>;
+
+/// A list of which each entry is of its own.
+type Entries = Spanned<Vec<String>>;
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -249,10 +274,15 @@ impl SpecDocument {
                 })
                 .collect::<Result<Vec<_>, _>>()?,
         };
-        if disks.len() > DISKS_MAX {
-            let message = format!("`disks`: a sandbox has at most {DISKS_MAX} disks");
-            return Err(SpecError { line: None, message });
-        }
+        let nameservers =
+            list("nameservers", self.nameservers, &base.nameservers, text, |lines| {
+                Nameservers::read(lines)
+            })?;
+        let denied =
+            list("denied", self.denied, &base.denied, text, |lines| Destinations::denied(lines))?;
+        let allowed = list("allowed", self.allowed, &base.allowed, text, |lines| {
+            Destinations::allowed(lines)
+        })?;
         let switch = |key: &str, given: Option<Switch>, base: bool| match given {
             None => Ok(base),
             Some(given) => given.get_ref().as_bool().ok_or_else(|| SpecError {
@@ -269,7 +299,10 @@ impl SpecDocument {
             kernel: kernel.or_else(|| base.kernel.clone()),
             initramfs: initramfs.or_else(|| base.initramfs.clone()),
             cmdline: self.cmdline.unwrap_or_else(|| base.cmdline.clone()),
-            net: self.net.unwrap_or(base.net),
+            net: self.net.map_or(base.net, Spanned::into_inner),
+            nameservers,
+            denied,
+            allowed,
             balloon: switch("balloon", self.balloon, base.balloon)?,
             inflate_before_sleep: switch(
                 "inflate_before_sleep",
@@ -290,6 +323,7 @@ impl SpecDocument {
             vmm: self.vmm.as_ref().map(|key| line(key.span().start)),
             memory_mode: self.memory_mode.as_ref().map(|key| line(key.span().start)),
             restore_mode: self.restore_mode.as_ref().map(|key| line(key.span().start)),
+            net: self.net.as_ref().map(|key| line(key.span().start)),
             balloon: of_switch(&self.balloon),
             inflate: of_switch(&self.inflate_before_sleep),
             vsock: of_switch(&self.vsock),
@@ -302,6 +336,7 @@ struct Lines {
     vmm: Option<usize>,
     memory_mode: Option<usize>,
     restore_mode: Option<usize>,
+    net: Option<usize>,
     balloon: Option<usize>,
     inflate: Option<usize>,
     vsock: Option<usize>,
@@ -348,7 +383,20 @@ impl Spec {
             let line = lines.vsock.or(lines.vmm);
             return Err(SpecError { line, message: message.to_owned() });
         }
-        Ok(())
+        self.check_disks(lines)
+    }
+
+    /// Refuses more disks than the machine takes.
+    fn check_disks(&self, lines: &Lines) -> Result<(), SpecError> {
+        let (max, with) = match self.net {
+            NetMode::None => (DISKS_MAX, ""),
+            NetMode::Isolated | NetMode::Internet => (DISKS_MAX_WITH_NET, " with a network"),
+        };
+        if self.disks.len() <= max {
+            return Ok(());
+        }
+        let message = format!("`disks`: a sandbox{with} has at most {max} disks");
+        Err(SpecError { line: lines.net.filter(|_| !with.is_empty()), message })
     }
 
     /// Refuses memory that the VMM, if it is said which, does not have.
@@ -380,6 +428,42 @@ impl Spec {
         }
     }
 
+    /// Says whether a machine of `other` is one of this, so that it may become the other
+    /// while it runs or sleeps.
+    #[must_use]
+    pub fn is_same_machine(&self, other: &Self) -> bool {
+        let mut like = other.clone();
+        like.keep_policy(self);
+        let has_net = |spec: &Self| spec.net != NetMode::None;
+        if has_net(&like) == has_net(self) {
+            like.net = self.net;
+        }
+        like == *self
+    }
+
+    /// Takes over what is not of the machine and has files of its own beside `config`.
+    pub fn keep_policy(&mut self, from: &Self) {
+        self.nameservers = from.nameservers.clone();
+        self.denied = from.denied.clone();
+        self.allowed = from.allowed.clone();
+    }
+
+    /// Returns what its guest may reach; `None` where it has no network.
+    #[must_use]
+    pub fn network_policy(&self) -> Option<NetworkPolicy> {
+        let reach = match self.net {
+            NetMode::None => return None,
+            NetMode::Isolated => Reach::Isolated,
+            NetMode::Internet => Reach::Internet,
+        };
+        Some(NetworkPolicy {
+            reach,
+            nameservers: self.nameservers.clone(),
+            denied: self.denied.clone(),
+            allowed: self.allowed.clone(),
+        })
+    }
+
     /// Returns the document that reads back as this spec.
     #[must_use]
     pub fn to_toml(&self) -> String {
@@ -395,6 +479,24 @@ impl SpecError {
         let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
         Self { line, message }
     }
+}
+
+/// Reads a list of the document; what it leaves out is as in `base`.
+fn list<T: Clone>(
+    key: &str,
+    given: Option<Entries>,
+    base: &T,
+    text: &str,
+    read: impl Fn(&mut dyn Iterator<Item = &str>) -> Result<T, PolicyError>,
+) -> Result<T, SpecError> {
+    let Some(given) = given else { return Ok(base.clone()) };
+    read(&mut given.get_ref().iter().map(String::as_str)).map_err(|error| SpecError {
+        line: Some(line_of(text, given.span().start)),
+        message: match error {
+            PolicyError::Line { text, why, .. } => format!("`{key}`: `{text}` {why}"),
+            PolicyError::TooMany { .. } => format!("`{key}`: {error}"),
+        },
+    })
 }
 
 /// Returns the line, from 1, that byte `offset` of `text` is in.
@@ -471,7 +573,9 @@ mod tests {
     fn a_spec_reads_back_as_it_was_written() {
         let text = "vmm = \"qemu\"\nvcpus = 2\nmemory = \"2GiB\"\nmemory_mode = \"file\"\n\
                     restore_mode = \"copy\"\nkernel = \"/k\"\n\
-                    cmdline = \"quiet\"\nnet = \"none\"\nballoon = true\n\
+                    cmdline = \"quiet\"\nnet = \"isolated\"\n\
+                    nameservers = [\"9.9.9.9\"]\ndenied = [\"10.0.0.0/8\", \"1.2.3.4\"]\n\
+                    allowed = []\nballoon = true\n\
                     inflate_before_sleep = true\nvsock = false\n\n\
                     [[disks]]\npath = \"/d\"\nreadonly = true\n";
         let spec = parse(text).unwrap();
@@ -512,6 +616,33 @@ mod tests {
             assert!(error.message.contains(says), "{text:?}: {error}");
             assert_eq!(error.line, Some(line), "{text:?}: {error}");
         }
+    }
+
+    #[test]
+    fn what_a_guest_may_reach_changes_no_machine_and_having_an_interface_does() {
+        let spec = |text| parse(text).unwrap();
+        let (none, isolated) = (Spec::default(), spec("net = \"isolated\""));
+        for (a, b, same) in [
+            (&isolated, &spec("net = \"internet\"\ndenied = [\"10.0.0.0/8\"]"), true),
+            (&none, &spec("nameservers = []\nallowed = [\"10.0.0.0/8\"]"), true),
+            (&none, &isolated, false),
+            (&isolated, &spec("net = \"isolated\"\nvcpus = 2"), false),
+        ] {
+            assert_eq!((a.is_same_machine(b), b.is_same_machine(a)), (same, same), "{a:?} {b:?}");
+        }
+        assert_eq!(none.network_policy(), None);
+        assert_eq!(isolated.network_policy().unwrap().reach, Reach::Isolated);
+    }
+
+    #[test]
+    fn a_machine_has_room_for_five_disks_beside_an_interface() {
+        let disks = "[[disks]]\npath = \"/d\"\n".repeat(6);
+        parse(&disks).unwrap();
+        let error = parse(&format!("vcpus = 1\nnet = \"internet\"\n{disks}")).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "line 2: `disks`: a sandbox with a network has at most 5 disks"
+        );
     }
 
     #[test]

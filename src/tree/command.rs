@@ -1,6 +1,6 @@
 //! What is written to control files: bytes in, a command or a refusal out. Pure.
 
-use crate::sandbox::{Period, PeriodError};
+use crate::sandbox::{Period, PeriodError, network::PolicyError};
 
 /// The longest command: as much as sysfs takes.
 pub(super) const COMMAND_MAX_BYTES: usize = 4096;
@@ -61,6 +61,9 @@ pub enum BadCommand {
     /// No period.
     #[error(transparent)]
     Period(#[from] PeriodError),
+    /// No list of nameservers or networks.
+    #[error(transparent)]
+    List(#[from] PolicyError),
 }
 
 /// Reads a verb. Blanks alone are no command and do nothing.
@@ -128,6 +131,21 @@ pub(super) fn document(bytes: &[u8]) -> Result<Option<&str>, BadCommand> {
     }
     let text = std::str::from_utf8(bytes).map_err(|_| BadCommand::NotText)?;
     if text.trim().is_empty() { Ok(None) } else { Ok(Some(text)) }
+}
+
+/// Reads a list with one entry a line. Blanks alone are one without entries.
+///
+/// # Errors
+/// A sentence that says what is accepted.
+pub(super) fn list<T>(
+    bytes: &[u8],
+    read: impl FnOnce(std::str::Lines<'_>) -> Result<T, PolicyError>,
+) -> Result<T, BadCommand> {
+    if bytes.len() > DOCUMENT_MAX_BYTES {
+        return Err(BadCommand::TooLong { limit: DOCUMENT_MAX_BYTES });
+    }
+    let text = std::str::from_utf8(bytes).map_err(|_| BadCommand::NotText)?;
+    Ok(read(text.lines())?)
 }
 
 fn trimmed(bytes: &[u8], limit: usize) -> Result<&str, BadCommand> {

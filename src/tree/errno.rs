@@ -66,7 +66,9 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         E::Pinned { .. } => Errno::Perm,
         E::NotStopped { .. } | E::NoSlot { .. } | E::Held { .. } => Errno::Busy,
         E::NoMemory { .. } => Errno::NoMem,
-        E::TooMany { .. } | E::TooManyHolds { .. } | E::NoUser { .. } => Errno::Dquot,
+        E::TooMany { .. } | E::TooManyHolds { .. } | E::NoUser { .. } | E::NoAddress { .. } => {
+            Errno::Dquot
+        }
         // A sandbox without a kernel cannot be woken until its config changes: the
         // verb makes no sense in this state.
         E::Refused(_) | E::NoKernel { .. } | E::NotRunning { .. } => Errno::Inval,
@@ -77,14 +79,17 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         | E::MayHaveRun { .. }
         | E::Index { .. }
         | E::Panicked { .. } => Errno::Io,
-        E::Vmm { .. } | E::Snapshot { .. } | E::Host { .. } | E::Undead { .. } | E::Undo { .. } => {
-            match error.fault() {
-                Fault::NoSpace => Errno::NoSpc,
-                Fault::Quota => Errno::Dquot,
-                Fault::TimedOut => Errno::TimedOut,
-                Fault::CalledOff => Errno::NoDev,
-                Fault::Other => Errno::Io,
-            }
-        }
+        E::Vmm { .. }
+        | E::Network { .. }
+        | E::Snapshot { .. }
+        | E::Host { .. }
+        | E::Undead { .. }
+        | E::Undo { .. } => match error.fault() {
+            Fault::NoSpace => Errno::NoSpc,
+            Fault::Quota => Errno::Dquot,
+            Fault::TimedOut => Errno::TimedOut,
+            Fault::CalledOff => Errno::NoDev,
+            Fault::Other => Errno::Io,
+        },
     }
 }

@@ -45,7 +45,9 @@ use crate::{
 /// The size that `state` reports, as sysfs does: a page, so that writes within it
 /// share the kernel's lock of the file (see docs/SEMANTICS.md).
 const STATE_SIZE: u64 = 4096;
-/// A sandbox's directory: its owner and its group.
+/// The name of the directory of a sandbox's network.
+const NET_DIR: &str = "net";
+/// A sandbox's directories: its owner and its group.
 const DIR_MODE: u16 = 0o750;
 /// Offsets of a listing of the root: below are the daemon's files, above the rows.
 const ROWS_FROM: u64 = 64;
@@ -134,12 +136,22 @@ impl Tree {
             }
             Node::Dir(row) => {
                 let entry = self.lifecycle.by_row(row).ok_or(Errno::NoEnt)?;
-                let mut files = File::ALL.into_iter();
-                let file = files.find(|f| f.name().as_bytes() == name).ok_or(Errno::NoEnt)?;
-                Ok(self.file_attr(&entry, file))
+                if name == NET_DIR.as_bytes() {
+                    return Ok(self.net_dir_attr(&entry));
+                }
+                self.file_among(&File::ALL, &entry, name)
+            }
+            Node::NetDir(row) => {
+                let entry = self.lifecycle.by_row(row).ok_or(Errno::NoEnt)?;
+                self.file_among(&File::NET, &entry, name)
             }
             Node::Daemon(_) | Node::File(..) => Err(Errno::NotDir),
         }
+    }
+
+    fn file_among(&self, files: &[File], entry: &Entry, name: &[u8]) -> Result<Attr, Errno> {
+        let found = files.iter().find(|file| file.name().as_bytes() == name);
+        found.map(|file| self.file_attr(entry, *file)).ok_or(Errno::NoEnt)
     }
 
     /// Returns the attributes of a node as `caller` sees them, who may see a part of it only.
@@ -164,6 +176,7 @@ impl Tree {
             // Strangers see their own in the list, so anybody may read it.
             Node::Daemon(_) => Ok(self.root_attr(node, self.modes.get(node).unwrap_or(0o444))),
             Node::Dir(row) => self.entry(row).map(|entry| self.dir_attr(&entry)),
+            Node::NetDir(row) => self.entry(row).map(|entry| self.net_dir_attr(&entry)),
             Node::File(row, file) => self.entry(row).map(|entry| self.file_attr(&entry, file)),
         }
     }
@@ -174,7 +187,7 @@ impl Tree {
     /// `NoEnt` for what is no node of a sandbox.
     pub fn ghost_attr(&self, node: Node, owner: Owner) -> Result<Attr, Errno> {
         let mode = match node {
-            Node::Dir(_) => DIR_MODE,
+            Node::Dir(_) | Node::NetDir(_) => DIR_MODE,
             Node::File(_, file) => file.mode(),
             Node::Root | Node::Daemon(_) => return Err(Errno::NoEnt),
         };
@@ -203,8 +216,15 @@ impl Tree {
     }
 
     fn dir_attr(&self, entry: &Entry) -> Attr {
+        self.attr_of_dir(entry, Node::Dir(entry.row()))
+    }
+
+    fn net_dir_attr(&self, entry: &Entry) -> Attr {
+        self.attr_of_dir(entry, Node::NetDir(entry.row()))
+    }
+
+    fn attr_of_dir(&self, entry: &Entry, node: Node) -> Attr {
         let record = entry.record();
-        let node = Node::Dir(entry.row());
         Attr {
             node,
             mode: self.modes.get(node).unwrap_or(DIR_MODE),
@@ -233,7 +253,14 @@ impl Tree {
             | File::Idle
             | File::IdleAfter
             | File::DeleteAfter
-            | File::Pinned => (0, self.system_time(record.since)),
+            | File::Pinned
+            | File::Address
+            | File::Mac
+            | File::Namespace
+            | File::Nameservers
+            | File::Denied
+            | File::Allowed
+            | File::Counters => (0, self.system_time(record.since)),
         };
         Attr {
             node,
@@ -264,6 +291,7 @@ impl Tree {
         let parent = match node {
             Node::Root => this,
             Node::Dir(_) => self.attr(Node::Root)?,
+            Node::NetDir(row) => self.attr(Node::Dir(row))?,
             Node::Daemon(_) | Node::File(..) => return Err(Errno::NotDir),
         };
         let mut fixed = vec![(this, ".".to_owned()), (parent, "..".to_owned())];
@@ -271,6 +299,12 @@ impl Tree {
             Node::Dir(row) => {
                 let entry = self.entry(row)?;
                 let files = File::ALL.into_iter();
+                fixed.extend(files.map(|f| (self.file_attr(&entry, f), f.name().to_owned())));
+                fixed.push((self.net_dir_attr(&entry), NET_DIR.to_owned()));
+            }
+            Node::NetDir(row) => {
+                let entry = self.entry(row)?;
+                let files = File::NET.into_iter();
                 fixed.extend(files.map(|f| (self.file_attr(&entry, f), f.name().to_owned())));
             }
             Node::Root | Node::Daemon(_) | Node::File(..) => {

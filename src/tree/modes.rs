@@ -31,7 +31,9 @@ impl Modes {
             };
             let exists = match Node::from_inode(inode) {
                 Some(Node::Root | Node::Daemon(_)) => true,
-                Some(Node::Dir(row) | Node::File(row, _)) => index.by_row(row).is_some(),
+                Some(Node::Dir(row) | Node::NetDir(row) | Node::File(row, _)) => {
+                    index.by_row(row).is_some()
+                }
                 None => false,
             };
             if exists {
@@ -57,7 +59,7 @@ impl Modes {
     /// what the index keeps of it until the next start does no harm.
     pub(super) fn forget(&self, row: RowId) {
         lock(&self.changed).retain(|inode, _| match Node::from_inode(*inode) {
-            Some(Node::Dir(other) | Node::File(other, _)) => other != row,
+            Some(Node::Dir(other) | Node::NetDir(other) | Node::File(other, _)) => other != row,
             Some(Node::Root | Node::Daemon(_)) | None => true,
         });
     }

@@ -7,6 +7,8 @@ use crate::sandbox::RowId;
 
 /// Inode numbers per row: more than a sandbox will ever have files.
 const INODES_PER_ROW: u64 = 64;
+/// The number of a sandbox's `net` within its row.
+const NET_DIR: u64 = 13;
 /// The kernel's number for the root (`FUSE_ROOT_ID`).
 const ROOT: u64 = 1;
 
@@ -19,7 +21,9 @@ pub enum Node {
     Daemon(DaemonFile),
     /// A sandbox's directory.
     Dir(RowId),
-    /// A sandbox's file.
+    /// The directory of a sandbox's network.
+    NetDir(RowId),
+    /// A sandbox's file, in either of its directories.
     File(RowId, File),
 }
 
@@ -50,6 +54,13 @@ pub enum File {
     Pinned,
     Events,
     Console,
+    Address,
+    Mac,
+    Namespace,
+    Nameservers,
+    Denied,
+    Allowed,
+    Counters,
 }
 
 impl DaemonFile {
@@ -77,7 +88,7 @@ impl DaemonFile {
 }
 
 impl File {
-    /// All of them, in the order in which they are listed.
+    /// All in the directory of a sandbox, in the order in which they are listed.
     pub const ALL: [Self; 12] = [
         Self::State,
         Self::Status,
@@ -92,6 +103,29 @@ impl File {
         Self::Events,
         Self::Console,
     ];
+
+    /// All in the directory of its network, in the order in which they are listed.
+    pub const NET: [Self; 7] = [
+        Self::Address,
+        Self::Mac,
+        Self::Namespace,
+        Self::Nameservers,
+        Self::Denied,
+        Self::Allowed,
+        Self::Counters,
+    ];
+
+    /// Returns all of them.
+    pub fn every() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().chain(Self::NET)
+    }
+
+    /// Returns its path below the directory of its sandbox.
+    #[must_use]
+    pub fn path(self) -> String {
+        let dir = if Self::NET.contains(&self) { "net/" } else { "" };
+        format!("{dir}{}", self.name())
+    }
 
     /// Returns its name.
     #[must_use]
@@ -109,6 +143,13 @@ impl File {
             Self::Pinned => "pinned",
             Self::Events => "events",
             Self::Console => "console",
+            Self::Address => "address",
+            Self::Mac => "mac",
+            Self::Namespace => "namespace",
+            Self::Nameservers => "nameservers",
+            Self::Denied => "denied",
+            Self::Allowed => "allowed",
+            Self::Counters => "counters",
         }
     }
 
@@ -123,12 +164,19 @@ impl File {
             | Self::DeleteAfter
             | Self::Pinned
             | Self::Console => 0o660,
-            Self::Config => 0o640,
-            Self::Status | Self::Error | Self::Idle | Self::Events => 0o440,
+            Self::Config | Self::Nameservers | Self::Denied | Self::Allowed => 0o640,
+            Self::Status
+            | Self::Error
+            | Self::Idle
+            | Self::Events
+            | Self::Address
+            | Self::Mac
+            | Self::Namespace
+            | Self::Counters => 0o440,
         }
     }
 
-    /// The number within the row; 0 is the directory. These never change.
+    /// The number within the row; 0 and 13 are the directories. These never change.
     fn number(self) -> u64 {
         match self {
             Self::State => 1,
@@ -143,6 +191,13 @@ impl File {
             Self::Console => 10,
             Self::Awake => 11,
             Self::Events => 12,
+            Self::Address => 14,
+            Self::Mac => 15,
+            Self::Namespace => 16,
+            Self::Nameservers => 17,
+            Self::Denied => 18,
+            Self::Allowed => 19,
+            Self::Counters => 20,
         }
     }
 }
@@ -155,6 +210,7 @@ impl Node {
             Self::Root => ROOT,
             Self::Daemon(file) => file.number(),
             Self::Dir(row) => row.0 * INODES_PER_ROW,
+            Self::NetDir(row) => row.0 * INODES_PER_ROW + NET_DIR,
             Self::File(row, file) => row.0 * INODES_PER_ROW + file.number(),
         }
     }
@@ -171,17 +227,19 @@ impl Node {
                 files.find(|file| file.number() == number).map(Self::Daemon)
             };
         }
-        if number == 0 {
-            return Some(Self::Dir(RowId(row)));
+        match number {
+            0 => return Some(Self::Dir(RowId(row))),
+            NET_DIR => return Some(Self::NetDir(RowId(row))),
+            _ => {}
         }
-        let mut files = File::ALL.into_iter();
+        let mut files = File::every();
         files.find(|file| file.number() == number).map(|file| Self::File(RowId(row), file))
     }
 
     /// Says whether it is a directory.
     #[must_use]
     pub fn is_dir(self) -> bool {
-        matches!(self, Self::Root | Self::Dir(_))
+        matches!(self, Self::Root | Self::Dir(_) | Self::NetDir(_))
     }
 }
 
@@ -196,8 +254,8 @@ mod tests {
         let mut nodes = vec![Node::Root];
         nodes.extend(DaemonFile::ALL.map(Node::Daemon));
         for row in [RowId(1), RowId(2), RowId(1 << 40)] {
-            nodes.push(Node::Dir(row));
-            nodes.extend(File::ALL.map(|file| Node::File(row, file)));
+            nodes.extend([Node::Dir(row), Node::NetDir(row)]);
+            nodes.extend(File::every().map(|file| Node::File(row, file)));
         }
         let inodes: HashSet<u64> = nodes.iter().map(|node| node.inode()).collect();
         assert_eq!(inodes.len(), nodes.len());

@@ -59,7 +59,7 @@ impl Tree {
         // The kernel has checked the caller's permissions; root passes all of them.
         let read_only = match node {
             Node::Root | Node::Daemon(_) => true,
-            Node::Dir(_) => true,
+            Node::Dir(_) | Node::NetDir(_) => true,
             Node::File(_, file) => file.mode() & 0o222 == 0,
         };
         if access != Access::Read && read_only {
@@ -76,7 +76,7 @@ impl Tree {
             Node::Daemon(DaemonFile::Events) | Node::File(_, File::Events) => {
                 handle.events = Some(self.open_events(node, caller));
             }
-            Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::File(..) => {}
+            Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::NetDir(_) | Node::File(..) => {}
         }
         Ok(Opened::Now(self.handles.open(handle)))
     }

@@ -1,10 +1,13 @@
 //! Reading.
 
-use std::time::SystemTime;
+use std::{fmt::Display, time::SystemTime};
 
-use super::{Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree, shown, viewer};
+use super::{
+    Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree, shown, view, viewer,
+    write::answer,
+};
 use crate::{
-    lifecycle::{Entry, Reader, View},
+    lifecycle::{Counters, Entry, Reader, View},
     sandbox::{Record, RowId},
     sync::Arc,
 };
@@ -34,10 +37,12 @@ impl Tree {
         let open = self.handles.get(handle, node);
         let entry = match node {
             Node::Root | Node::Daemon(_) => None,
-            Node::Dir(row) | Node::File(row, _) => match self.lifecycle.by_row(row) {
-                Some(entry) => Some(entry),
-                None => return Readiness::Gone,
-            },
+            Node::Dir(row) | Node::NetDir(row) | Node::File(row, _) => {
+                match self.lifecycle.by_row(row) {
+                    Some(entry) => Some(entry),
+                    None => return Readiness::Gone,
+                }
+            }
         };
         let log = |more| if more { Readiness::More } else { Readiness::AtEnd };
         match (node, entry) {
@@ -55,7 +60,9 @@ impl Tree {
             (Node::Daemon(DaemonFile::Events) | Node::File(_, File::Events), _) => {
                 log(open.events.is_none_or(|events| events.has_more()))
             }
-            (Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::File(..), _) => Readiness::Always,
+            (Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::NetDir(_) | Node::File(..), _) => {
+                Readiness::Always
+            }
         }
     }
 
@@ -92,7 +99,7 @@ impl Tree {
             (Node::File(row, file), _) => self.file_text(row, file)?.into_bytes().into(),
             (Node::Daemon(DaemonFile::Status), _) => self.daemon_status().into_bytes().into(),
             (Node::Daemon(DaemonFile::List), _) => self.daemon_list(caller).into_bytes().into(),
-            (Node::Root | Node::Dir(_), _) => return Err(Errno::IsDir),
+            (Node::Root | Node::Dir(_) | Node::NetDir(_), _) => return Err(Errno::IsDir),
         };
         let from = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
         let end = from.saturating_add(size).min(text.len());
@@ -107,7 +114,7 @@ impl Tree {
     /// Opens a log of events as `caller` may see it.
     pub(super) fn open_events(&self, node: Node, caller: Caller) -> Arc<Reader> {
         let view = match node {
-            Node::File(row, _) | Node::Dir(row) => View::Sandbox(row),
+            Node::File(row, _) | Node::Dir(row) | Node::NetDir(row) => View::Sandbox(row),
             Node::Root | Node::Daemon(_) => View::Viewer(viewer(caller)),
         };
         Arc::new(self.lifecycle.news().log().open(view))
@@ -140,8 +147,39 @@ impl Tree {
             File::IdleAfter => format!("{}\n", record.idle_after),
             File::DeleteAfter => format!("{}\n", record.delete_after),
             File::Pinned => format!("{}\n", u8::from(record.pinned)),
+            File::Address => Self::line(self.lifecycle.address(&record)),
+            File::Mac => Self::line(self.lifecycle.mac(&record)),
+            File::Namespace => {
+                let path = self.lifecycle.namespace(&record);
+                Self::line(path.as_ref().map(|path| path.display()))
+            }
+            File::Nameservers => record.spec.nameservers.to_string(),
+            File::Denied => record.spec.denied.to_string(),
+            File::Allowed => record.spec.allowed.to_string(),
+            File::Counters => view::counters(&self.counters(&entry)?),
             File::Console | File::Events => String::new(), // Read from their logs, not from here.
         })
+    }
+
+    /// Returns a file of one value, and an empty one where there is none.
+    fn line(value: Option<impl Display>) -> String {
+        value.map_or_else(String::new, |value| format!("{value}\n"))
+    }
+
+    /// Says whether a read asks the kernel, and so is not done at once. What it reads later
+    /// than at the beginning was kept.
+    #[must_use]
+    pub fn reads_slowly(node: Node, offset: u64) -> bool {
+        offset == 0 && matches!(node, Node::File(_, File::Counters))
+    }
+
+    /// Returns what passed the firewall of a sandbox and what did not, since its network was
+    /// made; nothing if it has none now.
+    fn counters(&self, entry: &Entry) -> Result<Counters, Errno> {
+        let counted = self.lifecycle.network_counters(entry);
+        counted
+            .map(Option::unwrap_or_default)
+            .map_err(|error| answer(entry, "counting the packets of", &error))
     }
 
     fn facts<T>(&self, entry: &Entry, record: &Record, view: impl FnOnce(&Facts<'_>) -> T) -> T {

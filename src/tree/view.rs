@@ -6,7 +6,7 @@
 use std::{borrow::Cow, fmt::Write, path::PathBuf, time::Duration};
 
 use crate::{
-    lifecycle::{Holder, Signal, Signals},
+    lifecycle::{Counters, Holder, Signal, Signals},
     sandbox::{Period, Record, State, Timestamp},
 };
 
@@ -250,4 +250,14 @@ impl DaemonFacts {
         line(&mut text, "reaper_last_tick", or_none(tick));
         text
     }
+}
+/// Returns the table of what passed a sandbox's firewall and what did not.
+#[must_use]
+pub(super) fn counters(counted: &Counters) -> String {
+    let mut text = String::new();
+    for (name, count) in counted.by_name() {
+        line(&mut text, &format!("{name}_packets"), count.packets);
+        line(&mut text, &format!("{name}_bytes"), count.bytes);
+    }
+    text
 }

@@ -9,7 +9,10 @@ use super::{
 };
 use crate::{
     lifecycle::{Entry, Error, Lifecycle, Policy, Signal, Wait, Why, chain},
-    sandbox::{Actor, Cause, IdError, Owner, RowId, SandboxId, Spec, State},
+    sandbox::{
+        Actor, Cause, IdError, Owner, RowId, SandboxId, Spec, State,
+        network::{Destinations, Nameservers},
+    },
     sync::Arc,
     sys::task::{command_of, process_of},
 };
@@ -90,6 +93,11 @@ impl Tree {
         };
         let wait = if nonblocking { Wait::Never } else { Wait::ForIt };
         let len = data.len();
+        let set = |policy| self.write_policy(&entry, policy, wait, len, caller);
+        // What a shell writes line by line would be one document a line, and the last one of
+        // them the one that holds.
+        let is_whole = || self.handles.is_first_write(handle).then_some(data);
+        let whole = || is_whole().ok_or(BadCommand::InPieces);
         let parsed = match file {
             File::State => command::verb(data)
                 .map(|verb| verb.map(|verb| self.write_verb(&entry, verb, wait, len, caller))),
@@ -100,47 +108,42 @@ impl Tree {
                 self.lifecycle.saw(&entry, Signal::Touch);
                 Written::Now(Ok(len))
             })),
-            File::IdleAfter => command::period(data).map(|period| {
-                period.map(|period| {
-                    self.write_policy(&entry, Policy::IdleAfter(period), wait, len, caller)
-                })
-            }),
-            File::DeleteAfter => command::period(data).map(|period| {
-                period.map(|p| self.write_policy(&entry, Policy::DeleteAfter(p), wait, len, caller))
-            }),
-            File::Pinned => command::switch(data).map(|switch| {
-                switch.map(|pinned| {
-                    self.write_policy(&entry, Policy::Pinned(pinned), wait, len, caller)
-                })
-            }),
+            File::IdleAfter => command::period(data).map(|it| it.map(Policy::IdleAfter).map(set)),
+            File::DeleteAfter => {
+                command::period(data).map(|it| it.map(Policy::DeleteAfter).map(set))
+            }
+            File::Pinned => command::switch(data).map(|it| it.map(Policy::Pinned).map(set)),
             File::Config => match command::document(data) {
-                // What a shell writes line by line would be one document a line, and the
-                // last one of them the one that holds.
-                Ok(Some(_)) if !self.handles.is_first_write(handle) => Err(BadCommand::InPieces),
-                text => text.map(|text| {
-                    text.map(|text| self.write_config(&entry, text.to_owned(), wait, len, caller))
-                }),
+                Ok(Some(text)) => whole()
+                    .map(|_| Some(self.write_config(&entry, text.to_owned(), wait, len, caller))),
+                blank => blank.map(|_| None),
             },
+            File::Nameservers => whole()
+                .and_then(|data| command::list(data, |lines| Nameservers::read(lines)))
+                .map(|list| Some(set(Policy::Nameservers(list)))),
+            File::Denied => whole()
+                .and_then(|data| command::list(data, |lines| Destinations::denied(lines)))
+                .map(|list| Some(set(Policy::Denied(list)))),
+            File::Allowed => whole()
+                .and_then(|data| command::list(data, |lines| Destinations::allowed(lines)))
+                .map(|list| Some(set(Policy::Allowed(list)))),
             File::Console => Ok((len > 0).then(|| self.write_console(&entry, data.to_vec()))),
             File::Awake => Ok(None), // To hold it open is all that there is to do.
-            File::Status | File::Error | File::Idle | File::Events => {
-                return Written::Now(Err(Errno::Acces));
-            }
+            File::Status
+            | File::Error
+            | File::Idle
+            | File::Events
+            | File::Address
+            | File::Mac
+            | File::Namespace
+            | File::Counters => return Written::Now(Err(Errno::Acces)),
         };
         match parsed {
             Ok(written) => written.unwrap_or(Written::Now(Ok(len))),
             Err(bad) => {
                 self.lifecycle.note(&entry, &bad);
-                Written::Now(Err(match bad {
-                    BadCommand::TooLong { .. } => Errno::TooBig,
-                    BadCommand::NotText
-                    | BadCommand::UnknownVerb { .. }
-                    | BadCommand::BadCount { .. }
-                    | BadCommand::TwoCommands
-                    | BadCommand::InPieces
-                    | BadCommand::NotASwitch { .. }
-                    | BadCommand::Period(_) => Errno::Inval,
-                }))
+                let is_long = matches!(bad, BadCommand::TooLong { .. });
+                Written::Now(Err(if is_long { Errno::TooBig } else { Errno::Inval }))
             }
         }
     }
@@ -238,13 +241,18 @@ impl Tree {
         let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
         let cause = Cause::Write(actor(caller));
         Written::Later(Box::new(move || {
-            let base = Arc::clone(&lifecycle.settings().template);
-            let spec =
+            // What has a file of its own is as that says, not as the template.
+            let parse = || {
+                let mut base = Spec::clone(&lifecycle.settings().template);
+                base.keep_policy(&entry.record().spec);
                 Spec::parse(&text, &base, &crate::sys::files::why_unusable).map_err(|error| {
                     lifecycle.note(&entry, &error);
                     Errno::Inval
-                })?;
+                })
+            };
+            parse()?; // What makes no sense does not wait to be told so.
             let held = lifecycle.lock(&entry, wait, cause).map_err(|error| errno::of(&error))?;
+            let spec = parse()?;
             lifecycle
                 .set(&held, &entry, Policy::Spec(Box::new(spec)))
                 .map(|()| len)
@@ -332,7 +340,7 @@ impl Tree {
     ) -> Result<Job<Attr>, Errno> {
         match parent {
             Node::Root => {}
-            Node::Dir(_) => return Err(Errno::Perm),
+            Node::Dir(_) | Node::NetDir(_) => return Err(Errno::Perm),
             Node::Daemon(_) | Node::File(..) => return Err(Errno::NotDir),
         }
         let id = SandboxId::from_bytes(name).map_err(|error| match error {
@@ -361,8 +369,11 @@ impl Tree {
     /// `NoEnt`, `Perm` where it is pinned, `NotDir` for a file.
     pub fn remove_dir(&self, parent: Node, name: &[u8], caller: Caller) -> Result<Removal, Errno> {
         let attr = self.lookup(parent, name)?;
-        let Node::Dir(row) = attr.node else {
-            return Err(Errno::NotDir);
+        let row = match attr.node {
+            Node::Dir(row) => row,
+            // It goes with its sandbox.
+            Node::NetDir(_) => return Err(Errno::Perm),
+            Node::Root | Node::Daemon(_) | Node::File(..) => return Err(Errno::NotDir),
         };
         let entry = self.entry(row)?;
         self.lifecycle.doom(&entry).map_err(|error| {

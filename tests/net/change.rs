@@ -45,7 +45,7 @@ fn an_open_connection_to_what_is_now_denied_is_reset_and_nothing_comes_back_on_i
         assert_eq!(&text, b"before");
 
         let mut wanted = sandbox.wanted.clone();
-        wanted.policy.denied = Destinations::denied(&SERVER.to_string()).unwrap();
+        wanted.policy.denied = Destinations::denied(SERVER.to_string().lines()).unwrap();
         assert_eq!(host.network.apply_policy(&wanted).unwrap(), Applied::Now);
 
         sandbox.guest.drain();
@@ -79,7 +79,7 @@ fn datagrams_of_an_open_flow_stop_both_ways() {
         sandbox.guest.expect("the answer", |p| p.source == SERVER);
 
         let mut wanted = sandbox.wanted.clone();
-        wanted.policy.denied = Destinations::denied("93.184.216.0/24").unwrap();
+        wanted.policy.denied = Destinations::denied("93.184.216.0/24".lines()).unwrap();
         host.network.apply_policy(&wanted).unwrap();
 
         server.send_to(b"three", from).unwrap();
@@ -136,7 +136,7 @@ fn a_change_leaves_no_gap_in_a_flood() {
         let denied = host.udp_server(SERVER, 4000);
         let allowed = host.udp_server(OTHER, 4000);
         let mut wanted = host.wanted("a", 0);
-        wanted.policy.denied = Destinations::denied(&SERVER.to_string()).unwrap();
+        wanted.policy.denied = Destinations::denied(SERVER.to_string().lines()).unwrap();
         let sandbox = host.sandbox_with(wanted.clone());
         // The flows are open, so that only the destination decides.
         sandbox.guest.udp(6000, (OTHER, 4000), b"open");
@@ -164,7 +164,7 @@ fn a_change_leaves_no_gap_in_a_flood() {
             for round in 0..ROUNDS {
                 let more = Ipv4Addr::from(0x0800_0000 + round);
                 let text = format!("{SERVER}\n{more}\n");
-                wanted.policy.denied = Destinations::denied(&text).unwrap();
+                wanted.policy.denied = Destinations::denied(text.lines()).unwrap();
                 host.network.apply_policy(&wanted).unwrap();
             }
             stop.store(true, std::sync::atomic::Ordering::Relaxed);

@@ -134,7 +134,7 @@ fn an_isolated_sandbox_reaches_what_is_allowed_and_nothing_else() {
             assert_eq!(tried(&sandbox, to, port), REFUSED, "{to}:{port}");
         }
         wanted.policy.allowed =
-            Destinations::allowed(&format!("{SERVER}\n{RESOLVER}\n10.1.0.0/16")).unwrap();
+            Destinations::allowed(format!("{SERVER}\n{RESOLVER}\n10.1.0.0/16").lines()).unwrap();
         host.network.apply_policy(&wanted).unwrap();
         sandbox.guest.udp(6100, (SERVER, 4000), b"!");
         heard(&server);
@@ -152,8 +152,9 @@ fn what_is_denied_is_refused_also_where_it_is_allowed() {
     on_a_host(|host| {
         let server = host.udp_server(SERVER, 4000);
         let mut wanted = host.wanted("a", 0);
-        wanted.policy.allowed = Destinations::allowed("0.0.0.0/0").unwrap();
-        wanted.policy.denied = Destinations::denied(&format!("{SERVER}\n{RESOLVER}")).unwrap();
+        wanted.policy.allowed = Destinations::allowed("0.0.0.0/0".lines()).unwrap();
+        wanted.policy.denied =
+            Destinations::denied(format!("{SERVER}\n{RESOLVER}").lines()).unwrap();
         let sandbox = host.sandbox_with(wanted);
         assert_eq!(tried(&sandbox, SERVER, 4000), REFUSED);
         assert_eq!(tried(&sandbox, RESOLVER, 53), REFUSED);

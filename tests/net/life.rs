@@ -150,7 +150,7 @@ fn the_first_packet_after_a_wake_meets_the_policy_of_the_day() {
         let Sandbox { mut wanted, guest, .. } = host.sandbox("a", 0);
         guest.udp(5000, (SERVER, 4000), b"before");
         heard(&server);
-        wanted.policy.denied = Destinations::denied(&SERVER.to_string()).unwrap();
+        wanted.policy.denied = Destinations::denied(SERVER.to_string().lines()).unwrap();
         // Asleep for a short time: the connection is there still.
         drop(guest);
         host.network.ensure(&wanted).unwrap();

@@ -65,8 +65,8 @@ prop_compose! {
         (since, created_at, retry_at) in (any_moment(), any_moment(), option::of(any_moment())),
         spec in any_spec(),
         (idle_after, delete_after, pinned) in (any_period(), any_period(), any::<bool>()),
-        (user, (vmm, error)) in
-            (option::of(any::<u32>()), (option::of(any_text()), option::of(any_text()))),
+        (user, slot) in any::<(Option<u32>, Option<u32>)>(),
+        (vmm, error) in (option::of(any_text()), option::of(any_text())),
         (process, snapshot) in (option::of(any_process()), option::of(any_snapshot())),
         (last_sleep, last_wake) in (option::of(any_duration()), option::of(any_duration())),
         (generation, sleeps, wakes) in any::<(u64, u64, u64)>(),
@@ -85,6 +85,7 @@ prop_compose! {
             pinned,
             vmm,
             user,
+            slot,
             process,
             snapshot,
             sleeps,

@@ -17,5 +17,6 @@ mod copied;
 mod crashes;
 mod failures;
 mod mixed;
+mod network;
 mod roads;
 mod vsock;

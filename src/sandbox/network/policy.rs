@@ -3,6 +3,7 @@
 use std::{fmt, net::Ipv4Addr, str::FromStr};
 
 use ipnet::Ipv4Net;
+use serde::{Serialize, Serializer};
 
 use super::{
     plan::shown,
@@ -40,11 +41,11 @@ pub struct NetworkPolicy {
 }
 
 /// The nameservers of a sandbox: up to three public addresses, in order.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Nameservers(Vec<Ipv4Addr>);
 
 /// A list of networks.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Destinations(Vec<Ipv4Net>);
 
 /// Why some text is no list of nameservers or networks.
@@ -76,13 +77,13 @@ impl Nameservers {
     pub fn addresses(&self) -> &[Ipv4Addr] {
         &self.0
     }
-}
 
-impl FromStr for Nameservers {
-    type Err = PolicyError;
-
-    fn from_str(text: &str) -> Result<Self, PolicyError> {
-        let addresses: Vec<_> = entries(text, |entry| {
+    /// Reads one nameserver of each of `lines`; blanks around it and empty lines do not count.
+    ///
+    /// # Errors
+    /// For the first line that is none.
+    pub fn read<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Self, PolicyError> {
+        let addresses: Vec<_> = entries(lines, |entry| {
             let address: Ipv4Addr =
                 entry.parse().map_err(|_| no_ipv4(entry, "a nameserver", "`9.9.9.9`"))?;
             match why_not_public(address) {
@@ -102,6 +103,20 @@ impl FromStr for Nameservers {
     }
 }
 
+impl FromStr for Nameservers {
+    type Err = PolicyError;
+
+    fn from_str(text: &str) -> Result<Self, PolicyError> {
+        Self::read(text.lines())
+    }
+}
+
+impl Serialize for Nameservers {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(&self.0)
+    }
+}
+
 impl fmt::Display for Nameservers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|address| writeln!(f, "{address}"))
@@ -113,8 +128,8 @@ impl Destinations {
     ///
     /// # Errors
     /// For the first line that is no network.
-    pub fn denied(text: &str) -> Result<Self, PolicyError> {
-        let networks = entries(text, network)?;
+    pub fn denied<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Self, PolicyError> {
+        let networks = entries(lines, network)?;
         within(networks, NETWORKS_MAX).map(Self)
     }
 
@@ -122,8 +137,8 @@ impl Destinations {
     ///
     /// # Errors
     /// For the first line that is no network, or is one that nothing may reach.
-    pub fn allowed(text: &str) -> Result<Self, PolicyError> {
-        let networks = entries(text, |entry| {
+    pub fn allowed<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Self, PolicyError> {
+        let networks = entries(lines, |entry| {
             let network = network(entry)?;
             match why_never_reachable(network.into()) {
                 None => Ok(network),
@@ -149,16 +164,29 @@ impl Destinations {
 impl fmt::Display for Destinations {
     /// One a line; a network of one address is written as the address.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|network| match network.prefix_len() {
-            32 => writeln!(f, "{}", network.addr()),
-            _ => writeln!(f, "{network}"),
-        })
+        self.0.iter().try_for_each(|network| writeln!(f, "{}", written(network)))
+    }
+}
+
+impl Serialize for Destinations {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter().map(written))
+    }
+}
+
+fn written(network: &Ipv4Net) -> String {
+    match network.prefix_len() {
+        32 => network.addr().to_string(),
+        _ => network.to_string(),
     }
 }
 
 /// Reads one entry a line; blanks around it and empty lines do not count.
-fn entries<T>(text: &str, read: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, PolicyError> {
-    let lines = text.lines().enumerate().map(|(at, line)| (at + 1, line.trim()));
+fn entries<'a, T>(
+    lines: impl Iterator<Item = &'a str>,
+    read: impl Fn(&str) -> Result<T, String>,
+) -> Result<Vec<T>, PolicyError> {
+    let lines = lines.enumerate().map(|(at, line)| (at + 1, line.trim()));
     lines
         .filter(|(_, entry)| !entry.is_empty())
         .map(|(line, entry)| {
@@ -204,7 +232,7 @@ mod tests {
         let nameservers: Nameservers = "\n 9.9.9.9 \n1.1.1.1\n9.9.9.9\n".parse().unwrap();
         assert_eq!(nameservers.to_string(), "9.9.9.9\n1.1.1.1\n");
         assert_eq!("".parse::<Nameservers>().unwrap().addresses(), &[] as &[Ipv4Addr]);
-        let denied = Destinations::denied("0.0.0.0/0\n93.184.216.34\n10.0.0.0/8").unwrap();
+        let denied = Destinations::denied("0.0.0.0/0\n93.184.216.34\n10.0.0.0/8".lines()).unwrap();
         assert_eq!(denied.to_string(), "0.0.0.0/0\n93.184.216.34\n10.0.0.0/8\n");
         assert_eq!(denied.spans(), [Span::ALL]);
     }
@@ -212,8 +240,8 @@ mod tests {
     #[test]
     fn a_bad_line_is_named_with_what_is_wrong_with_it() {
         let nameservers = |text: &str| text.parse::<Nameservers>().map(drop);
-        let denied = |text: &str| Destinations::denied(text).map(drop);
-        let allowed = |text: &str| Destinations::allowed(text).map(drop);
+        let denied = |text: &str| Destinations::denied(text.lines()).map(drop);
+        let allowed = |text: &str| Destinations::allowed(text.lines()).map(drop);
         for (result, says) in [
             (nameservers("9.9.9.9\n\n127.0.0.53"), "line 3: `127.0.0.53` is no public address"),
             (nameservers("168.63.129.16"), "(a cloud's host)"),
@@ -236,7 +264,10 @@ mod tests {
 
     #[test]
     fn an_operator_may_allow_a_private_network() {
-        assert_eq!(Destinations::allowed("10.1.0.0/16\n0.0.0.0/0").unwrap().networks().len(), 2);
+        assert_eq!(
+            Destinations::allowed("10.1.0.0/16\n0.0.0.0/0".lines()).unwrap().networks().len(),
+            2
+        );
     }
 
     proptest! {
@@ -251,8 +282,10 @@ mod tests {
         fn whatever_is_written_is_refused_in_one_line_or_reads_back(
             text in "\\PC{0,40}|[0-9./\\n]{0,40}",
         ) {
-            match Destinations::denied(&text) {
-                Ok(list) => prop_assert_eq!(Destinations::denied(&list.to_string()), Ok(list)),
+            match Destinations::denied(text.lines()) {
+                Ok(list) => {
+                    prop_assert_eq!(Destinations::denied(list.to_string().lines()), Ok(list));
+                }
                 Err(error) => prop_assert!(!error.to_string().contains('\n')),
             }
         }

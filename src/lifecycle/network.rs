@@ -1,0 +1,278 @@
+//! The network of a sandbox: in place before its guest's first instruction, with the policy
+//! of that moment, and gone some time after its last.
+//!
+//! ```text
+//!   boot, wake:  made or looked over, policy applied ─▶ VMM starts inside it ─▶ guest runs
+//!   sleep:       it lingers, so that connections outlive a short sleep ─▶ the reaper removes it
+//!   end, delete: removed
+//! ```
+//!
+//! A network outlives the daemon. Start-up removes those of nobody, has those of sleepers
+//! linger for what is left to them, and looks those of the running over.
+
+use std::{path::PathBuf, time::Duration};
+
+use super::{Entry, Error, Held, Lifecycle, Wait, chain, undo::Undo};
+use crate::{
+    net::{self, Counters, Known, Ready, Wanted},
+    sandbox::{
+        Cause, NetMode, Period, Record, RowId, State, Timestamp,
+        network::{GUEST_MAC, Mac, SandboxAddress},
+    },
+    sync::Arc,
+    sys::{
+        clock::{Deadline, pause_for},
+        host::own_ids,
+    },
+};
+
+/// A VMM that was killed gives the guest's device back when the kernel is done with it.
+const TAP_LIMIT: Duration = Duration::from_secs(5);
+/// How often to look meanwhile.
+const TAP_LOOK: Duration = Duration::from_millis(2);
+/// When to try again to remove a network of which something stayed.
+const REMOVE_AGAIN: Duration = Duration::from_secs(60);
+/// How many rows are looked at in one go at start-up.
+const PAGE: usize = 1024;
+
+impl Lifecycle {
+    /// Returns the address of a sandbox; `None` where it has no network.
+    #[must_use]
+    pub fn address(&self, record: &Record) -> Option<SandboxAddress> {
+        let slot = record.slot.filter(|_| record.spec.net != NetMode::None)?;
+        self.settings.addresses.address(slot)
+    }
+
+    /// Returns the MAC of a sandbox's guest; `None` where it has no network.
+    #[must_use]
+    pub fn mac(&self, record: &Record) -> Option<Mac> {
+        self.address(record).map(|_| GUEST_MAC)
+    }
+
+    /// Returns the file that the namespace of a sandbox is pinned to, if it is there now.
+    #[must_use]
+    pub fn namespace(&self, record: &Record) -> Option<PathBuf> {
+        self.address(record)?;
+        self.network.namespace(&record.id)
+    }
+
+    /// Returns what passed the firewall of a sandbox and what did not. `None`: it has no
+    /// network now.
+    ///
+    /// # Errors
+    /// Where the kernel does not say.
+    pub fn network_counters(&self, entry: &Entry) -> Result<Option<Counters>, Error> {
+        if self.address(&entry.record()).is_none() {
+            return Ok(None);
+        }
+        self.network.counters(entry.id()).map_err(net_failed(entry, "counting the packets of"))
+    }
+
+    /// Gives a sandbox that is to have a network an address, if it has none yet. It keeps it
+    /// until it is deleted.
+    pub(super) fn give_address(&self, held: &Held, entry: &Entry) -> Result<(), Error> {
+        if entry.record().spec.net == NetMode::None {
+            return Ok(());
+        }
+        let plan = self.settings.addresses;
+        let given = self
+            .index
+            .give_slot(held, entry, plan.capacity())
+            .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
+        given.map(drop).ok_or_else(|| Error::NoAddress { id: entry.id().clone(), range: plan })
+    }
+
+    /// Says what network a sandbox is to have.
+    fn wanted(&self, record: &Record) -> Option<Wanted> {
+        Some(Wanted {
+            id: record.id.clone(),
+            address: self.address(record)?,
+            tap_owner: self.user_of(record).unwrap_or_else(|| own_ids().0),
+            policy: record.spec.network_policy()?,
+        })
+    }
+
+    /// Sees to it that the network of a sandbox is there, with today's policy, and that its
+    /// device is free. `None` where it is to have none.
+    pub(super) fn connect<'a>(
+        &'a self,
+        held: &Held,
+        entry: &'a Entry,
+        undo: &mut Undo<'a>,
+    ) -> Result<Option<Ready>, Error> {
+        self.give_address(held, entry)?;
+        let Some(wanted) = self.wanted(&entry.record()) else {
+            return Ok(None);
+        };
+        undo.push("leaving its network", move || {
+            let left = match entry.record().snapshot {
+                Some(_) => self.let_linger(entry),
+                None => self.disconnect(entry),
+            };
+            Ok(left?)
+        });
+        let failed = net_failed(entry, "making the network of");
+        let ready = self.network.ensure(&wanted).map_err(failed)?;
+        let deadline = Deadline::after(TAP_LIMIT);
+        loop {
+            match self.network.open_tap(entry.id()) {
+                Ok(_closed_again) => return Ok(Some(ready)),
+                Err(error) if error.is_transient() && !deadline.passed() => pause_for(TAP_LOOK),
+                Err(error) => return Err(net_failed(entry, "opening the tap of")(error)),
+            }
+        }
+    }
+
+    /// Lets the network of a sandbox that fell asleep stay for a while.
+    pub(super) fn let_linger(&self, entry: &Entry) -> Result<(), Error> {
+        let record = entry.record();
+        match self.settings.linger {
+            _ if self.address(&record).is_none() => Ok(()),
+            Period::Never => Ok(()),
+            Period::After(time) if time.is_zero() => self.disconnect(entry),
+            Period::After(time) => {
+                let since = record.snapshot.map_or_else(|| self.now(), |snapshot| snapshot.at);
+                self.network.linger(entry.id(), since.after(time));
+                self.bell.ring();
+                Ok(())
+            }
+        }
+    }
+
+    /// Removes the network of a sandbox whose guest is no more.
+    pub(super) fn disconnect(&self, entry: &Entry) -> Result<(), Error> {
+        let record = entry.record();
+        let address = record.slot.and_then(|slot| self.settings.addresses.address(slot));
+        let Some(address) = address else { return Ok(()) };
+        let failed = net_failed(entry, "removing the network of");
+        self.network.remove(entry.id(), address).map_err(failed)
+    }
+
+    /// Removes the network of a sandbox whose guest is lost. What stays is removed by the next
+    /// start-up, or used again by the next boot.
+    pub(super) fn abandon_network(&self, entry: &Entry) {
+        if let Err(error) = self.disconnect(entry) {
+            tracing::error!(id = %entry.id(), error = chain(&error), "after the end of a guest");
+        }
+    }
+
+    /// Puts what the guest of a sandbox may reach in force, if it has a network now.
+    pub(super) fn apply_network(&self, entry: &Entry) -> Result<(), Error> {
+        let Some(wanted) = self.wanted(&entry.record()) else { return Ok(()) };
+        let failed = net_failed(entry, "applying the network policy of");
+        self.network.apply_policy(&wanted).map(drop).map_err(failed)
+    }
+
+    /// Returns when the first network of a sleeper has lingered for long enough.
+    #[must_use]
+    pub fn next_lingered(&self) -> Option<Timestamp> {
+        self.network.next_lingered()
+    }
+
+    /// Returns the sleepers whose networks have lingered for long enough.
+    #[must_use]
+    pub fn lingered(&self) -> Vec<RowId> {
+        let due = self.network.lingered(self.now());
+        due.iter().filter_map(|id| Some(self.by_id(id)?.row())).collect()
+    }
+
+    /// Removes the network of a sleeper that has lingered for long enough, if it still sleeps.
+    ///
+    /// # Errors
+    /// Where something of it stays. It is due again then.
+    pub fn remove_lingered(&self, _: &Held, entry: &Entry) -> Result<super::Outcome, Error> {
+        let due = self.network.lingered(self.now()).contains(entry.id());
+        if !due || entry.record().state != State::Snapshotted {
+            return Ok(super::Outcome::Spared);
+        }
+        self.disconnect(entry).inspect_err(|_| {
+            self.network.linger(entry.id(), self.now().after(REMOVE_AGAIN));
+        })?;
+        Ok(super::Outcome::Done)
+    }
+
+    /// Removes the networks that are of no sandbox, has those of sleepers linger, and
+    /// removes those of what is stopped. Called once, before anybody else asks for any.
+    ///
+    /// Those of sandboxes that run are in force as they are, and are looked over by
+    /// [`Lifecycle::renew_networks`].
+    pub(super) fn reconcile_networks(&self) {
+        let entries = self.with_addresses();
+        let known: Vec<_> = entries
+            .iter()
+            .filter_map(|entry| {
+                let (id, address) = (entry.id().clone(), self.address(&entry.record())?);
+                Some(Known { id, address })
+            })
+            .collect();
+        let found = match self.network.reconcile(&known) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::error!(error = chain(&error), "looking for networks of nobody");
+                return;
+            }
+        };
+        for name in found.removed {
+            tracing::info!(name, "removed what is of no sandbox");
+        }
+        for id in found.there {
+            let Some(entry) = self.index.by_id(&id) else { continue };
+            let left = match entry.record().state {
+                State::Snapshotted => self.let_linger(&entry),
+                State::Stopped => self.disconnect(&entry),
+                State::Booting
+                | State::Running
+                | State::Snapshotting
+                | State::Restoring
+                | State::Deleting => Ok(()),
+            };
+            if let Err(error) = left {
+                tracing::error!(%id, error = chain(&error), "leaving a network");
+            }
+        }
+    }
+
+    /// Looks over the networks of all that run: puts back what is missing of them, and
+    /// today's policy.
+    pub fn renew_networks(&self) {
+        for entry in self.with_addresses() {
+            let Ok(held) = self.lock(&entry, Wait::ForIt, Cause::Reconcile) else { continue };
+            let record = entry.record();
+            let Some(wanted) = self.wanted(&record).filter(|_| record.state == State::Running)
+            else {
+                continue;
+            };
+            let renewed = match self.network.counters(entry.id()) {
+                // The guest has a device in a namespace that no path leads to any more.
+                Ok(None) => Err(net::Error::NotThere),
+                Ok(Some(_)) => self.network.ensure(&wanted).map(drop),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = renewed {
+                let error = net_failed(&entry, "looking over the network of")(error);
+                tracing::error!(id = %entry.id(), error = chain(&error), "reconciling");
+                self.note(&entry, &error);
+            }
+            drop(held);
+        }
+    }
+
+    /// Returns all sandboxes that have an address.
+    fn with_addresses(&self) -> Vec<Arc<Entry>> {
+        let mut found = Vec::new();
+        let mut last = RowId(0);
+        loop {
+            let page = self.index.rows_after(last, PAGE);
+            let Some(end) = page.last() else { return found };
+            last = end.row();
+            found.extend(page.into_iter().filter(|entry| self.address(&entry.record()).is_some()));
+        }
+    }
+}
+
+pub(super) fn net_failed(
+    entry: &Entry,
+    doing: &'static str,
+) -> impl Fn(net::Error) -> Error + Copy {
+    move |source| Error::Network { doing, id: entry.id().clone(), source }
+}

@@ -1,0 +1,255 @@
+//! When the network of a sandbox is there, with which policy, and when it goes.
+
+use super::*;
+use crate::{
+    lifecycle::{chain, testing::LINGER},
+    net::{Network, Wanted, fake::Fault as NetFault},
+    sandbox::{
+        Cause, NetMode,
+        network::{Destinations, Reach},
+    },
+};
+
+/// A host on which `a` may reach the internet.
+fn connected() -> Host {
+    let host = Host::new();
+    host.create("a");
+    reconfigure(&host, |spec| spec.net = NetMode::Internet).unwrap();
+    host
+}
+
+fn reconfigure(host: &Host, change: impl FnOnce(&mut Spec)) -> Result<(), Error> {
+    let mut spec = Spec::clone(&host.entry("a").record().spec);
+    change(&mut spec);
+    host.set("a", Policy::Spec(Box::new(spec)))
+}
+
+fn deny(host: &Host, network: &str) -> Result<(), Error> {
+    host.set("a", Policy::Denied(Destinations::denied(network.lines()).unwrap()))
+}
+
+fn in_force(host: &Host) -> Option<Wanted> {
+    host.network.in_force(&name("a"))
+}
+
+fn denied(host: &Host) -> String {
+    in_force(host).expect("there is a network").policy.denied.to_string()
+}
+
+/// What the reaper does of networks.
+fn reap(host: &Host) -> usize {
+    let rows = host.daemon.lingered();
+    for row in &rows {
+        let entry = host.daemon.by_row(*row).unwrap();
+        let held = host.daemon.lock(&entry, Wait::ForIt, Cause::Reconcile).unwrap();
+        host.daemon.remove_lingered(&held, &entry).unwrap();
+    }
+    rows.len()
+}
+
+#[test]
+fn a_guest_with_a_network_begins_and_goes_on_with_the_policy_of_that_moment() {
+    let host = connected();
+    assert_eq!(in_force(&host), None, "nothing is made before it is needed");
+    deny(&host, "10.0.0.0/8").unwrap();
+    host.wake("a").unwrap();
+    let wanted = in_force(&host).unwrap();
+    assert_eq!((wanted.policy.reach, &*denied(&host)), (Reach::Internet, "10.0.0.0/8\n"));
+    assert_eq!(wanted.address.to_string(), "10.213.0.2");
+    assert_eq!(Some(wanted.address), host.daemon.address(&host.entry("a").record()));
+    deny(&host, "10.1.0.0/16").unwrap();
+    assert_eq!(denied(&host), "10.1.0.0/16\n", "at once");
+    host.sleep("a").unwrap();
+    deny(&host, "10.2.0.0/16").unwrap();
+    assert_eq!(denied(&host), "10.2.0.0/16\n", "also while it lingers");
+    host.clock.advance(LINGER);
+    assert_eq!((reap(&host), in_force(&host)), (1, None));
+    deny(&host, "10.3.0.0/16").unwrap();
+    host.wake("a").unwrap();
+    assert_eq!(denied(&host), "10.3.0.0/16\n");
+    host.check("a");
+}
+
+#[test]
+fn a_sandbox_without_a_network_has_neither_one_nor_an_address() {
+    let host = Host::new();
+    host.create("a");
+    deny(&host, "10.0.0.0/8").unwrap();
+    host.wake("a").unwrap();
+    assert_eq!(in_force(&host), None);
+    let record = host.entry("a").record();
+    assert_eq!((record.slot, host.daemon.address(&record)), (None, None));
+    let refused = reconfigure(&host, |spec| spec.net = NetMode::Isolated).unwrap_err();
+    assert!(matches!(refused, Error::NotStopped { .. }), "an interface is hardware");
+}
+
+#[test]
+fn how_far_an_interface_reaches_changes_while_it_runs() {
+    let host = connected();
+    host.wake("a").unwrap();
+    reconfigure(&host, |spec| spec.net = NetMode::Isolated).unwrap();
+    assert_eq!(in_force(&host).unwrap().policy.reach, Reach::Isolated);
+    let refused = reconfigure(&host, |spec| spec.net = NetMode::None).unwrap_err();
+    assert!(matches!(refused, Error::NotStopped { .. }));
+}
+
+#[test]
+fn a_policy_that_cannot_be_put_in_force_is_not_recorded_either() {
+    let host = connected();
+    deny(&host, "10.0.0.0/8").unwrap();
+    host.wake("a").unwrap();
+    host.network.set_fault(Some(NetFault::Policy));
+    let error = deny(&host, "10.1.0.0/16").unwrap_err();
+    assert!(matches!(error, Error::Network { .. }), "{error}");
+    assert_eq!(host.entry("a").record().spec.denied.to_string(), "10.0.0.0/8\n");
+    assert_eq!(denied(&host), "10.0.0.0/8\n");
+}
+
+#[test]
+fn where_no_network_can_be_made_nothing_runs_and_nothing_is_left() {
+    let host = connected();
+    host.network.set_fault(Some(NetFault::Ensure));
+    let error = host.wake("a").unwrap_err();
+    assert!(chain(&error).contains("making the network of a: doing as told"), "{error}");
+    assert_eq!((host.state("a"), host.vmm.count(Call::Boot)), (State::Stopped, 0));
+    host.network.set_fault(None);
+    host.wake("a").unwrap();
+    host.sleep("a").unwrap();
+    host.network.set_fault(Some(NetFault::Ensure));
+    host.wake("a").unwrap_err();
+    assert_eq!((host.state("a"), host.vmm.count(Call::Restore)), (State::Snapshotted, 0));
+    host.network.set_fault(None);
+    host.check("a");
+}
+
+#[test]
+fn a_wake_that_fails_leaves_the_network_lingering_and_a_boot_that_fails_none() {
+    let host = connected();
+    host.vmm.fail_next(Call::Boot, Fault::Refuse);
+    host.wake("a").unwrap_err();
+    assert_eq!(in_force(&host), None);
+    host.wake("a").unwrap();
+    host.sleep("a").unwrap();
+    let until = host.daemon.next_lingered();
+    assert!(until.is_some());
+    host.clock.advance(LINGER / 2);
+    host.vmm.fail_next(Call::Restore, Fault::Refuse);
+    host.wake("a").unwrap_err();
+    assert_eq!(host.daemon.next_lingered(), until, "it is counted from when it fell asleep");
+    host.wake("a").unwrap();
+    assert_eq!(host.daemon.next_lingered(), None);
+    host.clock.advance(LINGER);
+    assert_eq!(reap(&host), 0);
+    assert!(in_force(&host).is_some());
+}
+
+#[test]
+fn the_network_goes_with_the_guest_and_with_the_sandbox() {
+    let host = connected();
+    host.wake("a").unwrap();
+    let live = host.daemon.machines.get(host.entry("a").row()).unwrap();
+    live.process.kill();
+    wait_for("the end to be seen", || host.state("a") == State::Stopped);
+    assert_eq!(in_force(&host), None);
+    for asleep in [false, true] {
+        host.wake("a").unwrap();
+        if asleep {
+            host.sleep("a").unwrap();
+        }
+        assert!(in_force(&host).is_some());
+        host.network.set_fault(Some(NetFault::Remove));
+        host.destroy("a").unwrap_err();
+        assert_eq!(host.state("a"), State::Deleting, "it is seen until nothing is left");
+        host.network.set_fault(None);
+        host.destroy("a").unwrap();
+        assert_eq!((in_force(&host), host.daemon.next_lingered()), (None, None));
+        host.create("a");
+        reconfigure(&host, |spec| spec.net = NetMode::Isolated).unwrap();
+    }
+}
+
+#[test]
+fn a_network_that_cannot_be_removed_is_tried_again_later() {
+    let host = connected();
+    host.wake("a").unwrap();
+    host.sleep("a").unwrap();
+    host.clock.advance(LINGER);
+    host.network.set_fault(Some(NetFault::Remove));
+    let entry = host.entry("a");
+    let held = host.daemon.lock(&entry, Wait::ForIt, Cause::Reconcile).unwrap();
+    host.daemon.remove_lingered(&held, &entry).unwrap_err();
+    host.network.set_fault(None);
+    drop(held);
+    assert_eq!(reap(&host), 0, "not at once");
+    assert!(host.daemon.next_lingered().is_some());
+    host.clock.advance(Duration::from_secs(60));
+    assert_eq!(reap(&host), 1);
+}
+
+#[test]
+fn addresses_are_given_for_good_and_given_again_when_their_sandbox_is_gone() {
+    let host = connected();
+    let slot = |id: &str| host.entry(id).record().slot;
+    assert_eq!(slot("a"), Some(0));
+    let entry = host.create("b");
+    let spec = Spec { net: NetMode::Isolated, ..Spec::clone(&entry.record().spec) };
+    host.set("b", Policy::Spec(Box::new(spec))).unwrap();
+    assert_eq!(slot("b"), Some(1));
+    reconfigure(&host, |spec| spec.net = NetMode::None).unwrap();
+    assert_eq!((slot("a"), host.daemon.address(&host.entry("a").record())), (Some(0), None));
+    host.destroy("a").unwrap();
+    host.create("a");
+    reconfigure(&host, |spec| spec.net = NetMode::Internet).unwrap();
+    assert_eq!(slot("a"), Some(0));
+}
+
+#[test]
+fn what_a_crash_left_of_a_network_is_put_in_order_by_the_next_start() {
+    for (arrow, woken_before) in [
+        (Arrow::BootConnected, false),
+        (Arrow::BootSpawned, false),
+        (Arrow::WakeConnected, true),
+        (Arrow::WakeRestored, true),
+        (Arrow::SleepKilled, true),
+    ] {
+        let mut host = connected();
+        if woken_before {
+            host.wake("a").unwrap();
+            if arrow != Arrow::SleepKilled {
+                host.sleep("a").unwrap();
+            }
+        }
+        crash(&mut host, arrow, |host| {
+            let done = if arrow == Arrow::SleepKilled { host.sleep("a") } else { host.wake("a") };
+            done.unwrap();
+        });
+        host.restart();
+        let lingers = host.daemon.next_lingered().is_some();
+        let wanted = (woken_before, woken_before);
+        assert_eq!((in_force(&host).is_some(), lingers), wanted, "{arrow:?}");
+        host.check("a");
+    }
+}
+
+#[test]
+fn a_start_leaves_what_runs_alone_and_brings_its_policy_up_to_date() {
+    let mut host = connected();
+    host.wake("a").unwrap();
+    let stranger = Wanted { id: name("z"), ..in_force(&host).unwrap() };
+    host.network.ensure(&stranger).unwrap();
+    host.network.apply_policy(&Wanted { id: name("a"), ..stranger }).unwrap();
+    host.restart();
+    assert_eq!(host.network.in_force(&name("z")), None, "it is of nobody");
+    assert!(in_force(&host).is_some());
+    host.daemon.renew_networks();
+    assert_eq!(host.error("a"), "ok");
+    // Somebody took it away under its guest.
+    let address = in_force(&host).unwrap().address;
+    host.network.remove(&name("a"), address).unwrap();
+    host.daemon.renew_networks();
+    assert_eq!(in_force(&host), None, "another would not be the guest's");
+    assert!(host.error("a").contains("looking over the network of a"), "{}", host.error("a"));
+    host.sleep("a").unwrap();
+    host.wake("a").unwrap();
+    assert!(in_force(&host).is_some());
+}
