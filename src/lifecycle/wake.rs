@@ -386,6 +386,7 @@ impl Lifecycle {
             disks: disks.collect(),
             balloon: record.spec.balloon,
             vsock: record.spec.vsock.then(|| PlannedVsock::new(&runtime_dir, record.owner)),
+            nic: None,
             memory: life.join(snapshot::MEMORY),
             runtime_dir,
             console_log: home.console_log(),

@@ -1,7 +1,7 @@
 //! The network of each sandbox: a namespace of its own that no guest lies its way out of.
 //!
 //! ```text
-//!   guest ── tap0 [door] ── [by destination] ── eth0 ═══ dz0ad50002 ── [second guard] ── uplink
+//!   guest ── dztap [door] ─ [by destination] ── eth0 ═══ dz0ad50002 ── [second guard] ── uplink
 //!   169.254.0.21          namespace of the sandbox          │        host        │
 //!                         169.254.0.22   10.213.0.2 ────────┘        10.213.0.1  masquerade
 //! ```

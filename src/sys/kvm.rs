@@ -1,49 +1,12 @@
-//! Whether hardware virtualisation really works here, and for whom.
+//! Whether hardware virtualisation really works here.
 
 use std::{
     fs::{self, OpenOptions},
     io,
-    os::unix::fs::MetadataExt,
 };
 
 /// The device.
 pub const PATH: &str = "/dev/kvm";
-
-/// Who may use the device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Door {
-    /// Everybody.
-    Open,
-    /// This group, which is not root's.
-    Group(u32),
-    /// Root alone.
-    Ours,
-    /// There is none.
-    Absent,
-}
-
-/// Says who may use the device.
-///
-/// # Errors
-/// Where it cannot be looked at.
-pub fn door() -> io::Result<Door> {
-    match fs::metadata(PATH) {
-        Ok(meta) => Ok(door_of(meta.mode(), meta.gid())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Door::Absent),
-        Err(error) => Err(error),
-    }
-}
-
-fn door_of(mode: u32, gid: u32) -> Door {
-    if mode & 0o006 == 0o006 {
-        Door::Open
-    } else if mode & 0o060 == 0o060 && gid != 0 {
-        Door::Group(gid)
-    } else {
-        // Root's group may read much that is nobody else's business.
-        Door::Ours
-    }
-}
 
 /// Says whether ordinary guests run on `/dev/kvm`.
 ///
@@ -86,20 +49,6 @@ mod tests {
 
     const WITH: &str = "processor\t: 0\nflags\t\t: fpu vmx sse\nbugs\t\t: svm_none\n";
     const WITHOUT: &str = "processor\t: 0\nmodel name\t: vmx svm\nflags\t\t: fpu sse\n";
-
-    #[test]
-    fn the_door_is_as_wide_as_its_mode_says() {
-        for (mode, gid, door) in [
-            (0o666, 0, Door::Open),
-            (0o660, 36, Door::Group(36)),
-            (0o660, 0, Door::Ours),
-            (0o640, 36, Door::Ours),
-            (0o604, 36, Door::Ours),
-            (0o600, 0, Door::Ours),
-        ] {
-            assert_eq!(door_of(mode, gid), door, "{mode:o} {gid}");
-        }
-    }
 
     #[test]
     fn kvm_is_usable_where_it_opens_and_the_cpu_has_the_extension() {

@@ -5,6 +5,7 @@
 pub mod cancel;
 pub mod clock;
 pub mod command;
+pub mod door;
 pub mod files;
 pub mod growth;
 pub mod host;

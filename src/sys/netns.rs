@@ -149,10 +149,14 @@ impl Namespace {
         &self,
         job: impl FnOnce(&Inside) -> T + Send + 'static,
     ) -> io::Result<T> {
-        let file = self.file()?;
-        let enter =
-            move || move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network));
-        on_a_thread(enter, job)
+        let same = Self { file: self.file.try_clone()?, identity: self.identity };
+        on_a_thread(move || same.enter(), job)
+    }
+
+    /// Moves this thread into it, for good. It allocates and locks nothing, as is asked of
+    /// what a child does before it becomes its program.
+    pub(super) fn enter(&self) -> io::Result<()> {
+        Ok(move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?)
     }
 }
 
@@ -166,7 +170,7 @@ pub fn in_a_new_one<T: Send + 'static>(
     let unshare = || {
         // SAFETY: of the flags only that for file descriptors is dangerous, and only a
         // network namespace is asked for.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNET) }
+        unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.map_err(io::Error::from)
     };
     on_a_thread(unshare, job)
 }
@@ -193,7 +197,7 @@ impl Drop for Counted {
 }
 
 fn on_a_thread<T: Send + 'static>(
-    enter: impl FnOnce() -> Result<(), Errno> + Send + 'static,
+    enter: impl FnOnce() -> io::Result<()> + Send + 'static,
     job: impl FnOnce(&Inside) -> T + Send + 'static,
 ) -> io::Result<T> {
     let counted = Counted::one_more()?;
@@ -201,7 +205,7 @@ fn on_a_thread<T: Send + 'static>(
     thread::Builder::new().name("dozed-netns".to_owned()).spawn(move || {
         let _counted = counted;
         let inside = Inside { later: RefCell::new(Vec::new()) };
-        let done = enter().map_err(io::Error::from).map(|()| job(&inside));
+        let done = enter().map(|()| job(&inside));
         // Whoever asked waits for this, so somebody is there.
         drop(answer.send(done));
         drop(inside);

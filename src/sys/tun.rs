@@ -11,8 +11,8 @@ use std::{
     },
 };
 
-/// Where such devices are made.
-const TUN_FILE: &str = "/dev/net/tun";
+/// Where such devices are made, and opened.
+pub const PATH: &str = "/dev/net/tun";
 
 /// What passes through the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,10 +40,17 @@ impl Device {
 /// # Errors
 /// Where there is no `/dev/net/tun`, or `name` is some other device or has another mode.
 pub fn make(name: &str, device: Device, owner: u32) -> io::Result<()> {
-    let file = attach(name, device)?;
-    let owner = libc::c_ulong::from(owner);
-    set(&file, libc::TUNSETOWNER, owner)?;
+    let file = attach(name, device)?.into();
+    give(&file, owner)?;
     set(&file, libc::TUNSETPERSIST, 1)
+}
+
+/// Has the user `owner`, and nobody else without privileges, be who may open the device.
+///
+/// # Errors
+/// Where we have no privileges over it.
+pub fn give(device: &OwnedFd, owner: u32) -> io::Result<()> {
+    set(device, libc::TUNSETOWNER, libc::c_ulong::from(owner))
 }
 
 /// Opens the device `name`, which exists: what is written comes out of it, and what goes
@@ -65,7 +72,7 @@ pub fn open(name: &str, device: Device) -> io::Result<OwnedFd> {
 
 fn attach(name: &str, device: Device) -> io::Result<File> {
     let file =
-        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN_FILE)?;
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(PATH)?;
     let mut request = libc::ifreq {
         ifr_name: [0; libc::IFNAMSIZ],
         ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: device.flags() },
@@ -86,7 +93,7 @@ fn attach(name: &str, device: Device) -> io::Result<File> {
 }
 
 /// Does one of the calls that take a number.
-fn set(file: &File, request: libc::Ioctl, value: libc::c_ulong) -> io::Result<()> {
+fn set(file: &OwnedFd, request: libc::Ioctl, value: libc::c_ulong) -> io::Result<()> {
     // SAFETY: the descriptor is open and ours, and these requests take a number by value.
     let done = unsafe { libc::ioctl(file.as_raw_fd(), request, value) };
     if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }

@@ -15,7 +15,7 @@ use std::{
 };
 
 use crate::{
-    sandbox::{MemoryMode, Owner, RestoreMode, SandboxId, VmmChoice},
+    sandbox::{MemoryMode, Owner, RestoreMode, SandboxId, VmmChoice, network::Mac},
     sync::Arc,
     sys::{
         cancel::Cancel,
@@ -27,6 +27,7 @@ pub mod cloud_hypervisor;
 #[cfg(test)]
 pub(crate) mod fake;
 mod log;
+mod nic;
 mod peer;
 mod program;
 pub mod qemu;
@@ -216,6 +217,8 @@ pub struct Plan {
     pub balloon: bool,
     /// The vsock, if there is one.
     pub vsock: Option<PlannedVsock>,
+    /// The network device, if there is one.
+    pub nic: Option<PlannedNic>,
     /// The file that the memory is mapped from, shared, where it is in a file. `boot` finds
     /// an empty file here, `restore` the memory of the snapshot.
     pub memory: PathBuf,
@@ -271,6 +274,17 @@ impl PlannedVsock {
     pub fn socket(&self) -> PathBuf {
         self.dir.join(Self::NAME)
     }
+}
+
+/// The network device of a planned machine: the guest's end of a tap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedNic {
+    /// The file that the tap's namespace is pinned to. The VMM runs in there.
+    pub namespace: PathBuf,
+    /// The name of the tap, which is there, is up, and stays when nobody has it open.
+    pub tap: String,
+    /// The guest's own address on it.
+    pub mac: Mac,
 }
 
 /// Why a VMM did not do what was asked.

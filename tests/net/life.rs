@@ -91,7 +91,7 @@ fn what_somebody_took_away_is_put_back() {
         ip(&format!("route del {}", sandbox.address()));
         ip(&format!("link set {link} down"));
         sandbox.namespace().run(|_| ip("route del default")).unwrap();
-        sandbox.namespace().run(|_| ip("link set tap0 down")).unwrap();
+        sandbox.namespace().run(|_| ip("link set dztap down")).unwrap();
         sandbox.namespace().run(|_| nft("flush table inet dozed")).unwrap();
         let again = host.network.ensure(&sandbox.wanted).unwrap();
         assert_eq!(again.identity, sandbox.ready.identity);
@@ -101,7 +101,7 @@ fn what_somebody_took_away_is_put_back() {
             let namespace = sandbox.namespace();
             match how {
                 "table" => drop(namespace.run(|_| nft("delete table netdev dozed")).unwrap()),
-                "tap" => drop(namespace.run(|_| ip("link del tap0")).unwrap()),
+                "tap" => drop(namespace.run(|_| ip("link del dztap")).unwrap()),
                 "link" => drop(ip(&format!("link del {link}"))),
                 _ => drop(namespace.run(|_| ip("link set eth0 alias other")).unwrap()),
             }

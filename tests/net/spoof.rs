@@ -133,7 +133,7 @@ fn of_all_questions_for_a_mac_only_the_one_for_the_gateway_is_answered() {
         ] {
             assert!(!sandbox.guest.arp(SILENCE, &arp.frame(from)), "{what}");
         }
-        let neighbours = sandbox.namespace().run(|_| ip("neigh show dev tap0")).unwrap();
+        let neighbours = sandbox.namespace().run(|_| ip("neigh show dev dztap")).unwrap();
         let known = format!("{GUEST_ADDRESS} lladdr {GUEST_MAC} PERMANENT");
         assert_eq!(neighbours.trim(), known);
         assert!(sandbox.guest.arp(SOON, &good.frame(GUEST_MAC.0)));

@@ -1,17 +1,17 @@
-//! A device file of its own for a child: of the same device as the host's, but owned by
+//! Device files of its own for a child: of the same devices as the host's, but owned by
 //! the child's user, and seen by nobody else.
 //!
-//! The child gets a mount namespace of its own, in which a file of a new tmpfs covers the
+//! The child gets a mount namespace of its own, in which files of a new tmpfs cover the
 //! host's. A namespace is a copy of all mounts, and would hold on to file systems that the
 //! host has long taken away, our own tree too. So what a program does not need to run is
 //! taken out of the copy, and the rest follows what the host does, if the host's mounts are
 //! told to (systemd does).
 
 use std::{
-    ffi::{CStr, CString},
+    ffi::{CStr, CString, OsStr},
     fs, io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{
             ffi::OsStrExt,
             fs::{FileTypeExt, MetadataExt},
@@ -38,46 +38,44 @@ const SYSTEM: [&str; 12] = [
     "/bin", "/dev", "/etc", "/gnu", "/lib", "/lib32", "/lib64", "/nix", "/opt", "/proc", "/sys",
     "/usr",
 ];
-/// The name of the file in its tmpfs.
-const NAME: &CStr = c"device";
 /// A directory that every host has, on which the tmpfs is mounted for a moment, in the new
 /// namespace only: a file can be mounted elsewhere only from where it can be seen.
 const STAGING: &CStr = c"/sys";
-const STAGED: &CStr = c"/sys/device";
 
-/// What is needed to give a child a device file of its own.
+/// What is needed to give a child device files of its own.
 #[derive(Debug)]
-pub struct OwnDevice {
+pub struct OwnDevices {
     tmpfs: OwnedFd,
-    device: CString,
+    /// Where each file is for a moment, and where it is to be.
+    files: Vec<(CString, CString)>,
     /// What is taken out of the copy of the mounts.
     away: Vec<CString>,
 }
 
-impl OwnDevice {
-    /// Prepares a file of the same device as `device` is, for the user `uid`. `needed` is
+impl OwnDevices {
+    /// Prepares files of the same devices as `devices` are, for the user `uid`. `needed` is
     /// a file whose mount stays.
     ///
     /// # Errors
     /// Where the kernel (before 5.2), or our own privileges, do not let us.
-    pub fn prepare(device: &Path, uid: u32, needed: &Path) -> io::Result<Self> {
-        let meta = fs::metadata(device)?;
-        if !meta.file_type().is_char_device() {
-            return Err(io::Error::other(format!("{} is no device", device.display())));
-        }
+    pub fn prepare(devices: &[&Path], uid: u32, needed: &Path) -> io::Result<Self> {
         let context = fsopen(c"tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-        // Nobody can have it hold more than the one file.
-        fsconfig_set_string(context.as_fd(), c"nr_inodes", c"2")?;
+        // Nobody can have it hold more than these files and its directory.
+        let inodes = CString::new((1 + devices.len()).to_string())?;
+        fsconfig_set_string(context.as_fd(), c"nr_inodes", inodes)?;
         fsconfig_create(context.as_fd())?;
         let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
         let tmpfs = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-        let mode = Mode::RUSR | Mode::WUSR;
-        mknodat(tmpfs.as_fd(), NAME, FileType::CharacterDevice, mode, meta.rdev())?;
-        let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
-        chownat(tmpfs.as_fd(), NAME, Some(user), Some(group), AtFlags::SYMLINK_NOFOLLOW)?;
+        let mut files = Vec::new();
+        for (number, device) in devices.iter().enumerate() {
+            let name = number.to_string();
+            make_file(tmpfs.as_fd(), &name, device, uid)?;
+            let staged = Path::new(OsStr::from_bytes(STAGING.to_bytes())).join(name);
+            files.push((c_string(&staged)?, c_string(device)?));
+        }
         let away = away(mount::mount_points()?, needed);
         let away = away.iter().map(|path| c_string(path)).collect::<io::Result<_>>()?;
-        Ok(Self { tmpfs, device: c_string(device)?, away })
+        Ok(Self { tmpfs, files, away })
     }
 
     /// Makes the namespace, in the child. It allocates and locks nothing.
@@ -92,10 +90,24 @@ impl OwnDevice {
         }
         let from = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
         move_mount(self.tmpfs.as_fd(), c"", CWD, STAGING, from)?;
-        mount_bind(STAGED, self.device.as_c_str())?;
+        for (staged, device) in &self.files {
+            mount_bind(staged.as_c_str(), device.as_c_str())?;
+        }
         unmount(STAGING, UnmountFlags::DETACH)?;
         Ok(())
     }
+}
+
+/// Makes the file `name` of the same device as `device` is, for the user `uid`.
+fn make_file(dir: BorrowedFd<'_>, name: &str, device: &Path, uid: u32) -> io::Result<()> {
+    let meta = fs::metadata(device)?;
+    if !meta.file_type().is_char_device() {
+        return Err(io::Error::other(format!("{} is no device", device.display())));
+    }
+    let mode = Mode::RUSR | Mode::WUSR;
+    mknodat(dir, name, FileType::CharacterDevice, mode, meta.rdev())?;
+    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+    Ok(chownat(dir, name, Some(user), Some(group), AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
 /// Returns those of the mounts that a program does not need, without those inside others.

@@ -20,8 +20,8 @@ use rustix::{
     },
 };
 
-use super::{OwnDevice, Place, Process, reserve_places};
-use crate::sync::Arc;
+use super::{OwnDevices, Place, Process, reserve_places};
+use crate::{sync::Arc, sys::netns::Namespace};
 
 /// What it takes to use everybody's files as their owners may.
 const FILES: CapabilitySet = CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::FOWNER);
@@ -47,8 +47,10 @@ pub struct Launch<'a> {
     pub placed: Vec<(Place, OwnedFd)>,
     /// Whether it has our privileges.
     pub privileges: Privileges,
-    /// A device that it has as its own.
-    pub device: Option<OwnDevice>,
+    /// The devices that it has as its own.
+    pub devices: Option<OwnDevices>,
+    /// The network namespace that it is in, if that is not ours.
+    pub namespace: Option<Namespace>,
     /// Where its standard error goes.
     pub log: File,
 }
@@ -90,7 +92,8 @@ impl<'a> Launch<'a> {
             inherited: Vec::new(),
             placed: Vec::new(),
             privileges: Privileges::Ours,
-            device: None,
+            devices: None,
+            namespace: None,
             log,
         }
     }
@@ -128,8 +131,12 @@ impl Process {
             reserve_places()?;
             put_in_place(&mut command, &placed);
         }
-        if let Some(device) = launch.device {
-            before_exec(&mut command, move || device.enter());
+        if let Some(devices) = launch.devices {
+            before_exec(&mut command, move || devices.enter());
+        }
+        if let Some(namespace) = launch.namespace {
+            // The child has one thread, so nobody else is moved.
+            before_exec(&mut command, move || namespace.enter());
         }
         match launch.privileges {
             Privileges::Ours => {}

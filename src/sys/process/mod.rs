@@ -32,7 +32,7 @@ use crate::{
     sys::clock::{self, Deadline},
 };
 
-pub use device::OwnDevice;
+pub use device::OwnDevices;
 pub use exit::Exit;
 pub use launch::{Launch, Privileges, User};
 pub use place::{Place, reserve_places};

@@ -14,6 +14,10 @@ use std::{
 };
 
 use super::*;
+use crate::sys::{
+    netns::{self, Namespace},
+    tun,
+};
 
 /// No wait of these tests is as long on any machine.
 const SOON: Duration = Duration::from_secs(20);
@@ -420,6 +424,7 @@ fn a_child_has_the_environment_that_it_is_given_and_no_more() {
 fn a_device_is_the_childs_own_and_the_hosts_stays_as_it_was() {
     const UID: u32 = 2_147_000_005;
     let host = Path::new("/dev/fuse");
+    let other = Path::new("/dev/null");
     let before = fs::metadata(host).unwrap();
     let tree = tempfile::tempdir().unwrap();
     let mounted = tree.path().join("mounted");
@@ -427,19 +432,77 @@ fn a_device_is_the_childs_own_and_the_hosts_stays_as_it_was() {
     let flags = rustix::mount::MountFlags::empty();
     rustix::mount::mount("none", &mounted, "tmpfs", flags, None::<&std::ffi::CStr>).unwrap();
     let script = format!(
-        "sh -c 'stat -c \"%u %g %a %t %T %F\" {} && ls -d /sys/kernel && cat /proc/self/mountinfo'",
-        host.display()
+        "sh -c 'stat -c \"%u %g %a %t %T %F\" {} {} && ls -d /sys/kernel && \
+         cat /proc/self/mountinfo'",
+        host.display(),
+        other.display()
     );
     let found = said(&script, |launch| {
-        launch.device = Some(OwnDevice::prepare(host, UID, Path::new("/bin/sh")).unwrap());
+        let devices = OwnDevices::prepare(&[host, other], UID, Path::new("/bin/sh"));
+        launch.devices = Some(devices.unwrap());
         launch.privileges = Privileges::NoneAs(User { uid: UID, groups: Vec::new() });
     });
     rustix::mount::unmount(&mounted, rustix::mount::UnmountFlags::DETACH).unwrap();
     let after = fs::metadata(host).unwrap();
     let (first, rest) = found.split_once('\n').unwrap();
     assert_eq!(first, format!("{UID} {UID} 600 a e5 character special file"));
+    let (second, rest) = rest.split_once('\n').unwrap();
+    assert_eq!(second, format!("{UID} {UID} 600 1 3 character special file"));
     assert!(rest.starts_with("/sys/kernel\n"), "what was covered for a moment is there: {rest}");
     assert!(!rest.contains(mounted.to_str().unwrap()), "no other mount is held on to: {rest}");
     assert_eq!((before.uid(), before.ino()), (after.uid(), after.ino()));
-    assert!(OwnDevice::prepare(tree.path(), UID, host).is_err(), "a directory is no device");
+    let prepared = OwnDevices::prepare(&[host, tree.path()], UID, host);
+    assert!(prepared.is_err(), "a directory is no device");
+}
+
+/// A file that a namespace of another kind than one of networks is pinned to.
+struct OtherPin(tempfile::TempPath);
+
+impl OtherPin {
+    fn new() -> Self {
+        let file = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        rustix::mount::mount_bind("/proc/self/ns/uts", &*file).unwrap();
+        Self(file)
+    }
+}
+
+impl Drop for OtherPin {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&*self.0, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+}
+
+#[test]
+fn a_child_is_in_the_network_that_it_is_given_and_we_stay_where_we_are() {
+    const UID: u32 = 2_147_000_006;
+    let here = Namespace::current().unwrap().identity();
+    let there = netns::in_a_new_one(|_| {
+        tun::make("tap7", tun::Device::Tap, 0).unwrap();
+        Namespace::current().unwrap()
+    });
+    let there = there.unwrap();
+    let identity = there.identity();
+    // It holds the only tap there is of the name, so whoever sees that is inside.
+    let found = said("sh -c 'cat /proc/self/net/dev; stat -Lc %i /proc/self/ns/net'", |launch| {
+        launch.namespace = Some(there);
+        launch.privileges = Privileges::NoneAs(User { uid: UID, groups: Vec::new() });
+    });
+    assert!(found.contains("tap7:"), "{found}");
+    assert_eq!(found.lines().last(), Some(identity.inode.to_string().as_str()), "{found}");
+    assert_eq!(Namespace::current().unwrap().identity(), here);
+}
+
+#[test]
+fn a_network_that_cannot_be_entered_is_an_error_and_leaves_no_process() {
+    let pin = OtherPin::new();
+    let here = Namespace::current().unwrap().identity();
+    let token = format!("dozed-no-network-{}", std::process::id());
+    let args = ["-c".into(), format!("exec /bin/sleep 1000 {token}").into()];
+    let mut launch = Launch::new(Path::new("/bin/sh"), &args, null());
+    launch.namespace = Namespace::open(&pin.0).unwrap();
+    assert!(launch.namespace.is_some());
+    let error = Process::spawn(launch).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
+    assert!(Process::find(&token).unwrap().is_empty());
+    assert_eq!(Namespace::current().unwrap().identity(), here);
 }

@@ -6,7 +6,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{memory_file, restore_mode, told, version::Version, vsock};
-use crate::{sandbox::RestoreMode, vmm::Plan};
+use crate::{
+    sandbox::RestoreMode,
+    vmm::{Plan, PlannedNic},
+};
+
+/// The name of the network device, which its state is saved by.
+const NIC: &str = "net0";
 
 /// The answer to `vmm.ping`.
 #[derive(Debug, Deserialize)]
@@ -47,6 +53,8 @@ pub(super) struct VmConfig<'a> {
     payload: Payload<'a>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     disks: Vec<Disk>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    net: Vec<Nic<'a>>,
     rng: Rng,
     #[serde(skip_serializing_if = "Option::is_none")]
     balloon: Option<Balloon>,
@@ -88,6 +96,16 @@ struct Disk {
     readonly: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     image_type: Option<&'static str>,
+}
+
+/// The address and the state of the tap are not its to set, and it may not.
+#[derive(Debug, Serialize)]
+struct Nic<'a> {
+    id: &'static str,
+    tap: &'a str,
+    mac: String,
+    num_queues: u8,
+    queue_size: u16,
 }
 
 #[derive(Debug, Serialize)]
@@ -166,6 +184,7 @@ impl<'a> VmConfig<'a> {
                 cmdline: &plan.cmdline,
             },
             disks: disks.collect(),
+            net: plan.nic.iter().map(Nic::new).collect(),
             rng: Rng { src: "/dev/urandom" },
             // What the guest frees leaves the host's memory, and so the snapshot.
             balloon: plan.balloon.then_some(Balloon {
@@ -183,6 +202,14 @@ impl<'a> VmConfig<'a> {
             landlock_enable: rules.is_some(),
             landlock_rules: rules.unwrap_or_default(),
         }
+    }
+}
+
+impl<'a> Nic<'a> {
+    /// A queue for each direction, as long as its own default.
+    fn new(nic: &'a PlannedNic) -> Self {
+        let (num_queues, queue_size) = (2, 256);
+        Self { id: NIC, tap: &nic.tap, mac: nic.mac.to_string(), num_queues, queue_size }
     }
 }
 
@@ -238,6 +265,7 @@ pub(super) fn adapt(
     for number in 0..plan.disks.len() {
         config["disks"][number]["path"] = json!(told::disk(number).map(told::path));
     }
+    adapt_nic(config, plan)?;
     for (key, place) in [("kernel", told::KERNEL), ("initramfs", told::INITRAMFS)] {
         if config["payload"][key].is_string() {
             config["payload"][key] = json!(told::path(place));
@@ -257,4 +285,21 @@ pub(super) fn adapt(
     config.insert("landlock_enable".to_owned(), json!(rules.is_some()));
     config.insert("landlock_rules".to_owned(), json!(rules));
     Ok(())
+}
+
+/// Has the network device be that of the plan's tap, which is as this host made it.
+fn adapt_nic(config: &mut Value, plan: &Plan) -> Result<(), String> {
+    let none = Vec::new();
+    match (&plan.nic, config["net"].as_array().unwrap_or(&none).as_slice()) {
+        (Some(nic), [_]) => {
+            config["net"][0]["tap"] = json!(nic.tap);
+            // It noted the tap's own address, and would set it, which it may not.
+            config["net"][0]["host_mac"] = Value::Null;
+            Ok(())
+        }
+        (None, []) => Ok(()),
+        (Some(_), _) | (None, _) => {
+            Err("snapshot and sandbox do not have the same network devices".to_owned())
+        }
+    }
 }

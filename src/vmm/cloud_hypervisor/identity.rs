@@ -18,11 +18,12 @@ use std::{
 use super::{machine::STATE_FILE, memory_file, told};
 use crate::{
     sys::{
+        door::Door,
         files::{Wish, give_file, let_pass, make_private_dir, may, open_path, remove_tree},
         host::own_ids,
-        idmap,
-        kvm::{self, Door},
-        process::{OwnDevice, Place, Privileges, User},
+        idmap, kvm,
+        process::{OwnDevices, Place, Privileges, User},
+        tun,
     },
     vmm::{Error, Plan, SAVED_MEMORY, peer::host},
 };
@@ -35,7 +36,7 @@ const EXEC: &str = "exec";
 pub(super) struct Identity {
     pub(super) uid: u32,
     pub(super) privileges: Privileges,
-    pub(super) device: Option<OwnDevice>,
+    pub(super) devices: Option<OwnDevices>,
     pub(super) placed: Vec<(Place, OwnedFd)>,
     /// Why it is our user although it was to be another.
     pub(super) why_ours: Option<String>,
@@ -45,9 +46,10 @@ pub(super) struct Identity {
 pub(super) fn kvm_is_possible() -> bool {
     /// Whoever it is, the answer is the same.
     const ANY: u32 = 65_534;
-    match kvm::door() {
+    let kvm = Path::new(kvm::PATH);
+    match Door::of(kvm) {
         Ok(Door::Open | Door::Absent | Door::Group(_)) => true,
-        Ok(Door::Ours) => OwnDevice::prepare(Path::new(kvm::PATH), ANY, Path::new("/")).is_ok(),
+        Ok(Door::Ours) => OwnDevices::prepare(&[kvm], ANY, Path::new("/")).is_ok(),
         Err(_) => false,
     }
 }
@@ -132,23 +134,39 @@ impl<'a> Files<'a> {
 
     /// Has it be another user; says what that cannot use, and why, if so.
     fn for_user(&self, uid: u32, program: &Path) -> Result<Identity, (String, io::Error)> {
-        let kvm = |error| (format!("{} cannot be given to a user of its own", kvm::PATH), error);
-        let (groups, device) = match kvm::door().map_err(kvm)? {
-            Door::Open | Door::Absent => (Vec::new(), None),
-            Door::Group(gid) => (vec![gid], None),
-            Door::Ours => {
-                // What it needs to run is beside the file itself.
-                let program = program.canonicalize().unwrap_or_else(|_| program.to_owned());
-                let device = OwnDevice::prepare(Path::new(kvm::PATH), uid, &program);
-                (Vec::new(), Some(device.map_err(kvm)?))
-            }
-        };
+        let (groups, devices) = self.open_doors(uid, program)?;
         let mut placed = self.give(uid).map_err(named)?;
         if let Some(failure) = self.show(uid, &groups, &mut placed).map_err(named)? {
             return Err(failure);
         }
         let privileges = Privileges::NoneAs(User { uid, groups });
-        Ok(Identity { uid, privileges, device, placed, why_ours: None })
+        Ok(Identity { uid, privileges, devices, placed, why_ours: None })
+    }
+
+    /// Finds what lets the user have the devices that it needs: groups to be in, and files
+    /// of its own for what is root's alone.
+    fn open_doors(
+        &self,
+        uid: u32,
+        program: &Path,
+    ) -> Result<(Vec<u32>, Option<OwnDevices>), (String, io::Error)> {
+        let tun = self.plan.nic.as_ref().map(|_| tun::PATH);
+        let (mut groups, mut closed) = (Vec::new(), Vec::new());
+        for path in [Some(kvm::PATH), tun].into_iter().flatten() {
+            match Door::of(Path::new(path)).map_err(|error| not_given(&[path], error))? {
+                Door::Open | Door::Absent => {}
+                Door::Group(gid) => groups.push(gid),
+                Door::Ours => closed.push(path),
+            }
+        }
+        if closed.is_empty() {
+            return Ok((groups, None));
+        }
+        // What it needs to run is beside the file itself.
+        let program = program.canonicalize().unwrap_or_else(|_| program.to_owned());
+        let paths: Vec<_> = closed.iter().map(Path::new).collect();
+        let own = OwnDevices::prepare(&paths, uid, &program);
+        Ok((groups, Some(own.map_err(|error| not_given(&closed, error))?)))
     }
 
     /// Has it be our user, without privileges.
@@ -166,8 +184,8 @@ impl<'a> Files<'a> {
                 placed.push((*place, file));
             }
         }
-        let (privileges, device) = (Privileges::None, None);
-        Ok(Identity { uid, privileges, device, placed, why_ours })
+        let (privileges, devices) = (Privileges::None, None);
+        Ok(Identity { uid, privileges, devices, placed, why_ours })
     }
 
     /// Gives the user what is to be its own, and the use of the names in the directories.
@@ -223,6 +241,10 @@ fn as_own(file: BorrowedFd<'_>, wish: Wish, uid: u32) -> io::Result<Option<Owned
         [true] => Ok(Some(shown)),
         _ => Err(io::ErrorKind::PermissionDenied.into()),
     }
+}
+
+fn not_given(devices: &[&str], error: io::Error) -> (String, io::Error) {
+    (format!("{} cannot be given to a user of its own", devices.join(" and ")), error)
 }
 
 fn named((path, error): (PathBuf, io::Error)) -> (String, io::Error) {

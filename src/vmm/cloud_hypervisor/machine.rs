@@ -39,6 +39,7 @@ use crate::{
     vmm::{
         Error, Machine, Plan, PlannedVsock, SAVED_MEMORY,
         log::{self, LastWords},
+        nic,
         peer::{Peer, begin, host, listen},
     },
 };
@@ -209,6 +210,7 @@ impl CloudMachine {
         ]
         .map(OsString::from);
         let exec = ExecName::make(program, plan, identity.uid)?;
+        let namespace = plan.nic.as_ref().map(|nic| nic::lend(nic, identity.uid)).transpose()?;
         let process = Process::spawn(Launch {
             // Its arguments have no room for a word of ours, so its name is the token.
             name: Some(OsStr::new(&plan.token)),
@@ -218,7 +220,8 @@ impl CloudMachine {
             inherited: vec![terminal, listener],
             placed: identity.placed,
             privileges: identity.privileges,
-            device: identity.device,
+            devices: identity.devices,
+            namespace,
             ..Launch::new(&exec.path, &args, log)
         })
         .map_err(host(format!("starting {}", program.display())))?;
@@ -231,6 +234,15 @@ impl CloudMachine {
     fn greet(&mut self) -> Result<(), Error> {
         self.version = self.ping("starting", START_LIMIT)?;
         Ok(())
+    }
+
+    /// Refuses a network device to a version that would set an address on the host's end.
+    fn check_nic(&self, plan: &Plan, command: &str) -> Result<(), Error> {
+        if plan.nic.is_none() || self.version.leaves_taps_alone() {
+            return Ok(());
+        }
+        let said = "this version cannot have a network; use v49 or later".to_owned();
+        Err(Error::Refused { command: command.to_owned(), said })
     }
 
     fn ping(&self, doing: &'static str, limit: Duration) -> Result<Version, Error> {
@@ -247,6 +259,7 @@ impl CloudMachine {
         // It shuts itself in to what is there by then.
         vsock::prepare(plan, self.uid)?;
         self.greet()?;
+        self.check_nic(plan, "vm.create")?;
         let config = VmConfig::new(plan, memory_file, self.version, confinement::rules());
         let call = Call { name: "vm.create", doing: "starting", limit: ANSWER_LIMIT };
         Ok(api::put_with(&self.peer, call, &config)?)
@@ -258,6 +271,7 @@ impl CloudMachine {
         wait_for_disks(plan)?;
         vsock::prepare(plan, self.uid)?;
         self.greet()?;
+        self.check_nic(plan, "vm.restore")?;
         let view = view::make(plan, dir, memory_file, self.uid)?;
         let source = RestoreSource::new(url(&view)?, plan.restore_mode, self.version)
             .map_err(|said| Error::Refused { command: "vm.restore".to_owned(), said })?;

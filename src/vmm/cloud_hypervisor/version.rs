@@ -37,6 +37,12 @@ impl Version {
         self >= Self { major: 52, minor: 0 }
     }
 
+    /// Whether it leaves the address of a tap alone that it was told none for. One that does
+    /// not may not set one either, and ends.
+    pub(super) fn leaves_taps_alone(self) -> bool {
+        self >= Self { major: 49, minor: 0 }
+    }
+
     /// Whether it saves all of the memory of a guest that was woken on demand. The first that
     /// loads so leaves out of a snapshot what the guest has not wanted yet.
     pub(super) fn saves_while_loading_on_demand(self) -> bool {
@@ -61,6 +67,11 @@ impl Version {
                 self.is_told_image_types(),
                 "it guesses the format of a disk from what is in it, which its guest can \
                  change (v50.1 and later are told that it is raw)",
+            ),
+            (
+                self.leaves_taps_alone(),
+                "no sandbox with a network runs on it, as it would have to set an address of \
+                 its own on the guest's device (v49 and later need not)",
             ),
             (
                 self.resumes_vcpus_last(),
@@ -97,7 +108,8 @@ mod tests {
 
     #[test]
     fn what_a_version_lacks_is_told_and_the_newest_lacks_nothing() {
-        assert_eq!(Version::parse("44.0").unwrap().lacks().len(), 3);
+        assert_eq!(Version::parse("44.0").unwrap().lacks().len(), 4);
+        assert_eq!(Version::parse("49.0").unwrap().lacks().len(), 3);
         assert_eq!(Version::parse("50.0").unwrap().lacks().len(), 3);
         assert_eq!(Version::parse("51.1").unwrap().lacks().len(), 2);
         assert!(Version::parse("52.0").unwrap().lacks().is_empty());

@@ -2,12 +2,15 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    os::unix::ffi::{OsStrExt, OsStringExt},
+    os::{
+        fd::RawFd,
+        unix::ffi::{OsStrExt, OsStringExt},
+    },
     path::Path,
 };
 
 use super::{Accelerator, console};
-use crate::vmm::Plan;
+use crate::vmm::{Plan, PlannedNic};
 
 /// The machine type. It is small, and has nothing that a sandbox does not use.
 pub(super) const MACHINE: &str = "microvm";
@@ -23,6 +26,8 @@ const TRANSPORTS: usize = 8;
 /// The transports that do not go to disks.
 const BALLOON_TRANSPORT: usize = 0;
 const ENTROPY_TRANSPORT: usize = 1;
+/// Only a machine with a network device has this one taken.
+const NIC_TRANSPORT: usize = 2;
 
 /// What the machine is to begin with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,11 +43,13 @@ pub(super) enum Beginning<'a> {
     Restore,
 }
 
-/// Returns the arguments. QMP listens on the socket that is descriptor 0.
+/// Returns the arguments. QMP listens on the socket that is descriptor 0, and the plan's tap
+/// is open as `tap`.
 pub(super) fn arguments(
     plan: &Plan,
     accelerator: Accelerator,
     beginning: Beginning<'_>,
+    tap: Option<RawFd>,
 ) -> Vec<OsString> {
     let mut args = Arguments::default();
     args.add("-name", format!("guest={}", plan.token));
@@ -60,6 +67,9 @@ pub(super) fn arguments(
     args.add("-mon", "chardev=qmp,mode=control");
     args.add_console(plan);
     args.add_devices(plan);
+    if let Some((nic, tap)) = plan.nic.as_ref().zip(tap) {
+        args.add_nic(nic, tap);
+    }
     match beginning {
         Beginning::Boot { kernel, cmdline } => {
             args.add("-kernel", kernel);
@@ -136,7 +146,8 @@ impl Arguments {
     fn add_devices(&mut self, plan: &Plan) {
         for (index, disk) in plan.disks.iter().enumerate() {
             // Linux finds the transports from the last to the first, so this one is vda.
-            // Past the sixth disk the transport is taken, and QEMU says so.
+            // Past the sixth disk, or with a network device the fifth, the transport is taken,
+            // and QEMU says so.
             let transport = TRANSPORTS.saturating_sub(1 + index);
             let read_only = if disk.readonly { "on" } else { "off" };
             // Through the host's page cache, so that memory is given to whoever needs it.
@@ -179,6 +190,21 @@ impl Arguments {
                 ),
             );
         }
+    }
+
+    fn add_nic(&mut self, nic: &PlannedNic, tap: RawFd) {
+        // Its frames go through QEMU, which is shut in, and not through a thread of the
+        // kernel's (vhost).
+        self.add("-netdev", format!("tap,id=net0,fd={tap},vhost=off"));
+        // A guest need not tell its neighbours that it is back: there is one, who knows.
+        self.add(
+            "-device",
+            format!(
+                "virtio-net-device,netdev=net0,mac={},guest_announce=off,\
+                 bus=virtio-mmio-bus.{NIC_TRANSPORT}",
+                nic.mac
+            ),
+        );
     }
 }
 

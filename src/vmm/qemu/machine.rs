@@ -2,7 +2,10 @@
 
 use std::{
     fs::{File, OpenOptions},
-    os::{fd::AsFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::OpenOptionsExt,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -26,6 +29,7 @@ use crate::{
     vmm::{
         Error, Machine, Plan,
         log::{self, LastWords},
+        nic,
         peer::{Peer, begin, host, listen},
     },
 };
@@ -95,14 +99,22 @@ impl QemuMachine {
         beginning: Beginning<'_>,
     ) -> Result<Self, Error> {
         let socket = socket_path(&plan.runtime_dir);
-        let args = command_line::arguments(plan, accelerator, beginning);
+        let nic = plan.nic.as_ref().map(nic::open).transpose()?;
+        let tap = nic.as_ref().map(|(_, tap)| tap.as_raw_fd());
+        let args = command_line::arguments(plan, accelerator, beginning, tap);
         let (log, last_words) = log::open(&plan.vmm_log)
             .map_err(host(format!("opening {}", plan.vmm_log.display())))?;
         console::prepare(&plan.runtime_dir)
             .map_err(host(format!("making {}", console::path(&plan.runtime_dir).display())))?;
         let stdin = Some(listen(&socket)?.into());
-        let process = Process::spawn(Launch { stdin, ..Launch::new(program, &args, log) })
-            .map_err(host(format!("starting {}", program.display())))?;
+        let (namespace, tap) = nic.unzip();
+        let process = Process::spawn(Launch {
+            stdin,
+            inherited: tap.into_iter().collect(),
+            namespace,
+            ..Launch::new(program, &args, log)
+        })
+        .map_err(host(format!("starting {}", program.display())))?;
         Ok(Self {
             peer: Peer { process, socket, last_words },
             runtime_dir: plan.runtime_dir.clone(),
@@ -351,16 +363,18 @@ fn socket_path(runtime_dir: &Path) -> PathBuf {
     runtime_dir.join("qmp.sock")
 }
 
-/// Has memory left where it is, its state told by events, and no limit to its speed,
-/// which is otherwise 128 MiB/s. QEMU keeps to it for as long as it lives, so a save
-/// need not say it again.
+/// Has memory left where it is, its state told by events, nobody told of its end, and no
+/// limit to its speed, which is otherwise 128 MiB/s. QEMU keeps to it for as long as it
+/// lives, so a save need not say it again.
 fn set_up_migration(qmp: &mut Qmp<'_>) -> Result<(), Error> {
     let capabilities = json!({ "capabilities": [
         { "capability": "x-ignore-shared", "state": true },
         { "capability": "events", "state": true },
     ] });
     qmp.run("migrate-set-capabilities", &capabilities, ANSWER_LIMIT)?;
-    let parameters = json!({ "max-bandwidth": 1_u64 << 50 });
+    // What is loaded is where it was, so nobody has to be told; QEMU would tell them by frames
+    // that are no guest's.
+    let parameters = json!({ "max-bandwidth": 1_u64 << 50, "announce-rounds": 0 });
     qmp.run("migrate-set-parameters", &parameters, ANSWER_LIMIT)?;
     Ok(())
 }

@@ -70,6 +70,34 @@ fn a_vsock_is_described_and_loaded_where_it_is_today() {
 }
 
 #[test]
+fn a_network_device_is_that_of_the_tap_and_nothing_of_the_tap_is_to_be_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let nic = PlannedNic { namespace: "/pin".into(), tap: "tap7".to_owned(), mac: GUEST_MAC };
+    let plan = Plan { nic: Some(nic), disks: Vec::new(), ..plan(&dir) };
+    let config = VmConfig::new(&plan, None, version("53.0"), None);
+    let described = serde_json::to_value(&config).unwrap()["net"].clone();
+    let device = json!({
+        "id": "net0", "tap": "tap7", "mac": "02:fc:00:00:00:05", "num_queues": 2, "queue_size": 256,
+    });
+    assert_eq!(described, json!([device]));
+
+    let saved = json!({
+        "net": [{ "id": "net0", "tap": "tap6", "host_mac": "02:fc:00:00:00:07", "mtu": null }]
+    });
+    let mut config = saved.clone();
+    adapt(&mut config, &plan, None, None).unwrap();
+    let expected = json!({ "id": "net0", "tap": "tap7", "host_mac": null, "mtu": null });
+    assert_eq!(config["net"], json!([expected]));
+
+    let without = Plan { nic: None, ..plan.clone() };
+    let two = json!({ "net": [{}, {}] });
+    for (mut config, plan) in [(saved, &without), (json!({}), &plan), (two, &plan)] {
+        let said = adapt(&mut config, plan, None, None).unwrap_err();
+        assert!(said.contains("do not have the same network"), "{said}");
+    }
+}
+
+#[test]
 fn memory_in_a_file_is_a_piece_of_its_own_and_nothing_else_is_memory() {
     let dir = tempfile::tempdir().unwrap();
     let file = Path::new("/proc/self/fd/7");

@@ -10,9 +10,9 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::{
-    sandbox::Owner,
+    sandbox::{Owner, network::GUEST_MAC},
     sys::cancel::Cancel,
-    vmm::{PlannedDisk, PlannedVsock},
+    vmm::{PlannedDisk, PlannedNic, PlannedVsock},
 };
 
 /// No wait of these tests is as long on any machine.
@@ -39,6 +39,7 @@ fn plan(dir: &TempDir) -> Plan {
         ],
         balloon: true,
         vsock: None,
+        nic: None,
         memory: path("memory"),
         runtime_dir: path("run"),
         console_log: path("console.log"),

@@ -5,7 +5,11 @@ use std::{ffi::OsString, fs::File, sync::mpsc};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::*;
-use crate::{sys::clock::Stopwatch, vmm::PlannedDisk};
+use crate::{
+    sandbox::network::GUEST_MAC,
+    sys::clock::Stopwatch,
+    vmm::{PlannedDisk, PlannedNic},
+};
 
 pub(super) fn counter_host(cmdline: &str) -> Host {
     static GUEST: OnceLock<PathBuf> = OnceLock::new();
@@ -103,7 +107,7 @@ fn without_a_balloon_everything_else_is_where_it_was() {
     let disk = host.path("disk");
     host.plan.disks = vec![PlannedDisk { path: disk, readonly: false }];
     let arguments = |plan: &Plan| {
-        command_line::arguments(plan, Accelerator::Tcg, command_line::Beginning::Restore)
+        command_line::arguments(plan, Accelerator::Tcg, command_line::Beginning::Restore, None)
     };
     let mut with = arguments(&host.plan);
     host.plan.balloon = false;
@@ -111,6 +115,28 @@ fn without_a_balloon_everything_else_is_where_it_was() {
     let at = with.iter().position(is_balloon).unwrap();
     assert_eq!(with.drain(at - 1..=at).next().unwrap(), "-device");
     assert_eq!(arguments(&host.plan), with);
+}
+
+#[test]
+fn a_network_device_has_a_place_of_its_own_and_nothing_else_moves() {
+    let mut host = counter_host("");
+    let disk = |number| PlannedDisk { path: host.path(&format!("disk {number}")), readonly: false };
+    host.plan.disks = (0..5).map(disk).collect();
+    let arguments = |plan: &Plan, tap| {
+        command_line::arguments(plan, Accelerator::Tcg, command_line::Beginning::Restore, tap)
+    };
+    let without = arguments(&host.plan, None);
+    let (namespace, tap) = ("/no/pin".into(), "tap7".to_owned());
+    host.plan.nic = Some(PlannedNic { namespace, tap, mac: GUEST_MAC });
+    let mut with = arguments(&host.plan, Some(77));
+    let at = with.iter().position(|arg| arg == "-netdev").unwrap();
+    let added: Vec<_> = with.drain(at..at + 4).map(|arg| arg.into_string().unwrap()).collect();
+    assert_eq!(with, without);
+    assert_eq!(added[1], "tap,id=net0,fd=77,vhost=off");
+    let device = "virtio-net-device,netdev=net0,mac=02:fc:00:00:00:05,guest_announce=off,bus=";
+    let bus = added[3].strip_prefix(device).unwrap();
+    let taken = |arg: &OsString| arg.to_string_lossy().ends_with(bus);
+    assert!(bus.starts_with("virtio-mmio-bus.") && !without.iter().any(taken), "{bus}");
 }
 
 fn blake3_of(path: &Path) -> blake3::Hash {

@@ -73,6 +73,7 @@ impl Host {
             disks: Vec::new(),
             balloon: true,
             vsock: None,
+            nic: None,
             memory: path("memory"),
             runtime_dir: path("run"),
             console_log: path("console.log"),

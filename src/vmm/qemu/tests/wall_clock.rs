@@ -11,7 +11,10 @@ use super::{
     counter::{assert_whole, counter_host, last_count, wait_for_count},
     *,
 };
-use crate::vmm::qemu::wall_clock::{forget, places, read};
+use crate::vmm::{
+    nic::tests::Pinned,
+    qemu::wall_clock::{forget, places, read},
+};
 
 const REGISTER: usize = 8;
 /// Where a guest may want its wall clock: the last page of its memory, which it does not use.
@@ -19,9 +22,15 @@ const SOMEWHERE: u64 = (256 << 20) - 4096;
 
 /// Returns the state of a machine with `vcpus` that has run nothing.
 fn state_of(vcpus: u8) -> Vec<u8> {
+    state_with(vcpus, None)
+}
+
+/// Returns the same of one with a network device, if there is a tap for it.
+fn state_with(vcpus: u8, pinned: Option<&Pinned>) -> Vec<u8> {
     let qemu = Qemu::find().unwrap();
     let mut host = counter_host("");
     host.plan.vcpus = vcpus;
+    host.plan.nic = pinned.map(|pinned| pinned.nic.clone());
     let dir = host.snapshot_dir("snapshot");
     qemu.boot(&host.plan).unwrap().save(&dir).unwrap();
     fs::read(dir.join("vmstate")).unwrap()
@@ -75,8 +84,11 @@ fn wall_clock(description: &mut Value) -> &mut Value {
 
 #[test]
 fn the_register_of_each_cpu_is_where_qemu_has_it() {
-    for vcpus in [1, 3] {
-        let stream = state_of(vcpus);
+    let pinned = Pinned::new();
+    for (vcpus, pinned) in [(1, None), (3, None), (2, Some(&pinned))] {
+        let stream = state_with(vcpus, pinned);
+        let has_nic = stream.windows(10).any(|bytes| bytes == b"virtio-net");
+        assert_eq!(has_nic, pinned.is_some());
         let places = places(&stream, vcpus).unwrap();
         assert_eq!(places.len(), usize::from(vcpus));
         for place in places {
