@@ -20,16 +20,10 @@ use crate::{
         network::{GUEST_MAC, Mac, SandboxAddress},
     },
     sync::Arc,
-    sys::{
-        clock::{Deadline, pause_for},
-        host::own_ids,
-    },
+    sys::host::own_ids,
+    vmm::PlannedNic,
 };
 
-/// A VMM that was killed gives the guest's device back when the kernel is done with it.
-const TAP_LIMIT: Duration = Duration::from_secs(5);
-/// How often to look meanwhile.
-const TAP_LOOK: Duration = Duration::from_millis(2);
 /// When to try again to remove a network of which something stayed.
 const REMOVE_AGAIN: Duration = Duration::from_secs(60);
 /// How many rows are looked at in one go at start-up.
@@ -92,14 +86,14 @@ impl Lifecycle {
         })
     }
 
-    /// Sees to it that the network of a sandbox is there, with today's policy, and that its
-    /// device is free. `None` where it is to have none.
+    /// Sees to it that the network of a sandbox is there, with today's policy, and returns the
+    /// guest's device. `None` where it is to have none.
     pub(super) fn connect<'a>(
         &'a self,
         held: &Held,
         entry: &'a Entry,
         undo: &mut Undo<'a>,
-    ) -> Result<Option<Ready>, Error> {
+    ) -> Result<Option<PlannedNic>, Error> {
         self.give_address(held, entry)?;
         let Some(wanted) = self.wanted(&entry.record()) else {
             return Ok(None);
@@ -111,16 +105,10 @@ impl Lifecycle {
             };
             Ok(left?)
         });
-        let failed = net_failed(entry, "making the network of");
-        let ready = self.network.ensure(&wanted).map_err(failed)?;
-        let deadline = Deadline::after(TAP_LIMIT);
-        loop {
-            match self.network.open_tap(entry.id()) {
-                Ok(_closed_again) => return Ok(Some(ready)),
-                Err(error) if error.is_transient() && !deadline.passed() => pause_for(TAP_LOOK),
-                Err(error) => return Err(net_failed(entry, "opening the tap of")(error)),
-            }
-        }
+        let ready = self.network.ensure(&wanted);
+        let Ready { namespace, tap, mac, .. } =
+            ready.map_err(net_failed(entry, "making the network of"))?;
+        Ok(Some(PlannedNic { namespace, tap: tap.to_owned(), mac }))
     }
 
     /// Lets the network of a sandbox that fell asleep stay for a while.

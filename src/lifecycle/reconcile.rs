@@ -386,7 +386,7 @@ impl Lifecycle {
         }
         let record = entry.record();
         let life = self.home(&record).live_dir(record.generation);
-        let plan = self.plan(&record, &life, cancel)?;
+        let plan = self.plan(&record, &life, None, cancel)?;
         let vmm = self.vmm_of(&record)?;
         let machine =
             vmm.adopt(&plan, Arc::clone(process)).map_err(vmm_failed(entry, "adopting"))?;

@@ -16,7 +16,7 @@ use crate::{
         clock::Stopwatch,
         files::{PieceError, copy_image, let_through, make_private_dir},
     },
-    vmm::{self, Machine, Plan, PlannedDisk, PlannedVsock, Vmm, VmmIdentity},
+    vmm::{self, Machine, Plan, PlannedDisk, PlannedNic, PlannedVsock, Vmm, VmmIdentity},
 };
 
 impl Lifecycle {
@@ -127,12 +127,12 @@ impl Lifecycle {
         *intended = true;
         self.reach(Arrow::WakeIntended);
 
-        let _network = self.connect(held, entry, undo)?;
+        let nic = self.connect(held, entry, undo)?;
         self.reach(Arrow::WakeConnected);
 
         // Also where the VMM does not start there are its sockets.
         undo.push("ending the VMM", move || Ok(self.end_machine(entry)?));
-        let plan = self.plan(&entry.record(), &snapshot.dir(), &operation.cancel)?;
+        let plan = self.plan(&entry.record(), &snapshot.dir(), nic, &operation.cancel)?;
         let machine = self.load(entry, vmm.as_ref(), &plan, &snapshot)?;
         let live = self.enter(entry, machine)?;
         self.reach(Arrow::WakeRestored);
@@ -300,12 +300,12 @@ impl Lifecycle {
             .map_err(snapshot_failed(entry, "making the memory of"))?;
         undo.push("removing its memory", move || Ok(self.home(&entry.record()).end_life()?));
 
-        let _network = self.connect(held, entry, undo)?;
+        let nic = self.connect(held, entry, undo)?;
         self.reach(Arrow::BootConnected);
 
         // Also where the VMM does not start there are its sockets.
         undo.push("ending the VMM", move || Ok(self.end_machine(entry)?));
-        let plan = self.plan(&entry.record(), &life, &operation.cancel)?;
+        let plan = self.plan(&entry.record(), &life, nic, &operation.cancel)?;
         let machine = vmm.boot(&plan).map_err(vmm_failed(entry, "booting"))?;
         let live = self.enter(entry, machine)?;
         self.reach(Arrow::BootSpawned);
@@ -349,11 +349,13 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Says everything that a driver has to know; `life` is the directory of its memory.
+    /// Says everything that a driver has to know; `life` is the directory of its memory, and
+    /// `nic` its network device, where one is to be opened.
     pub(super) fn plan(
         &self,
         record: &Record,
         life: &Path,
+        nic: Option<PlannedNic>,
         cancel: &Arc<Cancel>,
     ) -> Result<Plan, Error> {
         let home = self.home(record);
@@ -386,7 +388,7 @@ impl Lifecycle {
             disks: disks.collect(),
             balloon: record.spec.balloon,
             vsock: record.spec.vsock.then(|| PlannedVsock::new(&runtime_dir, record.owner)),
-            nic: None,
+            nic,
             memory: life.join(snapshot::MEMORY),
             runtime_dir,
             console_log: home.console_log(),
