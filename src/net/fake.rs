@@ -9,7 +9,9 @@ use super::{
 use crate::{
     sandbox::{
         SandboxId, Timestamp,
-        network::{GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, SandboxAddress},
+        network::{
+            GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, SandboxAddress, WakePorts,
+        },
     },
     sync::{Mutex, lock},
     sys::netns::Identity,
@@ -24,6 +26,8 @@ pub(crate) enum Fault {
     Policy,
     /// The network cannot be removed.
     Remove,
+    /// The host cannot hear for sleepers.
+    Listen,
 }
 
 /// Networks that are only remembered.
@@ -36,6 +40,8 @@ pub(crate) struct FakeNetwork {
     made: Mutex<u64>,
     fault: Mutex<Option<Fault>>,
     lingering: Lingering,
+    sleepers: Mutex<BTreeMap<SandboxAddress, WakePorts>>,
+    refused: Mutex<Vec<SandboxAddress>>,
 }
 
 impl FakeNetwork {
@@ -53,6 +59,16 @@ impl FakeNetwork {
     /// Returns what is in force for a sandbox that has a network.
     pub(crate) fn in_force(&self, id: &SandboxId) -> Option<Wanted> {
         lock(&self.there).get(id).map(|(_, wanted)| wanted.clone())
+    }
+
+    /// Returns to which ports packets wake the sandbox at `address` now, if they do.
+    pub(crate) fn wakes(&self, address: SandboxAddress) -> Option<WakePorts> {
+        lock(&self.sleepers).get(&address).cloned()
+    }
+
+    /// Returns the sandboxes whose wakes failed or were not to be, in order.
+    pub(crate) fn refused(&self) -> Vec<SandboxAddress> {
+        lock(&self.refused).clone()
     }
 
     fn check(&self, fault: Fault) -> Result<(), Error> {
@@ -109,6 +125,32 @@ impl Network for FakeNetwork {
         }
         let file = std::fs::File::open("/dev/null").map_err(Error::host("opening the device"))?;
         Ok(file.into())
+    }
+
+    fn listen(&self, address: SandboxAddress, ports: &WakePorts) -> Result<(), Error> {
+        self.check(Fault::Listen)?;
+        lock(&self.sleepers).insert(address, ports.clone());
+        Ok(())
+    }
+
+    fn deliver(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error> {
+        if self.wakes(address).is_none() {
+            return Ok(());
+        }
+        if !lock(&self.there).contains_key(id) {
+            self.refuse(address);
+            return Err(Error::NotThere);
+        }
+        self.deafen(address);
+        Ok(())
+    }
+
+    fn refuse(&self, address: SandboxAddress) {
+        lock(&self.refused).push(address);
+    }
+
+    fn deafen(&self, address: SandboxAddress) {
+        lock(&self.sleepers).remove(&address);
     }
 
     fn linger(&self, id: &SandboxId, until: Timestamp) {
@@ -204,5 +246,22 @@ mod tests {
         assert!(network.remove(&a.id, a.address).is_err());
         network.set_fault(None);
         network.remove(&a.id, a.address).unwrap();
+    }
+
+    #[test]
+    fn a_sleeper_is_heard_for_until_its_wake_has_ended_well() {
+        let network = FakeNetwork::default();
+        let a = wanted("a", 0, Reach::Isolated);
+        let ports = WakePorts::default();
+        network.listen(a.address, &ports).unwrap();
+        network.deliver(&a.id, a.address).unwrap_err();
+        assert_eq!(network.refused(), [a.address]);
+        assert_eq!(network.wakes(a.address), Some(ports.clone()));
+        network.ensure(&a).unwrap();
+        network.deliver(&a.id, a.address).unwrap();
+        assert_eq!(network.wakes(a.address), None);
+        network.set_fault(Some(Fault::Listen));
+        network.listen(a.address, &ports).unwrap_err();
+        network.deliver(&a.id, a.address).unwrap();
     }
 }

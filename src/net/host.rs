@@ -32,7 +32,7 @@ pub(super) fn prepare(plan: &AddressPlan, pins: &Path) -> Result<(), Error> {
         Ok(false) => Mode::First,
         Err(error) => return Err(without_nftables(error)),
     };
-    nftables::apply(&wall, &firewall::of_host(plan), mode)?;
+    nftables::apply(&wall, &firewall::of_host(plan, &device(plan)), mode)?;
     let links = link::here()?;
     let name = device(plan);
     if let Some(there) = link::find(&links, &name)?
@@ -43,7 +43,11 @@ pub(super) fn prepare(plan: &AddressPlan, pins: &Path) -> Result<(), Error> {
     tun::make(&name, tun::Device::Tun, 0).map_err(without_tun)?;
     let index = link::find(&links, &name)?.ok_or(Error::NotThere)?.index;
     let requests = vec![
+        // A daemon that was killed may have left it; nobody listens there now.
+        link::no_route(plan.range()),
+        link::group(index, plan.link_group()),
         link::without_ipv6(index),
+        link::forwarding_own(index),
         link::address(index, plan.host_address(), 32, AddressScope::Universe),
         link::up(index),
         link::unreachable(plan.range()),
@@ -57,7 +61,7 @@ pub(super) fn prepare(plan: &AddressPlan, pins: &Path) -> Result<(), Error> {
 /// Where something stays.
 pub(super) fn dismantle(plan: &AddressPlan) -> Result<(), Error> {
     let links = link::here()?;
-    let mut requests = vec![link::no_unreachable(plan.range())];
+    let mut requests = vec![link::no_route(plan.range()), link::no_unreachable(plan.range())];
     let device = link::find(&links, &device(plan))?.filter(|it| it.kind == Some(InfoKind::Tun));
     requests.extend(device.map(|device| link::remove(device.index)));
     links.apply(requests, Answers::Each)?;
@@ -65,7 +69,7 @@ pub(super) fn dismantle(plan: &AddressPlan) -> Result<(), Error> {
 }
 
 /// Returns the name of the device that has the host's own address.
-fn device(plan: &AddressPlan) -> String {
+pub(super) fn device(plan: &AddressPlan) -> String {
     format!("dozed{:08x}", plan.link_group())
 }
 

@@ -4,6 +4,7 @@ use std::{
     borrow::Cow,
     net::{IpAddr, Ipv4Addr},
     os::fd::RawFd,
+    time::Duration,
 };
 
 use ipnet::Ipv4Net;
@@ -13,7 +14,7 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressMessage, AddressScope},
     link::{
         AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InetDevConf, InfoData, InfoKind,
-        InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+        InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
     },
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     route::{
@@ -26,10 +27,22 @@ use super::{
     Error,
     netlink::{Accepts, Kernel, Request},
 };
-use crate::{sandbox::network::Mac, sys::netlink::Family};
+use crate::{
+    sandbox::network::Mac,
+    sys::{
+        clock::{Deadline, pause_for},
+        netlink::Family,
+    },
+};
 
 /// Who made a route, in the words of the kernel: none of the protocols that have a number.
 const OURS: RouteProtocol = RouteProtocol::Other(213);
+/// What the answer for addresses that nobody has comes after: any other route of ours.
+const UNREACHABLE_METRIC: u32 = 213;
+/// The kernel tells a link that somebody is at its other end within a millisecond or two,
+/// and where it is in no hurry once a second.
+const UP_LIMIT: Duration = Duration::from_secs(2);
+const UP_PAUSE: Duration = Duration::from_micros(500);
 
 /// What is known of a link.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +53,8 @@ pub(super) struct Link {
     pub(super) group: u32,
     pub(super) mac: Option<Vec<u8>>,
     pub(super) kind: Option<InfoKind>,
+    /// Whether what is sent by it arrives somewhere.
+    pub(super) is_up: bool,
 }
 
 /// Opens a socket for the links of the namespace that this thread is in.
@@ -53,6 +68,21 @@ pub(super) fn find(kernel: &Kernel, name: &str) -> Result<Option<Link>, Error> {
     message.attributes = vec![LinkAttribute::IfName(name.to_owned())];
     let message = NetlinkMessage::from(RouteNetlinkMessage::GetLink(message));
     Ok(kernel.get("looking for a link", message)?.and_then(as_link))
+}
+
+/// Waits until what is sent by the link arrives at its other end. Until the kernel has told
+/// the link that somebody is there, it drops it. Returns whether it does now.
+pub(super) fn wait_until_up(kernel: &Kernel, name: &str) -> Result<bool, Error> {
+    let deadline = Deadline::after(UP_LIMIT);
+    loop {
+        if find(kernel, name)?.ok_or(Error::NotThere)?.is_up {
+            return Ok(true);
+        }
+        if deadline.passed() {
+            return Ok(false);
+        }
+        pause_for(UP_PAUSE);
+    }
 }
 
 /// Returns all links.
@@ -89,6 +119,7 @@ fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
         group: 0,
         mac: None,
         kind: None,
+        is_up: false,
     };
     for attribute in message.attributes {
         if let LinkAttribute::IfName(name) = attribute {
@@ -99,6 +130,8 @@ fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
             link.group = group;
         } else if let LinkAttribute::Address(mac) = attribute {
             link.mac = Some(mac);
+        } else if let LinkAttribute::OperState(state) = attribute {
+            link.is_up = state == State::Up;
         } else if let LinkAttribute::LinkInfo(infos) = attribute {
             link.kind = infos.into_iter().find_map(kind_of);
         }
@@ -164,6 +197,23 @@ pub(super) fn forwarding(index: u32) -> Request<RouteNetlinkMessage> {
     let inet = AfSpecUnspec::Inet(vec![AfSpecInet::DevConfRequest(settings)]);
     let message = change(index, vec![LinkAttribute::AfSpecUnspec(vec![inet])]);
     request("letting a link forward", set_link(message))
+}
+
+/// Lets packets that come in by a link go on to others although they are from the host
+/// itself.
+pub(super) fn forwarding_own(index: u32) -> Request<RouteNetlinkMessage> {
+    let mut settings = InetDevConf::default();
+    settings.forwarding = 1;
+    settings.accept_local = 1;
+    let inet = AfSpecUnspec::Inet(vec![AfSpecInet::DevConfRequest(settings)]);
+    let message = change(index, vec![LinkAttribute::AfSpecUnspec(vec![inet])]);
+    request("letting the host's link forward what is the host's", set_link(message))
+}
+
+/// Makes a link one of ours.
+pub(super) fn group(index: u32, group: u32) -> Request<RouteNetlinkMessage> {
+    let message = change(index, vec![LinkAttribute::Group(group)]);
+    request("setting the group of a link", set_link(message))
 }
 
 /// Changes the MAC of a link, which is down.
@@ -234,18 +284,19 @@ pub(super) fn neighbour(index: u32, address: Ipv4Addr, mac: Mac) -> Request<Rout
     put(format!("adding the neighbour {address}"), RouteNetlinkMessage::NewNeighbour(message))
 }
 
-/// Sends what is for `address` to a link, from `source`.
+/// Sends what is for `network`, or an address, to a link, from `source`.
 pub(super) fn route(
     index: u32,
-    address: Ipv4Addr,
+    network: impl Into<Ipv4Net>,
     source: Ipv4Addr,
 ) -> Request<RouteNetlinkMessage> {
-    let mut message = blank_route(Ipv4Net::from(address), RouteType::Unicast, RouteScope::Link);
+    let network = network.into();
+    let mut message = blank_route(network, RouteType::Unicast, RouteScope::Link);
     message.attributes.extend([
         RouteAttribute::Oif(index),
         RouteAttribute::PrefSource(RouteAddress::Inet(source)),
     ]);
-    put(format!("adding the route to {address}"), RouteNetlinkMessage::NewRoute(message))
+    put(format!("adding the route to {network}"), RouteNetlinkMessage::NewRoute(message))
 }
 
 /// Sends all else to `gateway`, which is on the link whatever its address.
@@ -261,14 +312,15 @@ pub(super) fn default_route(index: u32, gateway: Ipv4Addr) -> Request<RouteNetli
 
 /// Answers at once that nothing is at an address of `network` that has no route of its own.
 pub(super) fn unreachable(network: Ipv4Net) -> Request<RouteNetlinkMessage> {
-    let message = blank_route(network, RouteType::Unreachable, RouteScope::Universe);
+    let mut message = blank_route(network, RouteType::Unreachable, RouteScope::Universe);
+    message.attributes.push(RouteAttribute::Priority(UNREACHABLE_METRIC));
     let doing = format!("adding the route for {network}");
     put(doing, RouteNetlinkMessage::NewRoute(message))
 }
 
 /// Takes back [`route`].
-pub(super) fn no_route(address: Ipv4Addr) -> Request<RouteNetlinkMessage> {
-    remove_route(blank_route(Ipv4Net::from(address), RouteType::Unicast, RouteScope::Link))
+pub(super) fn no_route(network: impl Into<Ipv4Net>) -> Request<RouteNetlinkMessage> {
+    remove_route(blank_route(network.into(), RouteType::Unicast, RouteScope::Link))
 }
 
 /// Takes back [`unreachable`].

@@ -24,13 +24,14 @@ use std::{fmt, io, net::Ipv4Addr, os::fd::OwnedFd, path::PathBuf};
 use crate::{
     sandbox::{
         SandboxId, Timestamp,
-        network::{Mac, NetworkPolicy, SandboxAddress},
+        network::{Mac, NetworkPolicy, SandboxAddress, WakePorts},
     },
     sys::netns::Identity,
 };
 
 mod condition;
 mod conntrack;
+mod doorbell;
 #[cfg(test)]
 pub(crate) mod fake;
 mod firewall;
@@ -43,6 +44,7 @@ mod nftables;
 mod real;
 mod ruleset;
 
+pub use doorbell::{Listener, Ring};
 pub use real::RealNetwork;
 
 /// Makes and removes the networks of sandboxes.
@@ -52,6 +54,9 @@ pub use real::RealNetwork;
 pub trait Network: fmt::Debug + Send + Sync {
     /// Sees to it that the network of a sandbox is there and whole, with the firewall as
     /// its policy is now. Where it is there already nothing of it is interrupted.
+    ///
+    /// What is sent to a sandbox that [`Self::listen`] was said of is held until
+    /// [`Self::deliver`]: until a VMM has the guest's device open, it would be lost.
     ///
     /// # Errors
     /// Where it cannot be. What was not there before is not there then.
@@ -73,6 +78,32 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// # Errors
     /// Where the sandbox has no network, or another has the device open.
     fn open_tap(&self, id: &SandboxId) -> Result<OwnedFd, Error>;
+
+    /// Has packets that open something to `ports` of a sandbox wake it, which just fell
+    /// asleep, or did before the daemon started. Whoever the daemon has told of rings is
+    /// told once for each wake, and says how that ended.
+    ///
+    /// # Errors
+    /// Where the host cannot hear for sandboxes. Nothing wakes it then but a write.
+    fn listen(&self, address: SandboxAddress, ports: &WakePorts) -> Result<(), Error>;
+
+    /// Passes on what was held for a sandbox while it woke, in order, and has all else go
+    /// to its network. To be said after each wake of one that [`Self::listen`] was said of,
+    /// whatever woke it: when a VMM has the guest's device open, and best just before the
+    /// guest runs. No packet is lost then, and no answer to what the guest says first.
+    ///
+    /// # Errors
+    /// Where the sandbox has no network, or the route to it cannot be made. What was held
+    /// is refused then.
+    fn deliver(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error>;
+
+    /// Tells those whose packets were held for a sandbox that its wake failed, or is not to
+    /// be. The next packet to it that rings does so after a while, and after twice as long
+    /// the next time.
+    fn refuse(&self, address: SandboxAddress);
+
+    /// Has packets to a sandbox wake it no more, as it is to be deleted.
+    fn deafen(&self, address: SandboxAddress);
 
     /// Keeps the network of a sandbox that fell asleep until `until`, so that its
     /// connections outlive a short sleep.

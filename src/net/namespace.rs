@@ -218,24 +218,45 @@ pub(super) fn counters(namespace: &Namespace) -> Result<Vec<(String, u64, u64)>,
     })
 }
 
-/// Takes the host's end of the link into use; its route comes last.
+/// Takes the host's end of the link into use.
 ///
 /// # Errors
 /// Where there is none, or the kernel refuses.
-pub(super) fn connect(
-    links: &Kernel,
-    plan: &AddressPlan,
-    address: SandboxAddress,
-) -> Result<(), Error> {
+pub(super) fn connect(links: &Kernel, address: SandboxAddress) -> Result<(), Error> {
     let outer = link::find(links, &address.host_link())?.ok_or(Error::NotThere)?.index;
     let requests = vec![
         link::without_ipv6(outer),
         link::forwarding(outer),
         link::neighbour(outer, address.ip(), address.inner_mac()),
         link::up(outer),
-        link::route(outer, address.ip(), plan.host_address()),
     ];
     links.apply(requests, Answers::Each)
+}
+
+/// Sends what is for the sandbox to its link, which is the last thing to do.
+///
+/// # Errors
+/// Where there is no link, or the kernel refuses.
+pub(super) fn route(
+    links: &Kernel,
+    plan: &AddressPlan,
+    address: SandboxAddress,
+) -> Result<(), Error> {
+    let outer = link::find(links, &address.host_link())?.ok_or(Error::NotThere)?.index;
+    let route = link::route(outer, address.ip(), plan.host_address());
+    links.apply(vec![route], Answers::Each)
+}
+
+/// Waits until a packet to the sandbox gets to whoever has its guest's device open. Returns
+/// whether it does.
+///
+/// # Errors
+/// Where a link is missing.
+pub(super) fn wait_until_up(namespace: &Namespace) -> Result<bool, Error> {
+    enter(namespace, |_| {
+        let links = link::here()?;
+        Ok(link::wait_until_up(&links, UPLINK)? && link::wait_until_up(&links, TAP)?)
+    })
 }
 
 fn enter<T: Send + 'static>(

@@ -2,14 +2,16 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    fmt, fs, io,
     net::Ipv4Addr,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
 use super::{
-    Applied, Count, Counters, Error, Known, Network, Ready, Reconciled, Wanted, firewall, host,
+    Applied, Count, Counters, Error, Known, Listener, Network, Ready, Reconciled, Wanted,
+    doorbell::Doorbell,
+    firewall, host,
     linger::Lingering,
     link,
     namespace::{self, Design, Verdict},
@@ -20,10 +22,10 @@ use crate::{
         SandboxId, Timestamp,
         network::{
             AddressPlan, GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, Reach,
-            SandboxAddress,
+            SandboxAddress, WakePorts,
         },
     },
-    sync::{Mutex, lock},
+    sync::{Arc, Mutex, lock},
     sys::{
         mount,
         netns::{self, Namespace},
@@ -37,13 +39,15 @@ const PINS: &str = "netns";
 ///
 /// # Locking
 /// `prepared` is held while the host is prepared, so that whoever comes second waits for
-/// it. Nothing else is locked meanwhile.
-#[derive(Debug)]
+/// it. Nothing else is locked meanwhile. `doorbell` is held while the doorbell is hung up,
+/// and then `prepared` may be locked; whoever uses the doorbell holds neither.
 pub struct RealNetwork {
     plan: AddressPlan,
     pins: PathBuf,
     lingering: Lingering,
     prepared: Mutex<bool>,
+    listener: Option<Arc<Listener>>,
+    doorbell: Mutex<Option<Arc<Doorbell>>>,
 }
 
 impl RealNetwork {
@@ -57,7 +61,17 @@ impl RealNetwork {
             pins: runtime.join(PINS),
             lingering: Lingering::default(),
             prepared: Mutex::new(false),
+            listener: None,
+            doorbell: Mutex::new(None),
         }
+    }
+
+    /// Has `listener` told of packets to sandboxes that sleep, for it to wake them. It is
+    /// called by the thread that hears, and passes the news on. Without a listener nothing
+    /// but a write wakes anybody.
+    #[must_use]
+    pub fn ringing(self, listener: Arc<Listener>) -> Self {
+        Self { listener: Some(listener), ..self }
     }
 
     /// Removes everything that is ours, of every sandbox and of the host.
@@ -65,6 +79,8 @@ impl RealNetwork {
     /// # Errors
     /// Where something stays; the rest was removed all the same.
     pub fn dismantle(&self) -> Result<(), Error> {
+        // Its thread has ended when nobody has it.
+        drop(lock(&self.doorbell).take());
         let mut prepared = lock(&self.prepared);
         let mut errors: Vec<String> = Vec::new();
         errors.extend(self.reconcile(&[]).err().map(|error| chain(&error)));
@@ -100,6 +116,45 @@ impl RealNetwork {
         Ok(())
     }
 
+    /// Returns the doorbell if there is one, which there is once somebody is to be heard.
+    fn doorbell(&self) -> Option<Arc<Doorbell>> {
+        lock(&self.doorbell).clone()
+    }
+
+    /// Returns the doorbell, which is hung up if it is not there, or does not work.
+    fn hang_up(&self, listener: &Arc<Listener>) -> Result<Arc<Doorbell>, Error> {
+        let mut doorbell = lock(&self.doorbell);
+        let mut sleepers = Vec::new();
+        if let Some(there) = doorbell.as_ref() {
+            if there.works() {
+                return Ok(Arc::clone(there));
+            }
+            // Somebody took its device away.
+            sleepers = there.sleepers();
+            *lock(&self.prepared) = false;
+        }
+        self.prepare()?;
+        let new = Arc::new(Doorbell::start(self.plan, Arc::clone(listener), sleepers)?);
+        *doorbell = Some(Arc::clone(&new));
+        Ok(new)
+    }
+
+    /// Says whether what is sent to the sandbox is held for now.
+    fn is_held(&self, address: SandboxAddress) -> bool {
+        self.doorbell().is_some_and(|doorbell| doorbell.hears(address))
+    }
+
+    /// Takes the host's end of a sandbox's link into use. Its route comes last, and for one
+    /// that is still heard for not yet.
+    fn connect(&self, address: SandboxAddress) -> Result<(), Error> {
+        let links = link::here()?;
+        namespace::connect(&links, address)?;
+        if self.is_held(address) {
+            return Ok(());
+        }
+        namespace::route(&links, &self.plan, address)
+    }
+
     fn design(&self, wanted: &Wanted) -> Result<Design, Error> {
         let host_addresses: Vec<Ipv4Addr> = link::addresses(&link::here()?)?;
         Ok(Design::new(&self.plan, &host_addresses, wanted))
@@ -112,7 +167,7 @@ impl RealNetwork {
         // The kernel takes links away some time after their namespace.
         host::remove_link(&links, &self.plan, &address.host_link())?;
         let made = namespace::make(&self.pin(&id), design)?;
-        match namespace::connect(&links, &self.plan, address) {
+        match self.connect(address) {
             Ok(()) => Ok(made),
             Err(error) => match self.take_away(&id, address) {
                 Ok(()) => Err(error),
@@ -174,7 +229,7 @@ impl Network for RealNetwork {
         let links = link::here()?;
         let namespace = match usable {
             Some(namespace) if link::find(&links, &wanted.address.host_link())?.is_some() => {
-                namespace::connect(&links, &self.plan, wanted.address)?;
+                self.connect(wanted.address)?;
                 namespace
             }
             Some(_) | None => {
@@ -204,6 +259,43 @@ impl Network for RealNetwork {
     fn open_tap(&self, id: &SandboxId) -> Result<OwnedFd, Error> {
         let namespace = self.open(id)?.ok_or(Error::NotThere)?;
         namespace::open_tap(&namespace)
+    }
+
+    fn listen(&self, address: SandboxAddress, ports: &WakePorts) -> Result<(), Error> {
+        let Some(listener) = &self.listener else { return Ok(()) };
+        self.hang_up(listener)?.listen(address, ports)
+    }
+
+    fn deliver(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error> {
+        let Some(doorbell) = self.doorbell().filter(|doorbell| doorbell.hears(address)) else {
+            return Ok(());
+        };
+        let routed = self.open(id).and_then(|namespace| {
+            let links = link::here()?;
+            let is_up = namespace::wait_until_up(&namespace.ok_or(Error::NotThere)?)?
+                && link::wait_until_up(&links, &address.host_link())?;
+            if !is_up {
+                tracing::warn!(%id, "nobody has the guest's device open; what comes is lost");
+            }
+            namespace::route(&links, &self.plan, address)
+        });
+        match routed {
+            Ok(()) => doorbell.deliver(address),
+            Err(_) => doorbell.refuse(address),
+        }
+        routed
+    }
+
+    fn refuse(&self, address: SandboxAddress) {
+        if let Some(doorbell) = self.doorbell() {
+            doorbell.refuse(address);
+        }
+    }
+
+    fn deafen(&self, address: SandboxAddress) {
+        if let Some(doorbell) = self.doorbell() {
+            doorbell.deafen(address);
+        }
     }
 
     fn linger(&self, id: &SandboxId, until: Timestamp) {
@@ -278,6 +370,16 @@ impl Network for RealNetwork {
             excess: count(firewall::EXCESS),
             unasked: count(firewall::UNASKED),
         }))
+    }
+}
+
+impl fmt::Debug for RealNetwork {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RealNetwork")
+            .field("plan", &self.plan)
+            .field("pins", &self.pins)
+            .field("doorbell", &self.doorbell())
+            .finish_non_exhaustive()
     }
 }
 

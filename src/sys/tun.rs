@@ -9,6 +9,12 @@ use std::{
         fd::{AsRawFd, OwnedFd},
         unix::fs::OpenOptionsExt,
     },
+    time::Duration,
+};
+
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    io::{Errno, read, write},
 };
 
 /// Where such devices are made, and opened.
@@ -70,6 +76,92 @@ pub fn open(name: &str, device: Device) -> io::Result<OwnedFd> {
     Ok(attach(name, device)?.into())
 }
 
+/// The packets that the kernel sends by a device whose other end we are.
+#[derive(Debug)]
+pub struct Packets {
+    device: OwnedFd,
+    stop: OwnedFd,
+}
+
+/// Why a wait for packets is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Awaited {
+    /// There may be packets.
+    Packets,
+    /// It has been long enough.
+    Nothing,
+    /// Nobody is to wait any more.
+    Stop,
+}
+
+impl Packets {
+    /// Opens the device `name`, as [`open`] does.
+    ///
+    /// # Errors
+    /// As [`open`], and where there are too many open files.
+    pub fn open(name: &str, device: Device) -> io::Result<Self> {
+        let device = open(name, device)?;
+        Ok(Self { device, stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)? })
+    }
+
+    /// Waits for packets, for at most `limit`.
+    ///
+    /// # Errors
+    /// Where the device is gone.
+    pub fn wait(&self, limit: Option<Duration>) -> io::Result<Awaited> {
+        let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        let mut fds = [&self.device, &self.stop].map(|fd| PollFd::new(fd, PollFlags::IN));
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(0) => return Ok(Awaited::Nothing),
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(Awaited::Packets),
+            Err(errno) => return Err(errno.into()),
+        }
+        if !fds[1].revents().is_empty() {
+            return Ok(Awaited::Stop);
+        }
+        if fds[0].revents().contains(PollFlags::ERR) {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the device is gone"));
+        }
+        Ok(Awaited::Packets)
+    }
+
+    /// Ends every wait, for good.
+    pub fn stop(&self) {
+        // An eventfd takes a number of this size unless it is full, and then it is readable.
+        let _written = write(&self.stop, &1_u64.to_ne_bytes());
+    }
+
+    /// Reads the next packet, if there is one. What does not fit into `buffer` is cut.
+    ///
+    /// # Errors
+    /// Where the device is gone.
+    pub fn read<'a>(&self, buffer: &'a mut [u8]) -> io::Result<Option<&'a [u8]>> {
+        loop {
+            match read(&self.device, &mut *buffer) {
+                Ok(length) => return Ok(Some(&buffer[..length])),
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Has a packet come out of the device.
+    ///
+    /// # Errors
+    /// Where the device is gone or down, or the kernel has no room.
+    pub fn write(&self, packet: &[u8]) -> io::Result<()> {
+        loop {
+            match write(&self.device, packet) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
 fn attach(name: &str, device: Device) -> io::Result<File> {
     let file =
         OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(PATH)?;
@@ -120,6 +212,29 @@ mod tests {
             assert!(make("tap0", Device::Tun, 1000).is_err());
             assert!(make("a-name-that-is-too-long", Device::Tap, 0).is_err());
             assert!(make("", Device::Tap, 0).is_err());
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_wait_for_packets_ends_by_the_clock_by_a_word_and_with_the_device() {
+        netns::in_a_new_one(|_| {
+            make("tun0", Device::Tun, 0).unwrap();
+            let packets = Packets::open("tun0", Device::Tun).unwrap();
+            let moment = Some(Duration::from_millis(1));
+            assert_eq!(packets.wait(moment).unwrap(), Awaited::Nothing);
+            assert_eq!(packets.read(&mut [0; 64]).unwrap(), None);
+            // The device is down.
+            packets.write(&[0x45; 20]).unwrap_err();
+            packets.stop();
+            assert_eq!(packets.wait(None).unwrap(), Awaited::Stop);
+            drop(packets);
+            let packets = Packets::open("tun0", Device::Tun).unwrap();
+            let ip = crate::sys::command::find("ip").unwrap();
+            let limit = Duration::from_secs(30);
+            crate::sys::command::output(&ip, &["link", "del", "tun0"], limit).unwrap();
+            packets.wait(None).unwrap_err();
+            packets.read(&mut [0; 64]).unwrap_err();
         })
         .unwrap();
     }

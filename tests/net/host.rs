@@ -4,11 +4,15 @@ use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     path::Path,
+    sync::{
+        Arc, Mutex,
+        mpsc::{self, Receiver},
+    },
     time::Duration,
 };
 
 use dozed::{
-    net::{Network, Ready, RealNetwork, Wanted},
+    net::{Network, Ready, RealNetwork, Ring, Wanted},
     sandbox::{
         SandboxId,
         network::{AddressPlan, Destinations, NetworkPolicy, Reach, SandboxAddress},
@@ -59,6 +63,7 @@ pub(crate) struct Host {
     pub(crate) plan: AddressPlan,
     internet: Namespace,
     runtime: TempDir,
+    rings: Mutex<Receiver<(SandboxAddress, Ring)>>,
 }
 
 /// Runs `test` on a new host, and sees to it that nothing is left of it.
@@ -82,8 +87,13 @@ impl Host {
         // The open file keeps the namespace.
         netns::unpin(&pin).unwrap();
         let plan = AddressPlan::default();
-        let network = RealNetwork::new(plan, runtime.path());
-        let host = Self { network, plan, internet, runtime };
+        let (rang, rings) = mpsc::channel();
+        let network =
+            RealNetwork::new(plan, runtime.path()).ringing(Arc::new(move |address, ring| {
+                // Nobody hears of it when the test is over.
+                rang.send((address, ring)).ok();
+            }));
+        let host = Self { network, plan, internet, runtime, rings: Mutex::new(rings) };
         host.wire();
         host
     }
@@ -162,6 +172,17 @@ impl Host {
         let sandbox = Sandbox { wanted, ready, guest };
         sandbox.wait_until_up();
         sandbox
+    }
+
+    /// Waits for a packet to a sleeper that rings.
+    pub(crate) fn rung(&self) -> (SandboxAddress, Ring) {
+        self.rings.lock().unwrap().recv_timeout(SOON).expect("nobody rings")
+    }
+
+    /// Returns who has rung and not been waited for, after a while in which nobody did.
+    pub(crate) fn rings(&self) -> Vec<(SandboxAddress, Ring)> {
+        let rings = self.rings.lock().unwrap();
+        std::iter::from_fn(|| rings.recv_timeout(SILENCE).ok()).collect()
     }
 
     pub(crate) fn runtime(&self) -> &Path {

@@ -8,6 +8,7 @@
 
 mod change;
 mod destination;
+mod doorbell;
 mod guest;
 mod host;
 mod inbound;

@@ -376,10 +376,11 @@ pub(super) fn host_table(plan: &AddressPlan) -> String {
     format!("{TABLE}_{:08x}", plan.link_group())
 }
 
-/// What is in force on the host for all sandboxes of `plan`; it is the same however many
-/// there are. A second guard, should the first have a hole: nothing opens a connection to
-/// the host, no sandbox reaches another, and nothing but the host reaches a sandbox.
-pub(super) fn of_host(plan: &AddressPlan) -> Ruleset {
+/// What is in force on the host for all sandboxes of `plan`, whose sleepers' packets come to
+/// and from the device `doorbell`; it is the same however many there are. A second guard,
+/// should the first have a hole: nothing opens a connection to the host, no sandbox reaches
+/// another, and nothing but the host reaches a sandbox.
+pub(super) fn of_host(plan: &AddressPlan, doorbell: &str) -> Ruleset {
     let group = plan.link_group();
     let hook = |kind, at, priority| Hook { kind, at, priority, otherwise: Fate::Accept };
     let sandboxes = || from_group(group);
@@ -394,6 +395,8 @@ pub(super) fn of_host(plan: &AddressPlan) -> Ruleset {
             "forward",
             hook(Kind::Filter, At::Forward, FILTER),
             [
+                // What was held for a sandbox while it woke; only the daemon writes there.
+                rule([from_device(doorbell), to_group(group), accept()]),
                 rule([sandboxes(), to_group(group), goto(REFUSE)]),
                 rule([sandboxes(), not_ipv4(), drop_it()]),
                 rule([sandboxes(), not_from_network(plan.range()), drop_it()]),

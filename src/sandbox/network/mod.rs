@@ -5,13 +5,17 @@
 
 mod plan;
 mod policy;
+mod port;
 mod span;
 mod special;
+mod wake_on;
 
 pub use plan::{
     AddressPlan, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, Mac,
     PlanError, SandboxAddress,
 };
 pub use policy::{Destinations, Nameservers, NetworkPolicy, PolicyError, Reach};
+pub use port::{Ports, Transport};
 pub use span::{Span, merged, without};
 pub use special::{is_public, never_reachable, public_spans, why_not_public};
+pub use wake_on::{WakeOn, WakePorts};

@@ -1,0 +1,415 @@
+//! Packets to sandboxes that sleep. A wake is pretended: it makes the network, and a guest
+//! behind it that the test speaks for.
+
+use std::{
+    fs,
+    io::{self, ErrorKind, Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
+    thread::{Builder, JoinHandle},
+};
+
+use dozed::{
+    net::{Network, RealNetwork, Wanted},
+    sandbox::network::{GUEST_ADDRESS, Reach, Transport, WakePorts},
+    sys::clock::Stopwatch,
+};
+
+use crate::{
+    guest::{ACK, Guest, Packet, SYN, SYN_ACK, TCP, UDP},
+    host::{
+        HOST, Host, SERVER, SILENCE, SOON, assert_silent, eventually, forwarding, ip, on_a_host,
+    },
+};
+
+/// Puts a sandbox to sleep that never had a network. Every port of TCP wakes it, and udp/53.
+fn sleeper(host: &Host, name: &str, slot: u32) -> Wanted {
+    let wanted = host.wanted(name, slot);
+    listen(host, &wanted);
+    wanted
+}
+
+fn listen(host: &Host, wanted: &Wanted) {
+    let ports = WakePorts::new(&["tcp", "udp/53"]).unwrap();
+    host.network.listen(wanted.address, &ports).unwrap();
+}
+
+/// Wakes a sandbox: when this returns its guest is about to run.
+fn wake(host: &Host, wanted: &Wanted) -> Guest {
+    host.network.ensure(wanted).unwrap();
+    let guest = Guest::new(host.network.open_tap(&wanted.id).unwrap());
+    host.network.deliver(&wanted.id, wanted.address).unwrap();
+    guest
+}
+
+/// Connects to a sandbox and returns what it says first.
+fn call(wanted: &Wanted, port: u16) -> JoinHandle<io::Result<Vec<u8>>> {
+    let to = SocketAddr::from((wanted.address.ip(), port));
+    let call = move || {
+        let mut stream = TcpStream::connect_timeout(&to, SOON)?;
+        stream.set_read_timeout(Some(SOON))?;
+        stream.write_all(b"hello")?;
+        let mut text = vec![0; 7];
+        stream.read_exact(&mut text)?;
+        Ok(text)
+    };
+    Builder::new().name("caller".to_owned()).spawn(call).unwrap()
+}
+
+/// Answers a call to `port` as a guest does.
+fn answer(guest: &Guest, port: u16) {
+    let is_syn = |p: &Packet| p.protocol == TCP && p.port_to() == port && p.tcp_flags() == SYN;
+    let syn = guest.expect("a SYN", is_syn);
+    let back = (syn.source, syn.port_from());
+    let next = syn.tcp_sequence() + 1;
+    let segment = |flags, numbers, text: &[u8]| {
+        let from = (GUEST_ADDRESS, port);
+        guest.send_packet(&Packet::tcp(from, back, flags, numbers, text));
+    };
+    segment(SYN_ACK, (500, next), b"");
+    guest.expect("the text", |p| p.protocol == TCP && !is_syn(p) && p.text() == b"hello");
+    segment(ACK, (501, next + 5), b"welcome");
+}
+
+/// A socket of the host that speaks to udp/53 of a sandbox.
+fn asks(wanted: &Wanted) -> UdpSocket {
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    socket.connect(SocketAddr::from((wanted.address.ip(), 53))).unwrap();
+    socket
+}
+
+fn next_text(guest: &Guest) -> String {
+    let packet = guest.expect("a datagram", |packet| packet.protocol == UDP);
+    String::from_utf8(packet.text().to_vec()).unwrap()
+}
+
+/// How often a SYN was sent again in the namespace of this thread.
+fn syns_again() -> u64 {
+    let text = fs::read_to_string("/proc/thread-self/net/netstat").unwrap();
+    let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    let at = names.split(' ').position(|name| name == "TCPSynRetrans").unwrap();
+    values.split(' ').nth(at).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_connection_to_a_sleeper_rings_and_is_made_when_it_has_woken() {
+    on_a_host(|host| {
+        let wanted = sleeper(host, "a", 0);
+        let watch = Stopwatch::start();
+        let caller = call(&wanted, 22);
+        let (address, ring) = host.rung();
+        assert_eq!(address, wanted.address);
+        assert_eq!((ring.transport, ring.port), (Transport::Tcp, 22));
+        assert_eq!(ring.from, host.plan.host_address());
+        let guest = wake(host, &wanted);
+        let woken_after = watch.elapsed();
+        answer(&guest, 22);
+        // It was the first SYN that came, and not the one that is sent after a second.
+        assert!(syns_again() == 0 || woken_after.as_millis() > 900);
+        assert_eq!(caller.join().unwrap().unwrap(), b"welcome");
+        assert!(host.rings().is_empty());
+        // It is awake, and has nothing to do with the doorbell any more.
+        let caller = call(&wanted, 23);
+        answer(&guest, 23);
+        caller.join().unwrap().unwrap();
+        assert!(host.rings().is_empty());
+    });
+}
+
+#[test]
+fn a_burst_of_datagrams_rings_once_and_arrives_in_order() {
+    on_a_host(|host| {
+        let wanted = sleeper(host, "a", 0);
+        let socket = asks(&wanted);
+        for number in 0..40 {
+            socket.send(format!("{number}").as_bytes()).unwrap();
+        }
+        host.rung();
+        host.network.ensure(&wanted).unwrap();
+        let guest = Guest::new(host.network.open_tap(&wanted.id).unwrap());
+        // What is sent while it wakes comes after the rest, and before what is sent later.
+        for number in 40..50 {
+            socket.send(format!("{number}").as_bytes()).unwrap();
+        }
+        host.network.deliver(&wanted.id, wanted.address).unwrap();
+        socket.send(b"50").unwrap();
+        for number in 0..=50 {
+            assert_eq!(next_text(&guest), number.to_string());
+        }
+        assert!(host.rings().is_empty());
+        // The guest's answer gets to who asked.
+        let from = socket.local_addr().unwrap();
+        let to = (host.plan.host_address(), from.port());
+        guest.send_packet(&Packet::udp((GUEST_ADDRESS, 53), to, b"answer"));
+        let mut text = [0; 6];
+        socket.recv(&mut text).unwrap();
+        assert_eq!(&text, b"answer");
+    });
+}
+
+#[test]
+fn many_who_call_many_sleepers_at_once_all_get_through() {
+    const SLEEPERS: u32 = 8;
+    const PORTS: [u16; 3] = [22, 80, 443];
+    on_a_host(|host| {
+        let sleepers: Vec<_> =
+            (0..SLEEPERS).map(|slot| sleeper(host, &format!("s{slot}"), slot)).collect();
+        let callers: Vec<_> =
+            sleepers.iter().flat_map(|wanted| PORTS.map(|port| call(wanted, port))).collect();
+        let mut awake = Vec::new();
+        for _ in 0..SLEEPERS {
+            let (address, _) = host.rung();
+            let wanted = sleepers.iter().find(|wanted| wanted.address == address).unwrap();
+            assert!(!awake.contains(&address), "{address} rang twice");
+            awake.push(address);
+            let guest = wake(host, wanted);
+            let answers = move || guest_of_three(&guest, PORTS);
+            Builder::new().name("guest".to_owned()).spawn(answers).unwrap();
+        }
+        for caller in callers {
+            assert_eq!(caller.join().unwrap().unwrap(), b"welcome");
+        }
+        assert!(host.rings().is_empty());
+    });
+}
+
+/// Answers one call to each of the ports, in whichever order what they say comes.
+fn guest_of_three(guest: &Guest, ports: [u16; 3]) {
+    let mut done = 0;
+    while done < ports.len() {
+        let packet = guest.expect("a segment", |packet| packet.protocol == TCP);
+        let back = (packet.source, packet.port_from());
+        let from = (GUEST_ADDRESS, packet.port_to());
+        let said = u32::try_from(packet.text().len()).unwrap();
+        let next = packet.tcp_sequence() + said;
+        if packet.tcp_flags() == SYN {
+            guest.send_packet(&Packet::tcp(from, back, SYN_ACK, (500, next + 1), b""));
+        } else if said > 0 {
+            guest.send_packet(&Packet::tcp(from, back, ACK, (501, next), b"welcome"));
+            done += 1;
+        }
+    }
+}
+
+#[test]
+fn a_wake_that_fails_is_told_to_those_who_wait_and_for_a_while_to_all() {
+    on_a_host(|host| {
+        let wanted = sleeper(host, "a", 0);
+        let caller = call(&wanted, 22);
+        host.rung();
+        let socket = asks(&wanted);
+        // It is held with the other one, unless it comes after the refusal, which it does
+        // not wait for either.
+        socket.send(b"?").unwrap();
+        host.network.refuse(wanted.address);
+        let error = caller.join().unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        let error = socket.recv(&mut [0; 8]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::HostUnreachable);
+        // Packets ring again when the pause is over.
+        let caller = eventually("another ring", || {
+            let caller = call(&wanted, 22);
+            if host.rings().is_empty() {
+                caller.join().unwrap().unwrap_err();
+                return None;
+            }
+            Some(caller)
+        });
+        let guest = wake(host, &wanted);
+        answer(&guest, 22);
+        assert_eq!(caller.join().unwrap().unwrap(), b"welcome");
+    });
+}
+
+#[test]
+fn what_does_not_wake_is_told_so_at_once() {
+    on_a_host(|host| {
+        let wanted = host.wanted("a", 0);
+        host.network.listen(wanted.address, &WakePorts::new(&["tcp/22"]).unwrap()).unwrap();
+        let refused = |port| call(&wanted, port).join().unwrap().unwrap_err().kind();
+        assert_eq!(refused(80), ErrorKind::ConnectionRefused);
+        let socket = asks(&wanted);
+        socket.send(b"?").unwrap();
+        let error = socket.recv(&mut [0; 8]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::HostUnreachable);
+        // One that is not heard for, or not any more, is as if it were not there.
+        let other = host.wanted("b", 1);
+        let error = call(&other, 22).join().unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::HostUnreachable);
+        host.network.deafen(wanted.address);
+        assert_eq!(refused(22), ErrorKind::HostUnreachable);
+        assert!(host.rings().is_empty());
+    });
+}
+
+#[test]
+fn nobody_rings_who_could_not_speak_to_a_sandbox_that_is_awake() {
+    on_a_host(|host| {
+        let wanted = sleeper(host, "a", 0);
+        let to = SocketAddr::from((wanted.address.ip(), 53));
+        // From another address of the host, and from the internet by way of the host.
+        let other = UdpSocket::bind((HOST, 0)).unwrap();
+        other.send_to(b"other", to).unwrap();
+        let range = host.plan.range();
+        host.internet(move || ip(&format!("route add {range} via {HOST}")));
+        let outside = host.udp_server(SERVER, 4000);
+        outside.send_to(b"outside", to).unwrap();
+        assert!(host.rings().is_empty());
+        // Nor does another sandbox.
+        let sibling = host.sandbox("b", 1);
+        sibling.guest.udp(5000, (wanted.address.ip(), 53), b"sibling");
+        assert!(host.rings().is_empty());
+        // And the host itself does.
+        asks(&wanted).send(b"host").unwrap();
+        host.rung();
+        let guest = wake(host, &wanted);
+        assert_eq!(next_text(&guest), "host");
+        assert_eq!(guest.packet(SILENCE, |packet| packet.protocol == UDP), None);
+        assert_silent(&outside);
+    });
+}
+
+#[test]
+fn a_sandbox_whose_network_lingers_is_waked_and_its_connections_live_on() {
+    on_a_host(|host| {
+        let sandbox = host.sandbox("a", 0);
+        let (wanted, ready) = (sandbox.wanted.clone(), sandbox.ready.clone());
+        let to = SocketAddr::from((sandbox.address().ip(), 8080));
+        let caller = Builder::new()
+            .name("caller".to_owned())
+            .spawn(move || TcpStream::connect_timeout(&to, SOON).unwrap());
+        let syn = sandbox.guest.expect("a SYN", |p| p.protocol == TCP && p.tcp_flags() == SYN);
+        let back = (syn.source, syn.port_from());
+        let next = syn.tcp_sequence() + 1;
+        sandbox.guest.send_packet(&Packet::tcp(
+            (GUEST_ADDRESS, 8080),
+            back,
+            SYN_ACK,
+            (500, next),
+            b"",
+        ));
+        let mut stream = caller.unwrap().join().unwrap();
+        // It falls asleep, and its namespace stays.
+        drop(sandbox.guest);
+        listen(host, &wanted);
+        stream.write_all(b"are you there?").unwrap();
+        assert!(host.rings().is_empty(), "what is said on a connection opens nothing");
+        asks(&wanted).send(b"knock").unwrap();
+        host.rung();
+        assert_eq!(host.network.ensure(&wanted).unwrap(), ready);
+        let guest = Guest::new(host.network.open_tap(&wanted.id).unwrap());
+        host.network.deliver(&wanted.id, wanted.address).unwrap();
+        assert_eq!(next_text(&guest), "knock");
+        guest.expect("what was said", |p| p.protocol == TCP && p.text() == b"are you there?");
+        guest.send_packet(&Packet::tcp((GUEST_ADDRESS, 8080), back, ACK, (501, next + 14), b"yes"));
+        let mut text = [0; 3];
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        stream.read_exact(&mut text).unwrap();
+    });
+}
+
+#[test]
+fn it_works_on_a_host_that_is_strict_and_does_not_forward() {
+    on_a_host(|host| {
+        forwarding(false);
+        for of in ["all", "default"] {
+            fs::write(format!("/proc/sys/net/ipv4/conf/{of}/rp_filter"), "1").unwrap();
+        }
+        let mut wanted = sleeper(host, "a", 0);
+        wanted.policy.reach = Reach::Isolated;
+        let caller = call(&wanted, 22);
+        host.rung();
+        let guest = wake(host, &wanted);
+        answer(&guest, 22);
+        assert_eq!(caller.join().unwrap().unwrap(), b"welcome");
+    });
+}
+
+#[test]
+fn a_scan_of_the_range_wakes_a_few_and_no_more() {
+    on_a_host(|host| {
+        let sleepers: Vec<_> =
+            (0..400).map(|slot| sleeper(host, &format!("s{slot}"), slot)).collect();
+        let watch = Stopwatch::start();
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        for wanted in &sleepers {
+            socket.send_to(b"?", (wanted.address.ip(), 53)).unwrap();
+        }
+        let rings = host.rings().len();
+        let seconds = usize::try_from(watch.elapsed().as_secs()).unwrap() + 1;
+        assert!((32..=64 + 16 * seconds).contains(&rings), "{rings}");
+    });
+}
+
+#[test]
+fn a_sandbox_that_cannot_be_passed_anything_refuses_it() {
+    on_a_host(|host| {
+        let wanted = sleeper(host, "a", 0);
+        let caller = call(&wanted, 22);
+        host.rung();
+        // Nobody has made its network.
+        host.network.deliver(&wanted.id, wanted.address).unwrap_err();
+        let error = caller.join().unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    });
+}
+
+#[test]
+fn the_next_daemon_takes_over_what_a_killed_one_left() {
+    on_a_host(|host| {
+        let wanted = sleeper(host, "a", 0);
+        // One daemon for each range.
+        let second = RealNetwork::new(host.plan, host.runtime())
+            .ringing(std::sync::Arc::new(|_, _| panic!("this one hears nothing")));
+        let error = second.listen(wanted.address, &WakePorts::default()).unwrap_err();
+        assert!(error.is_transient(), "{error}");
+        // A daemon that ends has nobody wait.
+        host.network.dismantle().unwrap();
+        // One that was killed leaves its route, and a device that nobody has open.
+        let device = "dozed0ad50000";
+        ip(&format!("tuntap add {device} mode tun"));
+        ip(&format!("link set {device} up"));
+        ip(&format!("route add {} dev {device} proto 213", host.plan.range()));
+        listen(host, &wanted);
+        asks(&wanted).send(b"hello").unwrap();
+        host.rung();
+        let guest = wake(host, &wanted);
+        assert_eq!(next_text(&guest), "hello");
+    });
+}
+
+#[test]
+fn a_device_that_somebody_removes_is_made_again_when_the_next_one_falls_asleep() {
+    on_a_host(|host| {
+        let first = sleeper(host, "a", 0);
+        ip("link del dozed0ad50000");
+        let nobody = || {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket.send_to(b"?", (first.address.ip(), 53)).unwrap_err().kind()
+        };
+        assert_eq!(nobody(), ErrorKind::HostUnreachable);
+        let second = host.wanted("b", 1);
+        eventually("a doorbell that works", || {
+            listen(host, &second);
+            ip("-o link").contains("dozed0ad50000").then_some(())
+        });
+        asks(&first).send(b"hello").unwrap();
+        assert_eq!(host.rung().0, first.address);
+        let guest = wake(host, &first);
+        assert_eq!(next_text(&guest), "hello");
+    });
+}
+
+#[test]
+fn without_anybody_who_is_told_nothing_is_waited_for() {
+    on_a_host(|host| {
+        let silent = RealNetwork::new(host.plan, host.runtime());
+        let wanted = host.wanted("a", 0);
+        silent.listen(wanted.address, &WakePorts::default()).unwrap();
+        drop(host.sandbox("b", 1));
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        let error = socket.send_to(b"?", (wanted.address.ip(), 53)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::HostUnreachable);
+    });
+}
