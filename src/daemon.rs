@@ -136,7 +136,13 @@ pub fn run(config: Config) -> Result<(), Error> {
     let clock = start_clock(&index)?;
     let pool = Arc::new(Pool::new().map_err(host("making a pool of threads"))?);
     let vmms = find_vmms(&config.vmm);
-    let network = RealNetwork::new(config.network.range, &config.runtime);
+    let (ring, rings) = mpsc::channel();
+    let network = RealNetwork::new(config.network.range, &config.runtime).ringing(Arc::new(
+        move |address, what| {
+            // With nobody left to hear it, the daemon is ending.
+            ring.send((address, what)).ok();
+        },
+    ));
     let parts = Parts {
         index,
         auto: auto(&vmms),
@@ -147,6 +153,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     };
     let lifecycle = Lifecycle::new(parts, settings(&config))
         .map_err(host(format!("opening the store {}", config.store.display())))?;
+    lifecycle.attend_rings(rings).map_err(host("hearing of packets"))?;
     let found = lifecycle.reconcile();
     tracing::info!(
         sandboxes = lifecycle.index().len(),

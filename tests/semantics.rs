@@ -231,6 +231,7 @@ fn each_cause_is_listed() {
         Cause::Hold(actor()),
         Cause::Mkdir(actor()),
         Cause::Rmdir(actor()),
+        Cause::Packet("tcp/22 from 10.213.0.1".into()),
         Cause::Idle,
         Cause::Stale,
         Cause::GuestExit,
@@ -242,6 +243,7 @@ fn each_cause_is_listed() {
     | Cause::Hold(_)
     | Cause::Mkdir(_)
     | Cause::Rmdir(_)
+    | Cause::Packet(_)
     | Cause::Idle
     | Cause::Stale
     | Cause::GuestExit

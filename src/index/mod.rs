@@ -351,6 +351,12 @@ impl Index {
         read(&self.table).by_row(row)
     }
 
+    /// Returns the sandbox that has this slot.
+    #[must_use]
+    pub fn by_slot(&self, slot: u32) -> Option<Arc<Entry>> {
+        read(&self.table).by_slot(slot)
+    }
+
     /// Returns up to `limit` sandboxes with numbers above `row`, ascending.
     #[must_use]
     pub fn rows_after(&self, row: RowId, limit: usize) -> Vec<Arc<Entry>> {

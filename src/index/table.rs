@@ -3,7 +3,7 @@
 
 use std::{
     borrow::Borrow,
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     hash::{Hash, Hasher},
     ops::Bound,
     sync::Arc,
@@ -27,15 +27,15 @@ pub(super) struct Table {
 /// Which slots are given.
 #[derive(Debug, Default)]
 struct Slots {
-    given: HashSet<u32>,
+    given: HashMap<u32, RowId>,
     /// All below this one are given.
     low: u32,
 }
 
 impl Slots {
-    fn take(&mut self, slot: u32) {
-        self.given.insert(slot);
-        while self.given.contains(&self.low) {
+    fn take(&mut self, slot: u32, row: RowId) {
+        self.given.insert(slot, row);
+        while self.given.contains_key(&self.low) {
             self.low += 1;
         }
     }
@@ -81,6 +81,10 @@ impl Table {
         }
     }
 
+    pub(super) fn by_slot(&self, slot: u32) -> Option<Arc<Entry>> {
+        self.by_row(*self.slots.given.get(&slot)?)
+    }
+
     pub(super) fn free_slot(&self) -> u32 {
         self.slots.lowest_free()
     }
@@ -92,7 +96,7 @@ impl Table {
     fn take(&mut self, record: &Record) {
         self.users.extend(record.user);
         if let Some(slot) = record.slot {
-            self.slots.take(slot);
+            self.slots.take(slot, record.row);
         }
     }
 
@@ -166,20 +170,20 @@ mod tests {
         let mut slots = Slots::default();
         for expected in 0..4 {
             assert_eq!(slots.lowest_free(), expected);
-            slots.take(expected);
+            slots.take(expected, RowId(9));
         }
         slots.give_back(1);
         slots.give_back(2);
         assert_eq!(slots.lowest_free(), 1);
-        slots.take(1);
+        slots.take(1, RowId(9));
         assert_eq!(slots.lowest_free(), 2);
         slots.give_back(3);
         assert_eq!(slots.lowest_free(), 2);
         // As when an index is loaded, whose rows are in another order.
-        slots.take(7);
-        slots.take(u32::MAX);
+        slots.take(7, RowId(9));
+        slots.take(u32::MAX, RowId(9));
         assert_eq!(slots.lowest_free(), 2);
-        slots.take(2);
+        slots.take(2, RowId(9));
         assert_eq!(slots.lowest_free(), 3);
         slots.give_back(0);
         assert_eq!(slots.lowest_free(), 0);

@@ -75,6 +75,7 @@ impl Lifecycle {
             | Cause::Hold(_)
             | Cause::Mkdir(_)
             | Cause::Rmdir(_)
+            | Cause::Packet(_)
             | Cause::Idle
             | Cause::Stale => &Cause::GuestExit,
         };

@@ -10,14 +10,14 @@
 //! A network outlives the daemon. Start-up removes those of nobody, has those of sleepers
 //! linger for what is left to them, and looks those of the running over.
 
-use std::{path::PathBuf, time::Duration};
+use std::{io, path::PathBuf, sync::mpsc, time::Duration};
 
 use super::{Entry, Error, Held, Lifecycle, Wait, chain, undo::Undo};
 use crate::{
-    net::{self, Counters, Known, Ready, Wanted},
+    net::{self, Counters, Known, Ready, Ring, Wanted},
     sandbox::{
         Cause, NetMode, Period, Record, RowId, State, Timestamp,
-        network::{GUEST_MAC, Mac, SandboxAddress},
+        network::{GUEST_MAC, Mac, SandboxAddress, WakeOn},
     },
     sync::Arc,
     sys::host::own_ids,
@@ -98,17 +98,102 @@ impl Lifecycle {
         let Some(wanted) = self.wanted(&entry.record()) else {
             return Ok(None);
         };
-        undo.push("leaving its network", move || {
-            let left = match entry.record().snapshot {
-                Some(_) => self.let_linger(entry),
-                None => self.disconnect(entry),
-            };
-            Ok(left?)
-        });
+        if entry.record().snapshot.is_none() {
+            // That of a sleeper stays with it, see `end_failed`.
+            undo.push("removing its network", move || Ok(self.disconnect(entry)?));
+        }
         let ready = self.network.ensure(&wanted);
         let Ready { namespace, tap, mac, .. } =
             ready.map_err(net_failed(entry, "making the network of"))?;
         Ok(Some(PlannedNic { namespace, tap: tap.to_owned(), mac }))
+    }
+
+    /// Has packets wake a sandbox that fell asleep, if they are to, and lets its network stay
+    /// for a while.
+    pub(super) fn leave_asleep(&self, entry: &Entry) {
+        if entry.record().state != State::Snapshotted {
+            return;
+        }
+        let heard = self.hear_for(entry);
+        let left = heard.and_then(|()| self.let_linger(entry));
+        if let Err(error) = left {
+            // It sleeps, and a write wakes it.
+            tracing::error!(id = %entry.id(), error = chain(&error), "after a sleep");
+        }
+    }
+
+    /// Has packets wake a sandbox that sleeps, or not, as its `config` says.
+    pub(super) fn hear_for(&self, entry: &Entry) -> Result<(), Error> {
+        let record = entry.record();
+        let Some(address) = self.address(&record) else { return Ok(()) };
+        if record.state != State::Snapshotted || record.spec.wake_on == WakeOn::None {
+            self.network.deafen(address);
+            return Ok(());
+        }
+        let failed = net_failed(entry, "listening for packets to");
+        self.network.listen(address, &record.spec.wake_ports).map_err(failed)
+    }
+
+    /// Passes on what was sent to a sandbox while it slept. Its guest is about to run.
+    pub(super) fn deliver<'a>(&'a self, entry: &'a Entry) -> Result<(), Error> {
+        let record = entry.record();
+        let Some(address) = self.address(&record) else { return Ok(()) };
+        let failed = net_failed(entry, "passing on what was sent to");
+        self.network.deliver(entry.id(), address).map_err(failed)
+    }
+
+    /// Tells whoever sent something to a sandbox that it is not going to have it.
+    pub(super) fn refuse_packets(&self, entry: &Entry) {
+        if let Some(address) = self.address(&entry.record()) {
+            self.network.refuse(address);
+        }
+    }
+
+    /// Starts the thread that hears of packets to sleepers. Each wake is then done on a
+    /// thread of its own.
+    ///
+    /// # Errors
+    /// Where there can be no such thread.
+    pub fn attend_rings(
+        self: &Arc<Self>,
+        rings: mpsc::Receiver<(SandboxAddress, Ring)>,
+    ) -> io::Result<()> {
+        let this = Arc::downgrade(self);
+        std::thread::Builder::new().name("dozed-rings".to_owned()).spawn(move || {
+            while let Ok((address, ring)) = rings.recv() {
+                let Some(lifecycle) = this.upgrade() else { break };
+                let answering = Arc::clone(&lifecycle);
+                if lifecycle.pool.run(move || answering.answer(address, ring)).is_err() {
+                    tracing::warn!(%address, "all threads are busy; a packet wakes nobody");
+                    lifecycle.network.refuse(address);
+                }
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Wakes a sandbox for a packet.
+    pub(super) fn answer(&self, address: SandboxAddress, ring: Ring) {
+        let slot = self.settings.addresses.slot(address);
+        let entry = slot.and_then(|slot| self.index.by_slot(slot));
+        let Some(entry) = entry.and_then(|entry| self.by_row(entry.row())) else {
+            self.network.deafen(address);
+            return;
+        };
+        let cause = Cause::Packet(ring.to_string().into());
+        let woken = self.lock(&entry, Wait::ForIt, cause).and_then(|held| {
+            let record = entry.record();
+            let is_wanted =
+                record.spec.wake_on == WakeOn::Packet && record.state == State::Snapshotted;
+            if is_wanted { self.wake(&held, &entry).map(drop) } else { Ok(()) }
+        });
+        if let Err(error) = woken {
+            let error = chain(&error);
+            tracing::error!(id = %entry.id(), error, "waking for a packet to {ring}");
+        }
+        if entry.record().state != State::Running {
+            self.network.refuse(address);
+        }
     }
 
     /// Lets the network of a sandbox that fell asleep stay for a while.
@@ -132,6 +217,9 @@ impl Lifecycle {
         let record = entry.record();
         let address = record.slot.and_then(|slot| self.settings.addresses.address(slot));
         let Some(address) = address else { return Ok(()) };
+        if record.state != State::Snapshotted {
+            self.network.deafen(address);
+        }
         let failed = net_failed(entry, "removing the network of");
         self.network.remove(entry.id(), address).map_err(failed)
     }
@@ -200,6 +288,12 @@ impl Lifecycle {
                 return;
             }
         };
+        for entry in &entries {
+            if let Err(error) = self.hear_for(entry) {
+                tracing::error!(id = %entry.id(), error = chain(&error), "reconciling");
+                self.note(entry, &error);
+            }
+        }
         for name in found.removed {
             tracing::info!(name, "removed what is of no sandbox");
         }

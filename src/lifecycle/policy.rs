@@ -59,6 +59,11 @@ impl Lifecycle {
             if after != *before {
                 self.amend(held, entry, |record| apply(record, policy))?;
                 self.change_network(held, entry, &before)?;
+                if (after.spec.wake_on, &after.spec.wake_ports)
+                    != (before.spec.wake_on, &before.spec.wake_ports)
+                {
+                    self.hear_for(entry)?;
+                }
                 if after.owner != before.owner {
                     self.give_vsock(entry, after.owner);
                 }

@@ -257,7 +257,8 @@ impl Lifecycle {
                 record.process = None;
                 record.snapshot = Some(SnapshotFacts { generation, bytes, at });
             })?;
-            return self.let_linger(entry);
+            self.leave_asleep(entry);
+            return Ok(());
         }
         let Some(process) = process else {
             return self.lose(held, entry, LOST);
@@ -316,7 +317,8 @@ impl Lifecycle {
             }
         }
         self.step(held, entry, Step::Undo, |record| record.process = None)?;
-        self.let_linger(entry)
+        self.leave_asleep(entry);
+        Ok(())
     }
 
     /// Says whether the VMM in the record was started since the host was.

@@ -131,10 +131,7 @@ impl Lifecycle {
             });
         })?;
         self.cooling.add(record.row, committed.generation, record.since);
-        if let Err(error) = self.let_linger(entry) {
-            // It sleeps, and the reaper tries again.
-            tracing::error!(id = %entry.id(), error = super::chain(&error), "after a sleep");
-        }
+        self.leave_asleep(entry);
         Ok(Outcome::Done)
     }
 

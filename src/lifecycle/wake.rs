@@ -33,7 +33,10 @@ impl Lifecycle {
                     self.saw(entry, Signal::Control);
                     Ok(Outcome::Already)
                 }
-                State::Snapshotted => self.restore(held, entry, operation).map(|()| Outcome::Done),
+                State::Snapshotted => self
+                    .restore(held, entry, operation)
+                    .inspect_err(|_| self.refuse_packets(entry))
+                    .map(|()| Outcome::Done),
                 State::Stopped => self.boot(held, entry, operation).map(|()| Outcome::Done),
                 state @ (State::Booting
                 | State::Snapshotting
@@ -160,6 +163,7 @@ impl Lifecycle {
         });
         self.reach(Arrow::WakeConsumed);
 
+        self.deliver(entry)?;
         lock(&live.machine).resume().map_err(vmm_failed(entry, "resuming"))?;
         self.deflate(entry, &live);
         self.reach(Arrow::WakeResumed);
@@ -456,7 +460,8 @@ impl Lifecycle {
         let ended = if matches!(error, Error::Undo { .. }) {
             self.recover(held, entry, operation)
         } else {
-            self.step(held, entry, Step::Undo, |record| record.process = None).map(drop)
+            self.step(held, entry, Step::Undo, |record| record.process = None)
+                .map(|_| self.leave_asleep(entry))
         };
         if let Err(error) = ended {
             tracing::error!(id = %entry.id(), error = super::chain(&error), "ending an operation");

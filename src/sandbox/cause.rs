@@ -24,6 +24,8 @@ pub enum Cause {
     Mkdir(Actor),
     /// Somebody removed it.
     Rmdir(Actor),
+    /// A packet came for it, which opens this, such as `tcp/22 from 10.213.0.1`.
+    Packet(Box<str>),
     /// It was idle for longer than its `idle_after`.
     Idle,
     /// It slept for longer than its `delete_after`.
@@ -43,6 +45,7 @@ impl Cause {
             Self::Hold(_) => "hold",
             Self::Mkdir(_) => "mkdir",
             Self::Rmdir(_) => "rmdir",
+            Self::Packet(_) => "packet",
             Self::Idle => "idle",
             Self::Stale => "stale",
             Self::GuestExit => "guest-exit",
@@ -57,7 +60,7 @@ impl Cause {
             Self::Write(actor) | Self::Hold(actor) | Self::Mkdir(actor) | Self::Rmdir(actor) => {
                 Some(actor)
             }
-            Self::Idle | Self::Stale | Self::GuestExit | Self::Reconcile => None,
+            Self::Packet(_) | Self::Idle | Self::Stale | Self::GuestExit | Self::Reconcile => None,
         }
     }
 }
@@ -77,6 +80,9 @@ impl fmt::Display for Actor {
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.word())?;
+        if let Self::Packet(opens) = self {
+            write!(f, " to {opens}")?;
+        }
         self.actor().map_or(Ok(()), |actor| write!(f, " by {actor}"))
     }
 }
@@ -91,6 +97,8 @@ mod tests {
         let hidden = Actor { pid: None, command: None, uid: 7 };
         assert_eq!(Cause::Write(known).to_string(), "write by pid 123 (bash) uid 1000");
         assert_eq!(Cause::Rmdir(hidden).to_string(), "rmdir by uid 7");
+        let packet = Cause::Packet("tcp/22 from 10.213.0.1".into());
+        assert_eq!(packet.to_string(), "packet to tcp/22 from 10.213.0.1");
         assert_eq!(Cause::GuestExit.to_string(), "guest-exit");
     }
 }

@@ -8,7 +8,9 @@ use std::{
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use toml::Spanned;
 
-use super::network::{Destinations, Nameservers, NetworkPolicy, PolicyError, Reach};
+use super::network::{
+    Destinations, Nameservers, NetworkPolicy, PolicyError, Reach, WakeOn, WakePorts,
+};
 
 const MIB: u64 = 1 << 20;
 /// Less memory than this boots no guest that we know of.
@@ -119,6 +121,10 @@ pub struct Spec {
     pub denied: Destinations,
     /// What it reaches although it is not of the public internet, or is isolated.
     pub allowed: Destinations,
+    /// Whether packets wake it.
+    pub wake_on: WakeOn,
+    /// To which ports they do.
+    pub wake_ports: WakePorts,
     /// Whether it has a balloon, by which its guest gives back memory that it has freed.
     pub balloon: bool,
     /// Whether its guest is asked for all memory that it can spare before it is put to sleep.
@@ -165,6 +171,8 @@ impl Default for Spec {
             nameservers: Nameservers::read(NAMESERVERS.into_iter()).expect("they are public"),
             denied: Destinations::default(),
             allowed: Destinations::default(),
+            wake_on: WakeOn::None,
+            wake_ports: WakePorts::default(),
             balloon: true,
             inflate_before_sleep: false,
             vsock: false,
@@ -195,6 +203,8 @@ pub struct SpecDocument {
     nameservers: Option<Entries>,
     denied: Option<Entries>,
     allowed: Option<Entries>,
+    wake_on: Option<Spanned<WakeOn>>,
+    wake_ports: Option<WakePorts>,
     balloon: Option<Switch>,
     inflate_before_sleep: Option<Switch>,
     vsock: Option<Switch>,
@@ -303,6 +313,8 @@ impl SpecDocument {
             nameservers,
             denied,
             allowed,
+            wake_on: self.wake_on.map_or(base.wake_on, Spanned::into_inner),
+            wake_ports: self.wake_ports.unwrap_or_else(|| base.wake_ports.clone()),
             balloon: switch("balloon", self.balloon, base.balloon)?,
             inflate_before_sleep: switch(
                 "inflate_before_sleep",
@@ -324,6 +336,7 @@ impl SpecDocument {
             memory_mode: self.memory_mode.as_ref().map(|key| line(key.span().start)),
             restore_mode: self.restore_mode.as_ref().map(|key| line(key.span().start)),
             net: self.net.as_ref().map(|key| line(key.span().start)),
+            wake_on: self.wake_on.as_ref().map(|key| line(key.span().start)),
             balloon: of_switch(&self.balloon),
             inflate: of_switch(&self.inflate_before_sleep),
             vsock: of_switch(&self.vsock),
@@ -337,6 +350,7 @@ struct Lines {
     memory_mode: Option<usize>,
     restore_mode: Option<usize>,
     net: Option<usize>,
+    wake_on: Option<usize>,
     balloon: Option<usize>,
     inflate: Option<usize>,
     vsock: Option<usize>,
@@ -381,6 +395,12 @@ impl Spec {
             let message = "`vsock = true` needs Cloud Hypervisor; write \
                            `vmm = \"cloud-hypervisor\"`, or `vsock = false`";
             let line = lines.vsock.or(lines.vmm);
+            return Err(SpecError { line, message: message.to_owned() });
+        }
+        if self.wake_on == WakeOn::Packet && self.net == NetMode::None {
+            let message = "`wake_on = \"packet\"` needs a network; write `net = \"isolated\"` or \
+                           `\"internet\"`, or `wake_on = \"none\"`";
+            let line = lines.wake_on.or(lines.net);
             return Err(SpecError { line, message: message.to_owned() });
         }
         self.check_disks(lines)
@@ -434,6 +454,8 @@ impl Spec {
     pub fn is_same_machine(&self, other: &Self) -> bool {
         let mut like = other.clone();
         like.keep_policy(self);
+        like.wake_on = self.wake_on;
+        like.wake_ports = self.wake_ports.clone();
         let has_net = |spec: &Self| spec.net != NetMode::None;
         if has_net(&like) == has_net(self) {
             like.net = self.net;
@@ -575,7 +597,8 @@ mod tests {
                     restore_mode = \"copy\"\nkernel = \"/k\"\n\
                     cmdline = \"quiet\"\nnet = \"isolated\"\n\
                     nameservers = [\"9.9.9.9\"]\ndenied = [\"10.0.0.0/8\", \"1.2.3.4\"]\n\
-                    allowed = []\nballoon = true\n\
+                    allowed = []\nwake_on = \"packet\"\nwake_ports = [\"tcp/22\", \"udp/53\"]\n\
+                    balloon = true\n\
                     inflate_before_sleep = true\nvsock = false\n\n\
                     [[disks]]\npath = \"/d\"\nreadonly = true\n";
         let spec = parse(text).unwrap();
@@ -656,6 +679,9 @@ mod tests {
             (Spec::default(), "vsock = true\nvmm = \"qemu\"", 1, "needs Cloud Hypervisor"),
             (connected, "\nvmm = \"qemu\"", 2, "needs Cloud Hypervisor"),
             (translated, "\n\nvsock = true", 3, "needs Cloud Hypervisor"),
+            (Spec::default(), "\nwake_on = \"packet\"", 2, "needs a network; write `net = "),
+            (Spec::default(), "wake_on = \"packet\"\nnet = \"none\"", 1, "needs a network"),
+            (Spec::default(), "\nwake_ports = [\"x\"]", 2, "`wake_ports` `x` is neither"),
             (Spec::default(), "balloon = \"yes\"", 1, "`balloon` is true or false, not \"yes\""),
             (Spec::default(), "\nvsock = 1", 2, "`vsock` is true or false, not 1"),
         ] {

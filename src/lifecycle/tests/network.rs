@@ -1,12 +1,14 @@
 //! When the network of a sandbox is there, with which policy, and when it goes.
 
+use std::{net::Ipv4Addr, sync::mpsc};
+
 use super::*;
 use crate::{
     lifecycle::{chain, testing::LINGER},
-    net::{Network, Wanted, fake::Fault as NetFault},
+    net::{Network, Ring, Wanted, fake::Fault as NetFault},
     sandbox::{
         Cause, NetMode,
-        network::{Destinations, Reach},
+        network::{Destinations, Reach, SandboxAddress, Transport, WakeOn},
     },
 };
 
@@ -252,4 +254,86 @@ fn a_start_leaves_what_runs_alone_and_brings_its_policy_up_to_date() {
     host.sleep("a").unwrap();
     host.wake("a").unwrap();
     assert!(in_force(&host).is_some());
+}
+
+/// A host on which `a` sleeps and is waked by packets, and whoever tells of them.
+fn ringing() -> (Host, mpsc::Sender<(SandboxAddress, Ring)>) {
+    let host = connected();
+    reconfigure(&host, |spec| spec.wake_on = WakeOn::Packet).unwrap();
+    let (ring, rings) = mpsc::channel();
+    host.daemon.attend_rings(rings).unwrap();
+    host.wake("a").unwrap();
+    host.sleep("a").unwrap();
+    (host, ring)
+}
+
+fn packet() -> Ring {
+    Ring { from: Ipv4Addr::LOCALHOST, transport: Transport::Tcp, port: 22 }
+}
+
+fn address(host: &Host) -> SandboxAddress {
+    host.daemon.address(&host.entry("a").record()).unwrap()
+}
+
+fn is_heard(host: &Host) -> bool {
+    host.network.wakes(address(host)).is_some()
+}
+
+#[test]
+fn a_packet_wakes_a_sleeper_that_is_to_be_woken_by_it() {
+    let (host, ring) = ringing();
+    assert!(is_heard(&host));
+    ring.send((address(&host), packet())).unwrap();
+    wait_for("the wake", || host.state("a") == State::Running && !is_heard(&host));
+    assert_eq!(host.network.refused(), []);
+    // It is awake, so a late one is none of anybody's business.
+    host.daemon.answer(address(&host), packet());
+    assert_eq!((host.state("a"), host.entry("a").record().wakes), (State::Running, 1));
+    host.sleep("a").unwrap();
+    assert!(is_heard(&host));
+    reconfigure(&host, |spec| spec.wake_on = WakeOn::None).unwrap();
+    assert!(!is_heard(&host), "at once");
+    host.daemon.answer(address(&host), packet());
+    assert_eq!(host.network.refused(), [address(&host)]);
+    assert_eq!(host.state("a"), State::Snapshotted);
+    reconfigure(&host, |spec| spec.wake_on = WakeOn::Packet).unwrap();
+    assert!(is_heard(&host));
+}
+
+#[test]
+fn a_wake_that_fails_is_told_to_who_sent_the_packet_and_the_next_one_is_heard() {
+    let (host, _ring) = ringing();
+    for call in [Call::Restore, Call::Resume] {
+        let told = host.network.refused().len();
+        host.vmm.fail_next(call, Fault::Refuse);
+        host.daemon.answer(address(&host), packet());
+        assert!(host.network.refused().len() > told);
+        assert_eq!((host.state("a"), is_heard(&host)), (State::Snapshotted, true), "{call:?}");
+    }
+    host.daemon.answer(address(&host), packet());
+    assert_eq!(host.state("a"), State::Running);
+    host.check("a");
+}
+
+#[test]
+fn packets_are_heard_of_after_a_restart_and_not_after_the_end_of_a_sandbox() {
+    let (mut host, _ring) = ringing();
+    let heard = address(&host);
+    host.network.deafen(heard);
+    host.restart();
+    assert!(is_heard(&host));
+    host.destroy("a").unwrap();
+    assert_eq!(host.network.wakes(heard), None);
+}
+
+#[test]
+fn a_host_that_cannot_hear_has_its_sandboxes_sleep_all_the_same() {
+    let host = connected();
+    reconfigure(&host, |spec| spec.wake_on = WakeOn::Packet).unwrap();
+    host.wake("a").unwrap();
+    host.network.set_fault(Some(NetFault::Listen));
+    host.sleep("a").unwrap();
+    assert_eq!(host.state("a"), State::Snapshotted);
+    assert!(!is_heard(&host));
+    host.wake("a").unwrap();
 }

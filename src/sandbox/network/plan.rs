@@ -129,11 +129,16 @@ impl AddressPlan {
         (slot < self.capacity()).then_some(SandboxAddress(bits.into()))
     }
 
+    /// Returns the number of the sandbox whose address this is.
+    #[must_use]
+    pub fn slot(&self, address: SandboxAddress) -> Option<u32> {
+        address.0.to_bits().checked_sub(self.range.network().to_bits())?.checked_sub(2)
+    }
+
     /// Returns `address` as that of a sandbox, if it can be one's.
     #[must_use]
     pub fn sandbox(&self, address: Ipv4Addr) -> Option<SandboxAddress> {
-        let slot = address.to_bits().checked_sub(self.range.network().to_bits())?.checked_sub(2)?;
-        self.address(slot)
+        self.address(self.slot(SandboxAddress(address))?)
     }
 }
 
@@ -213,6 +218,7 @@ mod tests {
         assert_eq!(plan.address(u32::MAX), None);
         for address in addresses {
             assert_eq!(plan.sandbox(address.ip()), Some(address));
+            assert_eq!(plan.slot(address).and_then(|slot| plan.address(slot)), Some(address));
         }
         for other in ["192.168.7.0", "192.168.7.1", "192.168.7.15", "192.168.8.2", "0.0.0.0"] {
             assert_eq!(plan.sandbox(other.parse().unwrap()), None, "{other}");
