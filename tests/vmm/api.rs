@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use dozed::sys::process::{Launch, Process};
+use dozed::sys::process::{Launch, Privileges, Process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -32,6 +32,11 @@ impl Running {
 
     /// Starts it with a directory that is there already.
     pub(crate) fn start_in(standin: &Standin, dir: TempDir) -> Self {
+        Self::start_with(standin, dir, Privileges::Ours)
+    }
+
+    /// Starts it with these privileges.
+    pub(crate) fn start_with(standin: &Standin, dir: TempDir, privileges: Privileges) -> Self {
         let socket = dir.path().join("api.sock");
         fs::remove_file(&socket).ok();
         let listener = UnixListener::bind(&socket).unwrap();
@@ -40,7 +45,8 @@ impl Running {
         let args = args.map(Into::into);
         let log = File::create(dir.path().join("log")).unwrap();
         let program = standin.program();
-        let launch = Launch { stdin: Some(listener.into()), ..Launch::new(&program, &args, log) };
+        let stdin = Some(listener.into());
+        let launch = Launch { stdin, privileges, ..Launch::new(&program, &args, log) };
         let process = Process::spawn(launch).unwrap();
         Self { process, socket, dir, _standin: standin.clone() }
     }

@@ -22,8 +22,8 @@ use crate::{
 };
 
 /// A driver under test, and a guest that its program runs.
-struct Subject {
-    vmm: Box<dyn Vmm>,
+pub(crate) struct Subject {
+    pub(crate) vmm: Box<dyn Vmm>,
     kernel: PathBuf,
     memory: MemoryMode,
     /// What its guests are told besides.
@@ -38,18 +38,18 @@ impl Subject {
         Self { vmm, kernel, memory, words: "", _standin: None }
     }
 
-    fn qemu() -> Self {
+    pub(crate) fn qemu() -> Self {
         Self::of(Box::new(Qemu::find().unwrap()))
     }
 
-    fn standin(version: &str) -> Self {
+    pub(crate) fn standin(version: &str) -> Self {
         let standin = Standin::new(version);
         let vmm = Box::new(CloudHypervisor::at(standin.program()).unwrap());
         Self { _standin: Some(standin), ..Self::of(vmm) }
     }
 
     /// The real one, where there is one.
-    fn cloud_hypervisor() -> Option<Self> {
+    pub(crate) fn cloud_hypervisor() -> Option<Self> {
         command::find("cloud-hypervisor")?;
         // As every Linux does, it tells KVM where it wants to find the wall clock. A KVM that
         // is not of the hardware runs such a guest, if it does, by an emulator.
@@ -61,14 +61,14 @@ impl Subject {
         Self { memory: MemoryMode::File, ..self }
     }
 
-    fn host(&self, cmdline: &str) -> Host {
+    pub(crate) fn host(&self, cmdline: &str) -> Host {
         let mut host = Host::new(&self.kernel, &format!("{cmdline} {}", self.words));
         host.plan.memory_mode = self.memory;
         host
     }
 
     /// Boots a guest that counts.
-    fn run(&self, host: &Host) -> Box<dyn Machine> {
+    pub(crate) fn run(&self, host: &Host) -> Box<dyn Machine> {
         let mut machine = self.vmm.boot(&host.plan).unwrap();
         machine.resume().unwrap();
         host.wait_for_count(1);
@@ -427,13 +427,13 @@ fn a_machine_without_a_kernel_is_refused(subject: &Subject) {
 }
 
 /// Returns an error with its causes.
-fn told(error: &dyn std::error::Error) -> String {
+pub(crate) fn told(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Boots a machine and lets it run; ends it where that fails.
-fn start(subject: &Subject, plan: &Plan) -> Result<Box<dyn Machine>, Error> {
+pub(crate) fn start(subject: &Subject, plan: &Plan) -> Result<Box<dyn Machine>, Error> {
     let plan = Plan { cancel: Arc::new(Cancel::default()), ..plan.clone() };
     let mut machine = subject.vmm.boot(&plan)?;
     let resumed = machine.resume();

@@ -16,6 +16,8 @@ mod daemon;
 mod files;
 mod matrix;
 mod memory_file;
+mod network;
+mod nic;
 mod old_kernel;
 mod on_demand;
 mod restart;

@@ -4,8 +4,12 @@
 //! are not known are refused: serde does both, here and in the real program. What this
 //! program has no use for is kept as it came.
 
-use std::path::{Path, PathBuf};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
+use dozed::sys::tun;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -113,7 +117,35 @@ pub(crate) enum ImageType {
 pub(crate) struct Net {
     pub(crate) id: Option<String>,
     pub(crate) tap: Option<String>,
-    pub(crate) mac: Option<String>,
+    pub(crate) ip: Option<IpAddr>,
+    pub(crate) mask: Option<IpAddr>,
+    pub(crate) mac: Option<Mac>,
+    pub(crate) host_mac: Option<Mac>,
+    #[serde(default)]
+    pub(crate) mtu: Option<u16>,
+    #[serde(default = "two")]
+    pub(crate) num_queues: usize,
+    #[serde(default = "queue_size")]
+    pub(crate) queue_size: u16,
+}
+
+/// An Ethernet address, in six pairs of digits.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Mac(String);
+
+impl TryFrom<String> for Mac {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let is_pair = |pair: &str| pair.len() == 2 && u8::from_str_radix(pair, 16).is_ok();
+        if text.split(':').count() == 6 && text.split(':').all(is_pair) {
+            return Ok(Self(text));
+        }
+        Err(format!(
+            "The provided MAC address is invalid: parsing of {text} into a MAC address failed"
+        ))
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -189,6 +221,14 @@ pub(crate) enum NewRestoreMode {
 
 fn yes() -> bool {
     true
+}
+
+fn two() -> usize {
+    2
+}
+
+fn queue_size() -> u16 {
+    256
 }
 
 impl Default for Cpus {
@@ -268,6 +308,14 @@ impl VmConfig {
         {
             return refused(&format!("{} is a special VSOCK CID", vsock.cid));
         }
+        for net in self.net.iter().flatten() {
+            net.validate(boot)?;
+        }
+        let mut ids: Vec<_> = self.net.iter().flatten().filter_map(|net| net.id.as_ref()).collect();
+        ids.sort();
+        if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
+            return refused(&format!("Identifier {} is not unique", pair[0]));
+        }
         for rule in self.landlock_rules.iter().flatten() {
             if !rule.path.exists() {
                 let path = &rule.path;
@@ -304,10 +352,33 @@ impl VmConfig {
             let files = [&payload.firmware, &payload.kernel, &payload.initramfs];
             paths.extend(files.into_iter().filter_map(|file| Some((file.as_deref()?, "r"))));
         }
+        if self.net.is_some() {
+            paths.push((Path::new(tun::PATH), "rw"));
+        }
         if let Some(vsock) = &self.vsock {
             paths.extend(vsock.socket.parent().map(|parent| (parent, "w")));
         }
         paths
+    }
+}
+
+impl Net {
+    /// Refuses a device that no machine with so many CPUs can have.
+    fn validate(&self, vcpus: u32) -> Result<(), Failure> {
+        const QUEUE_SIZE_MAX: u16 = 32_768;
+        let Self { num_queues: queues, queue_size: size, .. } = self;
+        let said = if self.id.as_deref().is_some_and(|id| id.starts_with("__")) {
+            format!("Identifier {} is not invalid", self.id.as_deref().unwrap_or_default())
+        } else if *queues < 2 {
+            format!("Number of queues ({queues}) to virtio_net should be higher than 2")
+        } else if queues / 2 > vcpus as usize {
+            format!("Queue count ({queues}) must not exceed boot vCPUs ({vcpus})")
+        } else if !size.is_power_of_two() || *size > QUEUE_SIZE_MAX {
+            format!("Queue size must be a power of 2 no greater than {QUEUE_SIZE_MAX}: {size}")
+        } else {
+            return Ok(());
+        };
+        Err(Failure::config(&said))
     }
 }
 

@@ -8,7 +8,7 @@
 //!
 //! A file `standin.json` beside the program says which version it is and what goes wrong
 //! when; `knobs.rs` has its keys. Landlock is played and not applied, the CPU is not
-//! checked, and a tap that is missing is noted and not made.
+//! checked, and a tap that is missing is noted and not made where the real one may make it.
 
 mod api;
 mod arguments;
@@ -24,6 +24,7 @@ mod restore;
 mod serial;
 mod server;
 mod snapshot;
+mod tap;
 mod vm;
 mod vmm;
 mod vsock;

@@ -3,6 +3,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::Read,
+    os::fd::OwnedFd,
     path::Path,
     sync::{
         Arc,
@@ -23,6 +24,7 @@ use crate::{
     memory::{Memory, copy_dense},
     serial::Serial,
     server::Waker,
+    tap,
     vsock::Vsock,
 };
 
@@ -61,6 +63,8 @@ pub(crate) struct Vm {
     serial: Arc<Serial>,
     disks: Vec<(Disk, File)>,
     vsock: Option<Vsock>,
+    /// Nobody else has them meanwhile.
+    _taps: Vec<Option<OwnedFd>>,
     /// Whether memory is still being filled behind the guest.
     pub(crate) filling: Arc<AtomicBool>,
 }
@@ -79,13 +83,10 @@ impl Vm {
         config.validate()?;
         let disks = config.disks.iter().flatten().map(open_disk);
         let disks = disks.collect::<Result<_, _>>().within("Error from device manager")?;
-        for net in config.net.iter().flatten() {
-            let tap = net.tap.as_deref().unwrap_or("vmtap0");
-            if !Path::new("/sys/class/net").join(tap).exists() {
-                // The real one makes it and says nothing.
-                knobs.note(&format!("TAP {tap}"));
-            }
-        }
+        // A boot comes after it has shut itself in, and a restore before.
+        let shut_in = config.landlock_enable && state == VmState::Created;
+        let taps = config.net.iter().flatten().map(|net| tap::open(net, shut_in, knobs));
+        let taps = taps.collect::<Result<Vec<_>, _>>().within("Error from device manager")?;
         let vsock = config.vsock.as_ref().map(Vsock::listen).transpose();
         let vsock = vsock.within("Error from device manager")?;
         let memory = Arc::new(memory);
@@ -96,7 +97,7 @@ impl Vm {
             vsock.serve(&guest.awake())?;
         }
         let filling = Arc::new(AtomicBool::new(false));
-        Ok(Self { state, guest, memory, serial, disks, vsock, filling })
+        Ok(Self { state, guest, memory, serial, disks, vsock, _taps: taps, filling })
     }
 
     /// Locks the disks, against other processes.
