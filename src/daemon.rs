@@ -322,7 +322,7 @@ fn settings(config: &Config) -> Settings {
         sleeps_max: config.limits.sleeps,
         holds_max: config.limits.holds,
         memory_budget_bytes: config.limits.memory_bytes,
-        active_cpu_percent: config.activity.cpu_percent,
+        activity: config.activity,
         users: config.vmm.users,
         addresses: config.network.range,
         linger: config.network.linger,

@@ -52,6 +52,7 @@ fn put_one_to_sleep(index: &Index) {
         index
             .advance(&held, &entry, step, now, |record| {
                 record.vmm = Some("qemu 7.2.22".into());
+                record.waking.cause = Some("write by pid 1234567 (python3) uid 1000".into());
                 record.snapshot = Some(SnapshotFacts { generation: 1, bytes: 1 << 20, at: now });
             })
             .unwrap();

@@ -6,9 +6,11 @@ use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
 use dozed::{
     config::Config,
-    lifecycle::Signals,
+    lifecycle::{Busyness, Signals},
     notify::{Event, News, View, What},
-    sandbox::{Actor, Cause, Owner, Period, Record, RowId, Spec, State, Timestamp},
+    sandbox::{
+        Activity, Actor, Cause, Owner, Period, Record, RowId, Spec, State, Timestamp, Waking,
+    },
     tree::{BadCommand, DaemonFacts, DaemonFile, Facts, File, Verb, verb},
 };
 
@@ -124,11 +126,14 @@ fn each_key_of_the_tables_is_listed_in_order() {
         last_activity: Timestamp::default(),
         activity_count: 0,
         signals: Signals::default(),
-        active_cpu_percent: 5,
+        limits: Activity::default(),
+        busyness: Busyness::default(),
         error: None,
         disk_bytes: 0,
         cached_bytes: None,
         lacks: Vec::new(),
+        spared_until: None,
+        today: 0,
         holders: Vec::new(),
         vsock: None,
         wall: &wall,
@@ -274,6 +279,7 @@ fn record() -> Record {
         last_wake: None,
         error: None,
         retry_at: None,
+        waking: Waking::default(),
     }
 }
 

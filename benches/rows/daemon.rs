@@ -39,7 +39,8 @@ impl Daemon {
         fs::create_dir(daemon.store())?;
         let config = format!(
             "mount = {:?}\nstore = {:?}\nruntime = {:?}\n\
-             [reaper]\ntick = \"1h\"\n[defaults]\nidle_after = \"never\"\n{more}",
+             [reaper]\ntick = \"1h\"\n[defaults]\nidle_after = \"never\"\n\
+             [activity]\nawake_min = \"off\"\n{more}",
             daemon.mount(),
             daemon.store(),
             daemon.runtime,

@@ -16,8 +16,8 @@ use toml::Spanned;
 
 use crate::{
     sandbox::{
-        Period, Spec, SpecDocument, SpecError, Users, line_of, memory_from_text,
-        network::AddressPlan,
+        Activity, ActivityKeys, Period, Spec, SpecDocument, SpecError, Users, line_of,
+        memory_from_text, network::AddressPlan,
     },
     sys::{command::is_program, files::why_unusable},
 };
@@ -46,7 +46,7 @@ pub struct Config {
     pub reaper: Reaper,
     /// The policy of a sandbox that nobody gave another.
     pub defaults: Defaults,
-    /// What counts as activity.
+    /// What counts as activity of a sandbox whose `config` does not say it.
     pub activity: Activity,
     /// How much of everything there may be.
     pub limits: Limits,
@@ -82,15 +82,6 @@ pub struct Defaults {
     /// How long asleep before the reaper deletes a sandbox.
     #[serde(deserialize_with = "period")]
     pub delete_after: Period,
-}
-
-/// `[activity]`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Activity {
-    /// The use of CPU above which a guest is active, in percent of one CPU of the host.
-    #[serde(deserialize_with = "number::<_, _, 0, 6400>")]
-    pub cpu_percent: u32,
 }
 
 /// `[limits]`.
@@ -211,12 +202,6 @@ impl Default for Defaults {
     }
 }
 
-impl Default for Activity {
-    fn default() -> Self {
-        Self { cpu_percent: 5 }
-    }
-}
-
 impl Default for Limits {
     fn default() -> Self {
         Self { sandboxes: 10_000, wakes: 16, sleeps: 8, holds: 1024, memory_bytes: None }
@@ -288,7 +273,7 @@ impl Config {
             runtime: runtime.path,
             reaper: document.reaper,
             defaults: document.defaults,
-            activity: document.activity,
+            activity: document.activity.over(Activity::default()),
             limits: document.limits,
             snapshot: document.snapshot,
             vmm: document.vmm.into_vmm(text)?,
@@ -312,7 +297,7 @@ struct Document {
     runtime: Option<Spanned<Directory>>,
     reaper: Reaper,
     defaults: Defaults,
-    activity: Activity,
+    activity: ActivityKeys,
     limits: Limits,
     snapshot: Snapshot,
     vmm: VmmDocument,

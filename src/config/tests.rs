@@ -1,7 +1,7 @@
 //! What a configuration file may say, and what is said of one that may not.
 
 use super::*;
-use crate::sandbox::network::Destinations;
+use crate::sandbox::{AwakeMin, Signal, SignalSet, network::Destinations};
 
 fn parse(text: &str) -> Result<Config, SpecError> {
     Config::parse(text, &|_| None)
@@ -33,6 +33,10 @@ const EVERY_KEY: &str = r#"
         delete_after = "7d"
         [activity]
         cpu_percent = 0
+        disk_bytes_per_second = 1
+        network_bytes_per_second = 2
+        signals = ["touch"]
+        awake_min = "off"
         [limits]
         sandboxes = 7
         wakes = 1
@@ -72,7 +76,13 @@ fn every_key_is_read() {
             idle_after: Period::Never,
             delete_after: Period::After(Duration::from_secs(7 * 86_400)),
         },
-        activity: Activity { cpu_percent: 0 },
+        activity: Activity {
+            cpu_percent: 0,
+            disk_bytes_per_second: 1,
+            network_bytes_per_second: 2,
+            signals: SignalSet::of(&[Signal::Touch]),
+            awake_min: AwakeMin(Duration::ZERO),
+        },
         limits: Limits {
             sandboxes: 7,
             wakes: 1,

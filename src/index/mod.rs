@@ -27,7 +27,9 @@ use rusqlite::Connection;
 
 use crate::{
     lock::Held,
-    sandbox::{Owner, Period, Record, RowId, SandboxId, Spec, State, Step, Timestamp, Users},
+    sandbox::{
+        Owner, Period, Record, RowId, SandboxId, Spec, State, Step, Timestamp, Users, Waking,
+    },
     sync::{Mutex, RwLock, lock, read, write},
 };
 
@@ -161,6 +163,7 @@ impl Index {
             last_wake: None,
             error: None,
             retry_at: None,
+            waking: Waking::default(),
         };
         record.row = row::insert(open, &record, now)
             .map_err(Error::sql(&self.path, || format!("writing {id} to the index")))?;

@@ -6,11 +6,12 @@ use rusqlite::{Connection, Row, params_from_iter, types::FromSql, types::Value};
 
 use super::{Error, spec::Specs};
 use crate::sandbox::{
-    Owner, Period, ProcessIdentity, Record, RowId, SandboxId, SnapshotFacts, Spec, State, Timestamp,
+    Owner, Period, ProcessIdentity, Record, RowId, SandboxId, SnapshotFacts, Spec, State,
+    Timestamp, Waking,
 };
 
 /// The columns that change, in the order in which [`values`] and [`read`] have them.
-const COLUMNS: [&str; 29] = [
+const COLUMNS: [&str; 35] = [
     "uid",
     "gid",
     "state",
@@ -37,6 +38,12 @@ const COLUMNS: [&str; 29] = [
     "last_wake_ns",
     "error",
     "retry_at",
+    "wake_cause",
+    "wakes_day",
+    "wakes_of_day",
+    "slept_idle",
+    "in_vain",
+    "awake_until",
     "last_activity_at",
     "sleep_at",
     "delete_at",
@@ -174,6 +181,12 @@ fn values(record: &Record, last_activity: Timestamp) -> [Value; COLUMNS.len()] {
         record.last_wake.map(nanos).into(),
         text(record.error.as_deref()),
         record.retry_at.map(moment).into(),
+        text(record.waking.cause.as_deref()),
+        record.waking.day.into(),
+        record.waking.of_day.into(),
+        record.waking.slept_idle.into(),
+        record.waking.in_vain.into(),
+        record.waking.awake_until.map(moment).into(),
         moment(last_activity),
         record.sleep_at(last_activity).map(moment).into(),
         record.delete_at().map(moment).into(),
@@ -219,6 +232,10 @@ impl Columns<'_> {
         self.next().map(Timestamp::from_millis)
     }
 
+    fn moment_or_none(&mut self) -> rusqlite::Result<Option<Timestamp>> {
+        Ok(self.next::<Option<i64>>()?.map(Timestamp::from_millis))
+    }
+
     fn period(&mut self) -> rusqlite::Result<Period> {
         let seconds = self.number_or_none()?;
         Ok(seconds.map_or(Period::Never, |seconds| Period::After(Duration::from_secs(seconds))))
@@ -254,7 +271,15 @@ fn read(
         last_sleep: c.number_or_none()?.map(Duration::from_nanos),
         last_wake: c.number_or_none()?.map(Duration::from_nanos),
         error: c.next()?,
-        retry_at: c.next::<Option<i64>>()?.map(Timestamp::from_millis),
+        retry_at: c.moment_or_none()?,
+        waking: Waking {
+            cause: c.next()?,
+            day: c.next()?,
+            of_day: c.next()?,
+            slept_idle: c.next()?,
+            in_vain: c.next()?,
+            awake_until: c.moment_or_none()?,
+        },
     };
     Ok((record, c.moment()?))
 }
@@ -281,7 +306,7 @@ fn process(c: &mut Columns<'_>) -> Result<Option<ProcessIdentity>, Senseless> {
 
 fn snapshot(c: &mut Columns<'_>) -> Result<Option<SnapshotFacts>, Senseless> {
     let (generation, bytes) = (c.number_or_none()?, c.number_or_none()?);
-    let at = c.next::<Option<i64>>()?.map(Timestamp::from_millis);
+    let at = c.moment_or_none()?;
     match (generation, bytes, at) {
         (None, None, None) => Ok(None),
         (Some(generation), Some(bytes), Some(at)) => {

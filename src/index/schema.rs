@@ -11,10 +11,11 @@ use super::Error;
 use crate::sys::files;
 
 /// What version 0, an empty file, and each later version are brought forward by.
-pub(super) const MIGRATIONS: [&str; 3] = [
+pub(super) const MIGRATIONS: [&str; 4] = [
     include_str!("migration-1.sql"),
     include_str!("migration-2.sql"),
     include_str!("migration-3.sql"),
+    include_str!("migration-4.sql"),
 ];
 
 /// Marks the file as ours: `dozd` in ASCII.

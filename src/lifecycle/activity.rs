@@ -3,59 +3,18 @@
 //! Only what somebody does to a sandbox, or its guest does, is activity. Looking is
 //! free: nothing that reads comes here.
 
-use std::{collections::HashMap, time::Duration};
+use std::collections::HashMap;
 
 use super::{Entry, Lifecycle};
 use crate::{
-    sandbox::{RowId, State, Timestamp},
+    sandbox::{Activity, Record, RowId, Signal, SignalSet, Timestamp},
     sync::{Mutex, lock},
 };
 
-/// A kind of activity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Signal {
-    /// A verb written to `state` that was understood.
-    Control,
-    /// `touch activity`, or a write to it.
-    Touch,
-    /// A boot.
-    Boot,
-    /// A wake.
-    Wake,
-    /// Guest CPU above the threshold.
-    Cpu,
-    /// Something typed on the console.
-    Console,
-    /// An open `awake`.
-    Hold,
-}
-
-impl Signal {
-    /// All of them, in the order in which `activity` lists them.
-    pub const ALL: [Self; 7] =
-        [Self::Control, Self::Touch, Self::Boot, Self::Wake, Self::Cpu, Self::Console, Self::Hold];
-
-    /// Returns the key of the signal in `activity`.
-    #[must_use]
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Control => "control",
-            Self::Touch => "touch",
-            Self::Boot => "boot",
-            Self::Wake => "wake",
-            Self::Cpu => "cpu",
-            Self::Console => "console",
-            Self::Hold => "hold",
-        }
-    }
-}
-
 /// When a sandbox last showed each kind of activity, since this daemon started.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Signals {
     last: [Option<Timestamp>; Signal::ALL.len()],
-    /// The guest's CPU time over the last sample, in percent of one host CPU.
-    pub cpu_percent: Option<f64>,
 }
 
 impl Signals {
@@ -65,11 +24,12 @@ impl Signals {
         self.last[signal as usize]
     }
 
-    /// Returns the latest signal of all.
+    /// Returns the latest signal of those that count.
     #[must_use]
-    pub fn latest(&self) -> Option<(Signal, Timestamp)> {
+    pub fn latest(&self, counted: SignalSet) -> Option<(Signal, Timestamp)> {
         Signal::ALL
             .into_iter()
+            .filter(|signal| counted.contains(*signal))
             .filter_map(|signal| self.last(signal).map(|at| (signal, at)))
             .max_by_key(|(_, at)| *at)
     }
@@ -83,16 +43,6 @@ pub(super) struct Activities {
     /// Why the last command was not understood, if it was not. A leaf lock.
     notes: Mutex<HashMap<RowId, Box<str>>>,
 }
-
-/// The guest's CPU time at one moment.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct CpuSample {
-    at: Timestamp,
-    used: Duration,
-}
-
-/// Two samples closer than this say nothing: CPU time is counted in steps of 10 ms.
-const SAMPLE_MIN: Duration = Duration::from_millis(500);
 
 impl Activities {
     fn see(&self, row: RowId, signal: Signal, at: Timestamp) {
@@ -114,11 +64,20 @@ impl Activities {
 }
 
 impl Lifecycle {
-    /// Counts activity of a sandbox, in memory; the index learns of it later.
+    /// Notes a signal of a sandbox, in memory, and counts it as activity if it is one that
+    /// counts; the index learns of it later.
     pub fn saw(&self, entry: &Entry, signal: Signal) {
         let now = self.now();
         self.activities.see(entry.row(), signal, now);
-        entry.touch(now);
+        if self.activity_of(&entry.record()).signals.contains(signal) {
+            entry.touch(now);
+        }
+    }
+
+    /// Returns what counts as activity of a sandbox, and from when on.
+    #[must_use]
+    pub fn activity_of(&self, record: &Record) -> Activity {
+        record.spec.activity.over(self.settings.activity)
     }
 
     /// Returns what a sandbox showed of each kind of activity.
@@ -137,40 +96,6 @@ impl Lifecycle {
     pub fn last_error(&self, entry: &Entry) -> Option<Box<str>> {
         let note = lock(&self.activities.notes).get(&entry.row()).cloned();
         note.or_else(|| entry.record().error.clone())
-    }
-
-    /// Looks at the CPU time of every guest that runs. Called at each tick.
-    pub fn sample_activity(&self) {
-        for (row, live) in self.machines.all() {
-            let Ok(used) = live.process.cpu_time() else {
-                continue;
-            };
-            let now = self.now();
-            let before = {
-                let mut last = lock(&live.cpu);
-                if last.is_some_and(|last| now.since(last.at) < SAMPLE_MIN) {
-                    continue;
-                }
-                last.replace(CpuSample { at: now, used })
-            };
-            let (Some(before), Some(entry)) = (before, self.by_row(row)) else {
-                continue;
-            };
-            let share =
-                used.saturating_sub(before.used).as_secs_f64() / now.since(before.at).as_secs_f64();
-            let percent = 100.0 * share;
-            lock(&self.activities.signals).entry(row).or_default().cpu_percent = Some(percent);
-            let running = entry.record().state == State::Running;
-            if running && percent > f64::from(self.settings.active_cpu_percent) {
-                self.saw(&entry, Signal::Cpu);
-            }
-        }
-    }
-
-    /// Returns the guest's CPU time, of a sandbox that is awake.
-    #[must_use]
-    pub fn cpu_time(&self, row: RowId) -> Option<Duration> {
-        self.machines.get(row).and_then(|live| live.process.cpu_time().ok())
     }
 
     /// Writes what was seen of activity to the index.

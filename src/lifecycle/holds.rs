@@ -142,6 +142,12 @@ impl Lifecycle {
         table.held.contains_key(&row) || table.grace.get(&row).is_some_and(|end| *end > self.now())
     }
 
+    /// Returns until when the reaper leaves a sandbox alone for a hold of before.
+    #[must_use]
+    pub fn spared_until(&self, row: RowId) -> Option<Timestamp> {
+        lock(&self.holds.table).grace.get(&row).copied()
+    }
+
     /// Does `work` unless the sandbox is held; nobody begins to hold it meanwhile.
     pub(super) fn unless_held<T>(
         &self,

@@ -2,12 +2,12 @@
 
 use std::{collections::HashMap, io, sync::mpsc};
 
-use super::activity::CpuSample;
+use super::gauge::Gauge;
 use crate::{
     sandbox::RowId,
     sync::{Arc, Mutex, lock},
     sys::process::{Exit, ExitWatch, Process},
-    vmm::Machine,
+    vmm::{DiskTraffic, Machine},
 };
 
 /// A machine that lives.
@@ -19,8 +19,10 @@ pub(super) struct Live {
     pub(super) process: Arc<Process>,
     /// A sentence for each thing that it lacks of what its VMM can give.
     pub(super) lacks: Vec<String>,
-    /// The last look at its CPU time. A leaf lock.
-    pub(super) cpu: Mutex<Option<CpuSample>>,
+    /// What tells of its disks.
+    pub(super) disk_traffic: DiskTraffic,
+    /// What it was seen to use. A leaf lock.
+    pub(super) gauge: Mutex<Gauge>,
 }
 
 /// A VMM that ended by itself.
@@ -60,9 +62,10 @@ impl Machines {
         let process = Arc::clone(machine.process());
         let live = Arc::new(Live {
             lacks: machine.lacks(),
+            disk_traffic: machine.disk_traffic(),
             machine: Mutex::new(machine),
             process: Arc::clone(&process),
-            cpu: Mutex::new(None),
+            gauge: Mutex::default(),
         });
         lock(&self.table).insert(row, Arc::clone(&live));
         self.watch.watch(row.0, &process)?;

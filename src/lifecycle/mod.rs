@@ -31,6 +31,7 @@ mod create;
 mod destroy;
 mod error;
 mod exits;
+mod gauge;
 mod held;
 mod holds;
 mod machines;
@@ -56,11 +57,12 @@ use std::{
 };
 
 use activity::Activities;
-pub use activity::{Signal, Signals};
+pub use activity::Signals;
 use admission::Admission;
 pub use console::ConsoleLog;
 use cooling::Cooling;
 pub use error::{Error, Fault, chain};
+pub use gauge::{Busyness, Rates};
 pub use held::Held;
 use holds::Holds;
 pub use holds::{HoldId, Holder};
@@ -78,8 +80,8 @@ use crate::{
     net::Network,
     notify::Bell,
     sandbox::{
-        Cause, Period, Record, RowId, SandboxId, Spec, State, Step, Timestamp, Users, VmmChoice,
-        network::AddressPlan,
+        Activity, Cause, Period, Record, RowId, SandboxId, Signal, Spec, State, Step, Timestamp,
+        Users, VmmChoice, day_of, network::AddressPlan,
     },
     snapshot::{self, Home, VmmFacts},
     sync::Arc,
@@ -110,8 +112,8 @@ pub struct Settings {
     pub holds_max: usize,
     /// How much memory all that are awake may have together.
     pub memory_budget_bytes: Option<u64>,
-    /// Guest CPU in percent of one host CPU from which on a guest counts as active.
-    pub active_cpu_percent: u32,
+    /// What counts as activity of a sandbox whose spec does not say it.
+    pub activity: Activity,
     /// The user ids that VMMs run as, one for each sandbox; ours if there are none.
     pub users: Option<Users>,
     /// The addresses of all sandboxes.
@@ -396,10 +398,13 @@ impl Lifecycle {
         step: Step,
         change: impl FnOnce(&mut Record),
     ) -> Result<Arc<Record>, Error> {
-        let before = entry.record();
+        let (before, now) = (entry.record(), self.now());
         let record = self
             .index
-            .advance(held, entry, step, self.now(), change)
+            .advance(held, entry, step, now, |record| {
+                self.note_waking(cause, step, &before, record);
+                change(record);
+            })
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
         self.told(cause, &before, &record);
         Ok(record)
@@ -414,13 +419,40 @@ impl Lifecycle {
         step: Step,
         change: impl FnOnce(&mut Record),
     ) -> Result<(Arc<Record>, Commit), Error> {
-        let before = entry.record();
+        let (before, now) = (entry.record(), self.now());
         let (record, commit) = self
             .index
-            .advance_unsynced(held, entry, step, self.now(), change)
+            .advance_unsynced(held, entry, step, now, |record| {
+                self.note_waking(held.cause(), step, &before, record);
+                change(record);
+            })
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
         self.told(held.cause(), &before, &record);
         Ok((record, commit))
+    }
+
+    /// Remembers of a step how the sandbox came to be awake, or no longer is.
+    fn note_waking(&self, cause: &Cause, step: Step, before: &Record, record: &mut Record) {
+        let now = record.since;
+        match step {
+            Step::Sleep => record.waking.sleeps(cause, before.since, now),
+            Step::Woken => {
+                let asleep_since = before.snapshot.map_or(before.since, |snapshot| snapshot.at);
+                record.waking.woke(cause, asleep_since, now, self.today());
+                record.waking.stays_awake(now, self.activity_of(before).awake_min);
+            }
+            Step::Booted => {
+                record.waking.booted(cause);
+                record.waking.stays_awake(now, self.activity_of(before).awake_min);
+            }
+            Step::Boot | Step::Slept | Step::Wake | Step::Undo | Step::Lost | Step::Delete => {}
+        }
+    }
+
+    /// Returns the day of the wall clock, in UTC.
+    #[must_use]
+    pub fn today(&self) -> i32 {
+        day_of(self.clock.wall(self.now()).as_second())
     }
 
     fn told(&self, cause: &Cause, before: &Record, record: &Record) {

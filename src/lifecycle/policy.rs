@@ -20,7 +20,7 @@ pub enum Policy {
     DeleteAfter(Period),
     /// Whether it may not be deleted.
     Pinned(bool),
-    /// Its hardware; only while stopped.
+    /// Its hardware, only while stopped; and what counts as activity.
     Spec(Box<Spec>),
     /// Whose it is.
     Owner(Owner),
@@ -40,12 +40,11 @@ impl Lifecycle {
     pub fn set(&self, held: &Held, entry: &Arc<Entry>, policy: Policy) -> Result<(), Error> {
         self.operate(held, entry, |operation| {
             let before = entry.record();
-            if let Policy::Spec(spec) = &policy {
+            if let Policy::Spec(spec) = &policy
+                && !before.spec.is_equal_but_for_activity(spec)
+            {
                 self.settle(held, entry, operation)?;
                 let state = entry.record().state;
-                if *before.spec == **spec {
-                    return Ok(());
-                }
                 if state != State::Stopped && !before.spec.is_same_machine(spec) {
                     return Err(Error::NotStopped { id: entry.id().clone(), state });
                 }
@@ -57,7 +56,14 @@ impl Lifecycle {
             let mut after = Record::clone(&before);
             apply(&mut after, policy.clone());
             if after != *before {
-                self.amend(held, entry, |record| apply(record, policy))?;
+                let awake_min = self.activity_of(&after).awake_min;
+                let is_new = awake_min != self.activity_of(&before).awake_min;
+                self.amend(held, entry, |record| {
+                    apply(record, policy);
+                    if is_new && record.state == State::Running {
+                        record.waking.stays_awake(record.since, awake_min);
+                    }
+                })?;
                 self.change_network(held, entry, &before)?;
                 if (after.spec.wake_on, &after.spec.wake_ports)
                     != (before.spec.wake_on, &before.spec.wake_ports)

@@ -94,6 +94,7 @@ impl Lifecycle {
         let wanted = self.last_look(entry, &record, operation, &live, why, &mut undo);
         if !matches!(wanted, Ok(true)) {
             self.deflate(entry, &live);
+            self.gauge_anew(entry);
             self.step(held, entry, Step::Undo, |_| ())?;
             return wanted.map(|_| Outcome::Spared);
         }
@@ -275,6 +276,7 @@ impl Lifecycle {
             None if matches!(error, Error::Undo { .. }) => self.recover(held, entry, operation),
             None => self.step(held, entry, Step::Undo, |_| ()).map(drop),
         };
+        self.gauge_anew(entry);
         if let Err(error) = ended {
             tracing::error!(id = %entry.id(), error = super::chain(&error), "ending a sleep");
         }

@@ -17,7 +17,7 @@ use crate::{
     index::Index,
     net::{Network, fake::FakeNetwork},
     sandbox::{
-        Actor, Cause, Owner, Period, SandboxId, Spec, State, Timestamp, VmmChoice,
+        Activity, Actor, Cause, Owner, Period, SandboxId, Spec, State, Timestamp, VmmChoice,
         network::AddressPlan,
     },
     snapshot::{Home, MEMORY},
@@ -331,7 +331,7 @@ fn start_on(
         sleeps_max: 2,
         holds_max: 3,
         memory_budget_bytes,
-        active_cpu_percent: 5,
+        activity: Activity::default(),
         users: Some("70000-70009".parse().unwrap()),
         addresses: AddressPlan::default(),
         linger: Period::After(LINGER),

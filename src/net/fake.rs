@@ -40,6 +40,7 @@ pub(crate) struct FakeNetwork {
     made: Mutex<u64>,
     fault: Mutex<Option<Fault>>,
     lingering: Lingering,
+    passed: Mutex<BTreeMap<SandboxId, Counters>>,
     sleepers: Mutex<BTreeMap<SandboxAddress, WakePorts>>,
     refused: Mutex<Vec<SandboxAddress>>,
 }
@@ -48,6 +49,12 @@ impl FakeNetwork {
     /// Makes everything of one kind fail from now on, or nothing.
     pub(crate) fn set_fault(&self, fault: Option<Fault>) {
         *lock(&self.fault) = fault;
+    }
+
+    /// Has so many bytes pass to a guest.
+    pub(crate) fn pass(&self, id: &SandboxId, bytes: u64) {
+        let mut passed = lock(&self.passed);
+        passed.entry(id.clone()).or_default().guest_in.bytes += bytes;
     }
 
     /// Forgets what is in no kernel but in the memory of a daemon that is gone.
@@ -184,7 +191,8 @@ impl Network for FakeNetwork {
     }
 
     fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error> {
-        Ok(self.in_force(id).map(|_| Counters::default()))
+        let passed = || lock(&self.passed).get(id).copied().unwrap_or_default();
+        Ok(self.in_force(id).map(|_| passed()))
     }
 }
 

@@ -45,6 +45,7 @@ mod real;
 mod ruleset;
 
 pub use doorbell::{Listener, Ring};
+pub use firewall::TAP;
 pub use real::RealNetwork;
 
 /// Makes and removes the networks of sandboxes.
@@ -221,6 +222,13 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Returns the bytes that passed, in either direction.
+    #[must_use]
+    pub fn passed_bytes(&self) -> u64 {
+        let passed = [self.guest_out, self.guest_in, self.host_in, self.host_out];
+        passed.iter().fold(0, |sum, count| sum.saturating_add(count.bytes))
+    }
+
     /// Returns each count with its name, in an order that never changes.
     #[must_use]
     pub fn by_name(&self) -> [(&'static str, Count); 9] {

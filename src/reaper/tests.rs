@@ -5,10 +5,10 @@ use std::time::Duration;
 use super::*;
 use crate::{
     lifecycle::{
-        Holder, Policy, Signal,
+        Holder, Policy,
         testing::{Host, LINGER, wait_for},
     },
-    sandbox::{NetMode, Period, Spec, State},
+    sandbox::{NetMode, Period, Signal, Spec, State},
     vmm::fake::{Call, Fault},
 };
 
@@ -245,6 +245,93 @@ fn what_an_earlier_daemon_held_is_left_alone_for_a_while() {
     reaper.stop();
 }
 
+/// Moves the clock until the reaper puts `a` to sleep; returns for how many seconds it was awake.
+fn awake_for(host: &Host) -> u64 {
+    let entry = host.entry("a");
+    let since = entry.record().since;
+    let due = entry.record().sleep_at(entry.last_activity()).unwrap();
+    host.clock.set(Timestamp::from_millis(due.as_millis() - 10));
+    look(host);
+    assert_eq!(host.state("a"), State::Running);
+    host.clock.set(due);
+    look(host);
+    wait_for("a to sleep", || host.state("a") == State::Snapshotted);
+    due.since(since).as_secs()
+}
+
+#[test]
+fn one_that_was_just_woken_stays_awake_for_the_minimum_unless_it_is_asked_to_sleep() {
+    let host = awake("a");
+    host.set("a", Policy::IdleAfter(Period::After(Duration::from_secs(1)))).unwrap();
+    let reaper = reap(&host);
+    host.clock.advance(Duration::from_secs(9));
+    look(&host);
+    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
+    assert_eq!(host.state("a"), State::Running);
+    host.clock.advance(Duration::from_secs(1));
+    look(&host);
+    wait_for("a to sleep", || host.state("a") == State::Snapshotted);
+    reaper.stop();
+    host.wake("a").unwrap();
+    assert_eq!(host.sleep("a").unwrap(), Outcome::Done);
+}
+
+#[test]
+fn one_that_is_woken_again_and_again_stays_awake_for_longer_also_over_a_restart() {
+    let mut host = awake("a");
+    host.set("a", Policy::IdleAfter(Period::After(Duration::from_secs(1)))).unwrap();
+    for minimum in [10, 10, 20, 40] {
+        let reaper = reap(&host);
+        assert_eq!(awake_for(&host), minimum);
+        reaper.stop();
+        host.restart();
+        host.clock.advance(Duration::from_secs(5));
+        host.wake("a").unwrap();
+    }
+    let reaper = reap(&host);
+    assert_eq!(awake_for(&host), 80);
+    host.clock.advance(Duration::from_secs(3600));
+    host.wake("a").unwrap();
+    assert_eq!(awake_for(&host), 10);
+    reaper.stop();
+}
+
+#[test]
+fn a_step_of_the_wall_clock_neither_puts_to_sleep_nor_deletes() {
+    const DAY_MILLIS: i64 = 86_400_000;
+    let mut host = awake("a");
+    for id in ["b", "c"] {
+        host.create(id);
+        host.wake(id).unwrap();
+    }
+    host.set("b", Policy::DeleteAfter(Period::After(Duration::from_secs(600)))).unwrap();
+    host.sleep("b").unwrap();
+    host.set("c", Policy::IdleAfter(Period::After(Duration::from_secs(1)))).unwrap();
+    for step in [DAY_MILLIS, -2 * DAY_MILLIS, DAY_MILLIS] {
+        host.clock.step_wall(step);
+        host.restart();
+        let reaper = reap(&host);
+        look(&host);
+        reaper.stop();
+        assert_eq!(host.state("a"), State::Running, "after a step of {step} ms");
+        assert_eq!(host.state("b"), State::Snapshotted, "after a step of {step} ms");
+        assert_eq!(host.state("c"), State::Running, "after a step of {step} ms");
+        host.clock.advance(Duration::from_secs(2));
+    }
+    host.restart();
+    let reaper = reap(&host);
+    host.clock.advance(Duration::from_secs(4));
+    look(&host);
+    wait_for("c to sleep", || host.state("c") == State::Snapshotted);
+    host.clock.advance(Duration::from_secs(50));
+    look(&host);
+    wait_for("a to sleep", || host.state("a") == State::Snapshotted);
+    host.clock.advance(Duration::from_secs(540));
+    look(&host);
+    wait_for("b to go", || host.daemon.by_id(&"b".parse().unwrap()).is_none());
+    reaper.stop();
+}
+
 #[test]
 fn the_network_of_a_sleeper_goes_when_it_has_lingered() {
     let host = Host::new();
@@ -262,5 +349,31 @@ fn the_network_of_a_sleeper_goes_when_it_has_lingered() {
     look(&host);
     wait_for("the network to go", || !is_there());
     assert_eq!(host.state("a"), State::Snapshotted);
+    reaper.stop();
+}
+
+#[test]
+fn traffic_of_its_network_keeps_one_awake_unless_that_does_not_count() {
+    let host = Host::new();
+    for id in ["a", "b"] {
+        let entry = host.create(id);
+        let signals = if id == "a" { "" } else { "signals = [\"cpu\"]\n" };
+        let document = format!("net = \"isolated\"\n[activity]\n{signals}");
+        let spec = Spec::parse(&document, &entry.record().spec, &|_| None).unwrap();
+        host.set(id, Policy::Spec(Box::new(spec))).unwrap();
+        host.wake(id).unwrap();
+    }
+    let reaper = reap(&host);
+    for _ in 0..12 {
+        host.clock.advance(Duration::from_secs(10));
+        for id in ["a", "b"] {
+            host.network.pass(&id.parse().unwrap(), 1020);
+        }
+        look(&host);
+    }
+    wait_for("b to sleep", || host.state("b") == State::Snapshotted);
+    assert_eq!(host.state("a"), State::Running);
+    let rates = host.daemon.busyness(host.entry("a").row());
+    assert_eq!(rates.now.network_bytes_per_second, Some(101), "rounded down");
     reaper.stop();
 }

@@ -4,6 +4,7 @@
 //! must agree on (which step leads where, what a valid id is, what `5m` means, when
 //! a sandbox counts as idle) are each written once, here.
 
+mod activity;
 mod cause;
 mod id;
 pub mod network;
@@ -13,7 +14,9 @@ mod spec;
 mod state;
 mod time;
 mod users;
+mod waking;
 
+pub use activity::{Activity, ActivityKeys, AwakeMin, Signal, SignalSet};
 pub use cause::{Actor, Cause};
 pub use id::{IdError, SandboxId};
 pub use period::{Period, PeriodError};
@@ -23,3 +26,4 @@ pub(crate) use spec::{line_of, memory_from_text};
 pub use state::{Refused, State, Step};
 pub use time::Timestamp;
 pub use users::{Users, UsersError};
+pub use waking::{Waking, day_of};

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::{Period, SandboxId, Spec, State, Timestamp};
+use super::{Period, SandboxId, Spec, State, Timestamp, Waking};
 
 /// The number of a sandbox's row. It is never used again, so it also names the
 /// sandbox's directory in the store and, as a part of it, its inode numbers.
@@ -100,6 +100,8 @@ pub struct Record {
     pub error: Option<Box<str>>,
     /// Before this moment the reaper leaves it alone, as its last try failed.
     pub retry_at: Option<Timestamp>,
+    /// How it came to be awake, and how long it stays so.
+    pub waking: Waking,
 }
 
 impl Record {
@@ -110,6 +112,7 @@ impl Record {
         match self.state {
             State::Running => {
                 let at = last_activity.after(self.idle_after.duration()?);
+                let at = self.waking.awake_until.map_or(at, |until| at.max(until));
                 Some(self.not_before_retry(at))
             }
             State::Stopped
@@ -180,6 +183,7 @@ mod tests {
             last_wake: None,
             error: None,
             retry_at: None,
+            waking: Waking::default(),
         }
     }
 
@@ -202,6 +206,16 @@ mod tests {
         assert_eq!(never.delete_at(), None);
         let pinned = Record { pinned: true, ..record(State::Snapshotted) };
         assert_eq!(pinned.delete_at(), None);
+    }
+
+    #[test]
+    fn it_stays_awake_for_the_minimum_also_where_its_idle_time_is_over() {
+        let waking = Waking { awake_until: Some(at(90)), ..Waking::default() };
+        let woken = Record { waking, ..record(State::Running) };
+        assert_eq!(woken.sleep_at(at(10)), Some(at(90)));
+        assert_eq!(woken.sleep_at(at(80)), Some(at(140)));
+        let exempt = Record { idle_after: Period::Never, ..woken };
+        assert_eq!(exempt.sleep_at(at(10)), None);
     }
 
     #[test]

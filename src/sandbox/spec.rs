@@ -8,8 +8,9 @@ use std::{
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use toml::Spanned;
 
-use super::network::{
-    Destinations, Nameservers, NetworkPolicy, PolicyError, Reach, WakeOn, WakePorts,
+use super::{
+    ActivityKeys,
+    network::{Destinations, Nameservers, NetworkPolicy, PolicyError, Reach, WakeOn, WakePorts},
 };
 
 const MIB: u64 = 1 << 20;
@@ -91,7 +92,8 @@ pub struct Disk {
     pub readonly: bool,
 }
 
-/// What a sandbox's machine is made of. Fixed while it is not `stopped`.
+/// What a sandbox's machine is made of, which is fixed while it is not `stopped`; and what
+/// else `config` says of it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct Spec {
     /// Which VMM runs it.
@@ -131,6 +133,9 @@ pub struct Spec {
     pub inflate_before_sleep: bool,
     /// Whether it has a vsock, by which the host reaches its guest without a network.
     pub vsock: bool,
+    /// What counts as activity of it.
+    #[serde(skip_serializing_if = "ActivityKeys::is_empty")]
+    pub activity: ActivityKeys,
     /// Its disks, in the order in which the guest sees them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
@@ -176,6 +181,7 @@ impl Default for Spec {
             balloon: true,
             inflate_before_sleep: false,
             vsock: false,
+            activity: ActivityKeys::default(),
             disks: Vec::new(),
         }
     }
@@ -208,6 +214,8 @@ pub struct SpecDocument {
     balloon: Option<Switch>,
     inflate_before_sleep: Option<Switch>,
     vsock: Option<Switch>,
+    #[serde(default)]
+    activity: ActivityKeys,
     disks: Option<Vec<DiskDocument>>,
 }
 
@@ -322,6 +330,7 @@ impl SpecDocument {
                 base.inflate_before_sleep,
             )?,
             vsock: switch("vsock", self.vsock, base.vsock)?,
+            activity: self.activity.or(base.activity),
             disks,
         };
         spec.check(&lines)?;
@@ -460,6 +469,14 @@ impl Spec {
         if has_net(&like) == has_net(self) {
             like.net = self.net;
         }
+        like.is_equal_but_for_activity(self)
+    }
+
+    /// Says whether `other` differs at most in what counts as activity.
+    #[must_use]
+    pub fn is_equal_but_for_activity(&self, other: &Self) -> bool {
+        let mut like = other.clone();
+        like.activity = self.activity;
         like == *self
     }
 

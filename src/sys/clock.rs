@@ -122,18 +122,25 @@ impl Clock for HostClock {
 #[derive(Debug, Default)]
 pub struct ManualClock {
     millis: AtomicI64,
+    /// The wall clock minus the steady line, in milliseconds.
+    wall_offset_millis: AtomicI64,
 }
 
 impl ManualClock {
     /// Makes a clock that stands at `at`.
     #[must_use]
     pub fn at(at: Timestamp) -> Self {
-        Self { millis: AtomicI64::new(at.as_millis()) }
+        Self { millis: AtomicI64::new(at.as_millis()), ..Self::default() }
     }
 
     /// Puts the clock at `at`.
     pub fn set(&self, at: Timestamp) {
         self.millis.store(at.as_millis(), Ordering::SeqCst);
+    }
+
+    /// Steps the wall clock by so many milliseconds, as an administrator or NTP does.
+    pub fn step_wall(&self, by_millis: i64) {
+        self.wall_offset_millis.fetch_add(by_millis, Ordering::SeqCst);
     }
 
     /// Moves the clock on.
@@ -148,7 +155,7 @@ impl Clock for ManualClock {
     }
 
     fn wall(&self, at: Timestamp) -> jiff::Timestamp {
-        displayed(at.as_millis())
+        displayed(at.as_millis().saturating_add(self.wall_offset_millis.load(Ordering::SeqCst)))
     }
 }
 
@@ -319,6 +326,9 @@ mod tests {
         assert_eq!(clock.wall(Timestamp::from_millis(0)).to_string(), "1970-01-01T00:00:00Z");
         clock.set(Timestamp::from_millis(i64::MAX));
         assert_eq!(clock.wall(clock.now()).to_string()[..4], *"9999");
+        clock.step_wall(86_400_000);
+        assert_eq!(clock.now(), Timestamp::from_millis(i64::MAX), "the line has no steps");
+        assert_eq!(clock.wall(Timestamp::from_millis(0)).to_string(), "1970-01-02T00:00:00Z");
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod command;
 mod console;
 mod errno;
 mod handle;
+mod idle;
 mod modes;
 mod node;
 mod open;

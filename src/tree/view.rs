@@ -6,8 +6,8 @@
 use std::{borrow::Cow, fmt::Write, path::PathBuf, time::Duration};
 
 use crate::{
-    lifecycle::{Counters, Holder, Signal, Signals},
-    sandbox::{Period, Record, State, Timestamp},
+    lifecycle::{Busyness, Counters, Holder, Signals},
+    sandbox::{Activity, Record, Signal, State, Timestamp},
 };
 
 /// What a view is made of.
@@ -23,8 +23,10 @@ pub struct Facts<'a> {
     pub activity_count: u64,
     /// The kinds of activity.
     pub signals: Signals,
-    /// Guest CPU in percent from which on it counts.
-    pub active_cpu_percent: u32,
+    /// What counts as activity, and from when on.
+    pub limits: Activity,
+    /// How busy the guest is.
+    pub busyness: Busyness,
     /// Why the last command or operation failed.
     pub error: Option<Box<str>>,
     /// The bytes of its own disks.
@@ -33,6 +35,10 @@ pub struct Facts<'a> {
     pub cached_bytes: Option<u64>,
     /// A sentence for each thing that its VMM lacks.
     pub lacks: Vec<Cow<'static, str>>,
+    /// Until when the reaper leaves it alone, as an earlier daemon's holders may be back.
+    pub spared_until: Option<Timestamp>,
+    /// The day of the wall clock.
+    pub today: i32,
     /// Who holds it awake, and since when.
     pub holders: Vec<(Holder, Timestamp)>,
     /// The socket by which the host reaches its guest, if there is one.
@@ -42,13 +48,17 @@ pub struct Facts<'a> {
 }
 
 /// What an absent value reads as.
-const NONE: &str = "none";
+pub(super) const NONE: &str = "none";
 
-fn line(text: &mut String, key: &str, value: impl std::fmt::Display) {
+pub(super) fn line(text: &mut String, key: &str, value: impl std::fmt::Display) {
     writeln!(text, "{key} {value}").expect("writing to a string does not fail");
 }
 
-fn or_none<T: std::fmt::Display>(value: Option<T>) -> String {
+pub(super) fn tenths(percent: f64) -> String {
+    format!("{percent:.1}")
+}
+
+pub(super) fn or_none<T: std::fmt::Display>(value: Option<T>) -> String {
     value.map_or_else(|| NONE.to_owned(), |value| value.to_string())
 }
 
@@ -108,78 +118,31 @@ impl Facts<'_> {
             let age = self.signals.last(signal).map(|at| self.age(at));
             line(text, &format!("{}_age_seconds", signal.word()), or_none(age));
         };
-        for signal in Signal::ALL.into_iter().filter(|signal| *signal != Signal::Hold) {
+        for signal in [
+            Signal::Control,
+            Signal::Touch,
+            Signal::Boot,
+            Signal::Wake,
+            Signal::Cpu,
+            Signal::Console,
+        ] {
             age(&mut text, signal);
         }
-        let percent = self.signals.cpu_percent.map(|percent| format!("{percent:.1}"));
-        line(&mut text, "cpu_percent", or_none(percent));
-        line(&mut text, "cpu_counts_from_percent", self.active_cpu_percent);
+        let (limits, now) = (self.limits, self.busyness.now);
+        line(&mut text, "cpu_percent", or_none(now.cpu_percent.map(tenths)));
+        line(&mut text, "cpu_counts_from_percent", limits.cpu_percent);
         age(&mut text, Signal::Hold);
         line(&mut text, "holds", self.holders.len());
+        age(&mut text, Signal::Disk);
+        line(&mut text, "disk_bytes_per_second", or_none(now.disk_bytes_per_second));
+        let key = "disk_counts_from_bytes_per_second";
+        line(&mut text, key, limits.disk_bytes_per_second);
+        age(&mut text, Signal::Network);
+        line(&mut text, "network_bytes_per_second", or_none(now.network_bytes_per_second));
+        let key = "network_counts_from_bytes_per_second";
+        line(&mut text, key, limits.network_bytes_per_second);
+        line(&mut text, "signals", limits.signals);
         text
-    }
-
-    /// `idle`: the verdict, why, and when what happens.
-    #[must_use]
-    pub fn idle(&self) -> String {
-        let record = self.record;
-        // What is held has no time to sleep at.
-        let sleeps = self.holders.is_empty().then(|| record.sleep_at(self.last_activity)).flatten();
-        let (verdict, because) = match (record.state, sleeps) {
-            (State::Running, None) if !self.holders.is_empty() => ("held", self.held()),
-            (State::Running, None) => ("exempt", "idle_after is never".to_owned()),
-            (State::Running, Some(due)) if record.retry_at.is_some_and(|at| at > self.now) => (
-                "put-off",
-                format!(
-                    "the last try to put it to sleep failed; the next is in {} s",
-                    due.since(self.now).as_secs()
-                ),
-            ),
-            (State::Running, Some(due)) => {
-                let verdict = if due <= self.now { "idle" } else { "active" };
-                (verdict, format!("{}; idle_after is {}", self.latest(), record.idle_after))
-            }
-            (state, _) => (state.word(), format!("it is {state}, not running")),
-        };
-        let mut text = String::new();
-        line(&mut text, "verdict", verdict);
-        line(&mut text, "because", because);
-        line(&mut text, "sleeps_at", self.due(sleeps, record.idle_after));
-        line(&mut text, "deletes_at", self.due(record.delete_at(), record.delete_after));
-        text
-    }
-
-    /// Says who holds it: the one who has for the longest.
-    fn held(&self) -> String {
-        let Some((Holder { pid, uid, command }, since)) = self.holders.first() else {
-            return NONE.to_owned();
-        };
-        let more = match self.holders.len() - 1 {
-            0 => String::new(),
-            more => format!(", and by {more} more"),
-        };
-        let age = self.age(*since);
-        format!("held awake by {command} (pid {pid}, uid {uid}) for {age} s{more}")
-    }
-
-    fn latest(&self) -> String {
-        let age = self.age(self.last_activity);
-        match self.signals.latest() {
-            // The index may have an older daemon's activity, of which only the time is known.
-            Some((signal, at)) if at >= self.last_activity => {
-                let what = match signal {
-                    Signal::Control => "a verb written to state",
-                    Signal::Touch => "a touch of activity",
-                    Signal::Boot => "its boot",
-                    Signal::Wake => "its wake",
-                    Signal::Cpu => "guest CPU above the threshold",
-                    Signal::Console => "input on its console",
-                    Signal::Hold => "a hold",
-                };
-                format!("the last activity was {what}, {age} s ago")
-            }
-            Some(_) | None => format!("the last activity was {age} s ago"),
-        }
     }
 
     /// One line of `dozed.list`.
@@ -196,21 +159,13 @@ impl Facts<'_> {
         )
     }
 
-    fn age(&self, at: Timestamp) -> u64 {
+    pub(super) fn age(&self, at: Timestamp) -> u64 {
         self.now.since(at).as_secs()
     }
 
     /// RFC 3339, UTC, milliseconds.
-    fn time(&self, at: Timestamp) -> String {
+    pub(super) fn time(&self, at: Timestamp) -> String {
         format!("{:.3}", (self.wall)(at))
-    }
-
-    fn due(&self, at: Option<Timestamp>, period: Period) -> String {
-        match (at, period) {
-            (Some(at), _) => self.time(at),
-            (None, Period::Never) => "never".to_owned(),
-            (None, Period::After(_)) => NONE.to_owned(),
-        }
     }
 }
 

@@ -8,9 +8,9 @@ use super::{
     errno,
 };
 use crate::{
-    lifecycle::{Entry, Error, Lifecycle, Policy, Signal, Wait, Why, chain},
+    lifecycle::{Entry, Error, Lifecycle, Policy, Wait, Why, chain},
     sandbox::{
-        Actor, Cause, IdError, Owner, RowId, SandboxId, Spec, State,
+        Actor, Cause, IdError, Owner, RowId, SandboxId, Signal, Spec, State,
         network::{Destinations, Nameservers},
     },
     sync::Arc,

@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Error, Machine, Plan, SAVED_MEMORY, Vmm, VmmIdentity};
+use super::{DiskTraffic, Error, Machine, Plan, SAVED_MEMORY, Vmm, VmmIdentity};
 use crate::{
     sandbox::{MemoryMode, Owner, RestoreMode, VmmChoice},
     sync::{Arc, Mutex, lock},
@@ -441,6 +441,10 @@ impl Machine for FakeMachine {
 
     fn lacks(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    fn disk_traffic(&self) -> DiskTraffic {
+        DiskTraffic::Calls
     }
 
     fn set_balloon(&mut self, bytes: u64) -> Result<(), Error> {

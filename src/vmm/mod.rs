@@ -144,6 +144,9 @@ pub trait Machine: fmt::Debug + Send {
     /// Returns a sentence for each thing that this machine lacks of what its VMM can give.
     fn lacks(&self) -> Vec<String>;
 
+    /// Returns what the kernel counts of its process that tells what the guest's disks do.
+    fn disk_traffic(&self) -> DiskTraffic;
+
     /// Asks the guest to have the balloon take `bytes` of its memory, or give back what is
     /// above that. It returns before the guest has done so, which it may never do.
     ///
@@ -168,6 +171,19 @@ pub trait Machine: fmt::Debug + Send {
     /// # Errors
     /// Where the console cannot be reached.
     fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error>;
+}
+
+/// What tells of a guest's disks, of what the kernel counts of its VMM's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskTraffic {
+    /// Its system calls: it reads and writes disks by those, and does little else by them.
+    Calls,
+    /// Its blocks: it has disks read and written by the kernel (`io_uring`).
+    Blocks {
+        /// What the names of the threads begin with whose blocks are not of disks but of memory,
+        /// where that is a file.
+        vcpus: Option<&'static str>,
+    },
 }
 
 /// What a VMM is, in so far as a snapshot depends on it.

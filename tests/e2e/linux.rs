@@ -1,6 +1,8 @@
 //! A Linux guest, as users have: a shell on its console, and a disk.
 
-use std::io::Write as _;
+use std::{io::Write as _, time::Duration};
+
+use dozed::sys::clock::Stopwatch;
 
 use crate::support::{Host, Setup, wait_until};
 
@@ -125,4 +127,37 @@ fn a_guest_that_is_asked_for_memory_has_a_smaller_snapshot_and_all_of_its_memory
     asks(&host, id, fill, "\n100000000");
     asks(&host, id, "echo killed-$(dmesg | grep -ci 'out of memory')-", "killed-0-");
     assert_eq!(boots(&host, id), 1);
+}
+
+#[test]
+fn disk_traffic_above_the_threshold_keeps_awake_and_a_line_of_a_log_now_and_then_does_not() {
+    let idle_after = Duration::from_secs(10);
+    let host = Setup::linux("dozed.quiet").config("[reaper]\ntick = \"1s\"").start();
+    host.mkdir("web-1").unwrap();
+    // On software alone a guest that writes needs CPU too, and that is not what is looked for.
+    host.write("web-1/config", "[activity]\nsignals = [\"disk\"]\n").unwrap();
+    host.write("web-1/idle_after", "never").unwrap();
+    host.wake("web-1");
+    wait_until("the guest is up", || boots(&host, "web-1") == 1);
+    let copies = "while :; do dd if=/dev/zero of=/data/big bs=256k count=4 conv=fsync; done";
+    types(&host, "web-1", &format!("({copies}) 2>/dev/null & echo on-$((1 + 1))"));
+    let activity = |key| host.value("web-1/activity", key);
+    wait_until("its disk counts", || activity("disk_age_seconds") != "none");
+    host.write("web-1/idle_after", "10s").unwrap();
+    let since = Stopwatch::start();
+    wait_until("it is awake for longer than it may be idle", || since.elapsed() > 2 * idle_after);
+    assert_eq!(host.state("web-1"), "running");
+    assert_eq!(host.number("web-1/status", "sleeps"), 0);
+    let because = host.value("web-1/idle", "because");
+    assert!(because.starts_with("the last activity was disk traffic of "), "{because}");
+    assert!(because.contains(", above the threshold of 65536 bytes/s, "), "{because}");
+
+    host.write("web-1/idle_after", "never").unwrap();
+    let logs = "while :; do date; sleep 1; done >>/data/log";
+    types(&host, "web-1", &format!("kill %1; sync; ({logs}) & echo off-$((1 + 1))"));
+    host.write("web-1/idle_after", "10s").unwrap();
+    wait_until("it sleeps", || host.state("web-1") == "snapshotted");
+    host.wake("web-1");
+    asks(&host, "web-1", "echo has-$(test -s /data/log && echo some)-log", "has-some-log");
+    wait_until("it sleeps again", || host.state("web-1") == "snapshotted");
 }

@@ -6,9 +6,9 @@ use super::*;
 fn a_file_of_a_later_version_is_refused() {
     let host = Host::new();
     host.index.close().unwrap();
-    host.meddle("PRAGMA user_version = 4");
+    host.meddle("PRAGMA user_version = 5");
     let error = Index::open(&host.path()).unwrap_err().to_string();
-    assert!(error.contains("has version 4, and this dozed knows versions up to 3"), "{error}");
+    assert!(error.contains("has version 5, and this dozed knows versions up to 4"), "{error}");
 }
 
 #[test]

@@ -58,6 +58,17 @@ fn any_spec() -> impl Strategy<Value = Arc<Spec>> {
 }
 
 prop_compose! {
+    fn any_waking()(
+        cause in option::of(any_text()),
+        (day, of_day) in any::<(i32, u32)>(),
+        (slept_idle, in_vain) in any::<(bool, u8)>(),
+        awake_until in option::of(any_moment()),
+    ) -> Waking {
+        Waking { cause, day, of_day, slept_idle, in_vain, awake_until }
+    }
+}
+
+prop_compose! {
     fn any_record()(
         id in "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",
         (uid, gid) in any::<(u32, u32)>(),
@@ -70,6 +81,7 @@ prop_compose! {
         (process, snapshot) in (option::of(any_process()), option::of(any_snapshot())),
         (last_sleep, last_wake) in (option::of(any_duration()), option::of(any_duration())),
         (generation, sleeps, wakes) in any::<(u64, u64, u64)>(),
+        waking in any_waking(),
     ) -> Record {
         Record {
             row: RowId(0),
@@ -94,6 +106,7 @@ prop_compose! {
             last_wake,
             error,
             retry_at,
+            waking,
         }
     }
 }

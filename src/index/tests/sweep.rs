@@ -25,9 +25,15 @@ fn the_deadline_to_sleep_follows_policy_activity_and_failures() {
     assert_eq!(host.sleep_due(), Some(90_000));
     host.amend(&entry, |record| record.retry_at = Some(at(2000)));
     assert_eq!(host.sleep_due(), Some(61_000));
-    entry.touch(at(5000));
+    host.amend(&entry, |record| record.waking.awake_until = Some(at(70_000)));
+    assert_eq!(host.sleep_due(), Some(70_000));
+    entry.touch(at(20_000));
+    host.index.flush_activity().unwrap();
+    assert_eq!(host.sleep_due(), Some(80_000), "also as it is written with an activity");
+    host.amend(&entry, |record| record.waking.awake_until = None);
+    entry.touch(at(25_000));
     host.amend(&entry, |record| record.retry_at = None);
-    assert_eq!(host.sleep_due(), Some(65_000), "a write has the activity too");
+    assert_eq!(host.sleep_due(), Some(85_000), "a write has the activity too");
     host.amend(&entry, |record| record.idle_after = Period::Never);
     assert_eq!(host.sleep_due(), None);
     host.amend(&entry, |record| record.idle_after = minutes(1));

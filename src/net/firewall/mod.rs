@@ -36,7 +36,7 @@ pub(super) const TABLE: &str = "dozed";
 /// The guest's device in every namespace. A VMM sees the host's devices in /sys, and takes
 /// one of this name for its own: Cloud Hypervisor then asks for what it may not read. So no
 /// host is to have one, as many have a `tap0`.
-pub(super) const TAP: &str = "dztap";
+pub const TAP: &str = "dztap";
 /// The way out of every namespace.
 pub(super) const UPLINK: &str = "eth0";
 

@@ -36,6 +36,7 @@ pub use device::OwnDevices;
 pub use exit::Exit;
 pub use launch::{Launch, Privileges, User};
 pub use place::{Place, reserve_places};
+pub use proc_files::{Frames, Io};
 pub use watch::ExitWatch;
 
 /// What `fstatfs` says of a pidfd where the kernel has pidfs, from Linux 6.9 on.
@@ -170,6 +171,43 @@ impl Process {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
         }
         Ok(stat?.cpu_time)
+    }
+
+    /// Returns what it has read and written, all threads together.
+    ///
+    /// # Errors
+    /// `NotFound` once it has ended; otherwise where the kernel does not let us look.
+    pub fn io(&self) -> io::Result<Io> {
+        let io = proc_files::io(self.identity.pid);
+        if has_ended(self.pidfd.as_fd())? {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
+        }
+        io
+    }
+
+    /// Returns what those of its threads have read and written whose names begin with `prefix`.
+    ///
+    /// # Errors
+    /// As [`Process::io`].
+    pub fn io_of_threads(&self, prefix: &str) -> io::Result<Io> {
+        let io = proc_files::io_of_threads(self.identity.pid, prefix);
+        if has_ended(self.pidfd.as_fd())? {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
+        }
+        io
+    }
+
+    /// Returns what went through a device of the network namespace that it is in; `None` where
+    /// there is none of that name.
+    ///
+    /// # Errors
+    /// As [`Process::io`].
+    pub fn frames(&self, device: &str) -> io::Result<Option<Frames>> {
+        let frames = proc_files::frames(self.identity.pid, device);
+        if has_ended(self.pidfd.as_fd())? {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
+        }
+        frames
     }
 
     /// Returns the user that it acts as.

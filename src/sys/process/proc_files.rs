@@ -1,7 +1,13 @@
 //! What `/proc` tells of a process. It goes by number, so whoever asks has to make
 //! sure by a pidfd that the number was not another's meanwhile.
 
-use std::{collections::HashSet, fs, io, os::unix::fs::MetadataExt, path::PathBuf, time::Duration};
+use std::{
+    collections::HashSet,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// What the links in `/proc/PID/fd` to files of `memfd_create` begin with.
 const MEMFD: &[u8] = b"/memfd:";
@@ -36,6 +42,84 @@ fn parse_stat(text: &str, ticks_per_second: u64) -> Option<Stat> {
         cpu_time: Duration::from_nanos(ticks.checked_mul(nanos_per_tick)?),
         exit_status: field(52)?.parse().ok()?,
     })
+}
+
+/// What a process has read and written since it began, its threads that have ended included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Io {
+    /// By calls such as `read` and `pwritev`, of files and of everything else, wherever it came
+    /// from. Not by `io_uring` nor by Linux's native asynchronous I/O.
+    pub call_bytes: u64,
+    /// From disks, and into pages of files that are to be written to disks, however it came to
+    /// that; also by memory that is a file.
+    pub block_bytes: u64,
+}
+
+pub(super) fn io(pid: u32) -> io::Result<Io> {
+    read_io(Path::new(&format!("/proc/{pid}")))
+}
+
+fn read_io(dir: &Path) -> io::Result<Io> {
+    parse_io(&fs::read_to_string(dir.join("io"))?)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/io makes no sense"))
+}
+
+/// Returns what those threads that live have read and written whose names begin with `prefix`.
+pub(super) fn io_of_threads(pid: u32, prefix: &str) -> io::Result<Io> {
+    let mut sum = Io { call_bytes: 0, block_bytes: 0 };
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let dir = thread?.path();
+        let io = fs::read_to_string(dir.join("comm"))
+            .and_then(|name| name.starts_with(prefix).then(|| read_io(&dir)).transpose());
+        match io {
+            Ok(Some(io)) => {
+                sum.call_bytes = sum.call_bytes.saturating_add(io.call_bytes);
+                sum.block_bytes = sum.block_bytes.saturating_add(io.block_bytes);
+            }
+            Ok(None) => {}
+            Err(error) if is_gone(&error) => {} // It ended while we looked.
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(sum)
+}
+
+fn parse_io(text: &str) -> Option<Io> {
+    let field = |name: &str| -> Option<u64> {
+        let line = |line: &str| line.strip_prefix(name)?.strip_prefix(": ")?.parse().ok();
+        text.lines().find_map(line)
+    };
+    Some(Io {
+        call_bytes: field("rchar")?.saturating_add(field("wchar")?),
+        block_bytes: field("read_bytes")?.saturating_add(field("write_bytes")?),
+    })
+}
+
+/// What went through a network device, in both directions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Frames {
+    /// How many.
+    pub count: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// Returns what went through a device of the network namespace that the process is in; `None`
+/// where there is none of that name.
+pub(super) fn frames(pid: u32, device: &str) -> io::Result<Option<Frames>> {
+    Ok(parse_frames(&fs::read_to_string(format!("/proc/{pid}/net/dev"))?, device))
+}
+
+fn parse_frames(text: &str, device: &str) -> Option<Frames> {
+    let numbers = text.lines().find_map(|line| {
+        let (name, numbers) = line.split_once(':')?;
+        (name.trim() == device).then_some(numbers)
+    })?;
+    let numbers: Vec<u64> =
+        numbers.split_whitespace().map(str::parse).collect::<Result<_, _>>().ok()?;
+    // Eight columns for what came in, and eight for what went out; bytes and frames are first.
+    let sum = |column: usize| Some(numbers.get(column)?.saturating_add(*numbers.get(column + 8)?));
+    Some(Frames { count: sum(1)?, bytes: sum(0)? })
 }
 
 /// Returns the user that the process acts as.
@@ -114,6 +198,24 @@ mod tests {
             }
         );
         assert_eq!(parse_stat("7 (a) S 1 2", 100), None);
+    }
+
+    #[test]
+    fn io_is_counted_by_calls_and_by_blocks() {
+        let text = "rchar: 1\nwchar: 20\nsyscr: 300\nsyscw: 4000\nread_bytes: 50000\n\
+                    write_bytes: 600000\ncancelled_write_bytes: 7000000\n";
+        assert_eq!(parse_io(text), Some(Io { call_bytes: 21, block_bytes: 650_000 }));
+        assert_eq!(parse_io("rchar: 1\nwchar: 2\n"), None);
+    }
+
+    #[test]
+    fn frames_are_those_of_the_device_that_was_asked_for() {
+        let text = "Inter-|   Receive    |  Transmit\n face |bytes packets |bytes packets\n    \
+                    lo: 1 2 0 0 0 0 0 0 3 4 0 0 0 0 0 0\n  tap0: 10 20 0 0 0 0 0 9 300 400 0 0 0 0 \
+                    0 0\n tap00: 5 5 5 5 5 5 5 5 5 5 5 5 5 5 5 5\n";
+        assert_eq!(parse_frames(text, "tap0"), Some(Frames { count: 420, bytes: 310 }));
+        assert_eq!(parse_frames(text, "tap"), None);
+        assert_eq!(parse_frames("tap0: 1 2 3\n", "tap0"), None);
     }
 
     #[test]

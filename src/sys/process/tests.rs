@@ -506,3 +506,34 @@ fn a_network_that_cannot_be_entered_is_an_error_and_leaves_no_process() {
     assert!(Process::find(&token).unwrap().is_empty());
     assert_eq!(Namespace::current().unwrap().identity(), here);
 }
+
+#[test]
+fn what_a_process_reads_and_writes_is_counted_by_calls_and_by_thread() {
+    let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+    let (read, mut write) = io::pipe().unwrap();
+    let file = dir.path().join("file");
+    let text = "while read line; do echo $line$line; done >$0; exec /bin/sleep 1000";
+    let child = spawn(&["-c", text, file.to_str().unwrap()], Some(read.into()));
+    let before = child.io().unwrap();
+    writeln!(write, "{}", "x".repeat(10_000)).unwrap();
+    drop(write);
+    let after = eventually(|| {
+        let now = child.io().unwrap();
+        (now.call_bytes >= before.call_bytes + 30_002).then_some(now)
+    });
+    assert!(after.block_bytes >= before.block_bytes);
+    let named = fs::read_to_string(format!("/proc/{}/comm", child.identity().pid)).unwrap();
+    let own = child.io_of_threads(&named.trim()[..2]).unwrap();
+    assert!(own.call_bytes >= after.call_bytes, "it has one thread, of that name");
+    let others = child.io_of_threads("vcpu").unwrap();
+    assert_eq!(others, Io { call_bytes: 0, block_bytes: 0 });
+}
+
+#[test]
+fn what_has_ended_reads_and_writes_nothing_any_more() {
+    let child = sleeper();
+    child.kill();
+    child.wait(SOON).unwrap();
+    assert_eq!(child.io().unwrap_err().kind(), io::ErrorKind::NotFound);
+    assert_eq!(child.io_of_threads("").unwrap_err().kind(), io::ErrorKind::NotFound);
+}

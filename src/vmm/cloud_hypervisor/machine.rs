@@ -37,7 +37,7 @@ use crate::{
         process::{Launch, Process},
     },
     vmm::{
-        Error, Machine, Plan, PlannedVsock, SAVED_MEMORY,
+        DiskTraffic, Error, Machine, Plan, PlannedVsock, SAVED_MEMORY,
         log::{self, LastWords},
         nic,
         peer::{Peer, begin, host, listen},
@@ -67,6 +67,9 @@ const SMALL_FILE_MAX_BYTES: u64 = 64 << 20;
 /// through, some milliseconds later. How long we wait for it, and how often we look.
 const LOCK_LIMIT: Duration = Duration::from_secs(2);
 const LOCK_LOOK: Duration = Duration::from_millis(5);
+
+/// What the names of the threads that run its vCPUs begin with.
+const VCPU_THREADS: &str = "vcpu";
 
 /// How often a machine that is still loading is asked whether it is through: soon, for a
 /// small one, and not so often that a large one has nothing else to do.
@@ -424,6 +427,12 @@ impl Machine for CloudMachine {
     fn lacks(&self) -> Vec<String> {
         let why = self.why_ours.iter();
         why.map(|why| format!("its VMM runs as root without privileges, as {why}")).collect()
+    }
+
+    fn disk_traffic(&self) -> DiskTraffic {
+        // By io_uring, or the older asynchronous I/O where the kernel has that switched off.
+        let vcpus = self.in_file.then_some(VCPU_THREADS);
+        DiskTraffic::Blocks { vcpus }
     }
 
     fn set_balloon(&mut self, bytes: u64) -> Result<(), Error> {

@@ -8,6 +8,10 @@ use std::{
 
 use super::{Host, guest};
 
+/// A test says how long a sandbox is idle, and does not wait for more than that, unless it is
+/// about just this.
+const AWAKE: &str = "[template.activity]\nawake_min = \"off\"\n";
+
 /// A configuration in the making.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Setup {
@@ -95,7 +99,7 @@ impl Setup {
         let memory = memory.map(|size| format!("memory = \"{size}\"\n")).unwrap_or_default();
         format!(
             "mount = \"{}\"\nstore = \"{}\"\nruntime = \"{}\"\n{config}\
-             [template]\n{memory}{template}",
+             [template]\n{memory}{template}\n{AWAKE}",
             mount.display(),
             store.display(),
             runtime.display()

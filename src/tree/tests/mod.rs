@@ -11,6 +11,8 @@ use crate::{
     vmm::fake::{Call, Fault},
 };
 
+mod idle;
+
 const ROOT: Caller = Caller { uid: 0, gid: 0, tid: 0 };
 
 fn tree(host: &Host) -> Arc<Tree> {

@@ -1,0 +1,144 @@
+//! What `idle` reads as: what happens next to a sandbox by itself, and the one thing that
+//! decides. Pure, as all views.
+
+use super::view::{Facts, NONE, line, or_none, tenths};
+use crate::{
+    lifecycle::Holder,
+    sandbox::{Period, Signal, State, Timestamp},
+};
+
+impl Facts<'_> {
+    /// `idle`: the verdict, why, and when what happens.
+    #[must_use]
+    pub fn idle(&self) -> String {
+        let record = self.record;
+        let sleeps = self.sleeps_at();
+        let (verdict, because) = self.verdict(sleeps);
+        let mut text = String::new();
+        line(&mut text, "verdict", verdict);
+        line(&mut text, "because", because);
+        line(&mut text, "sleeps_at", self.due(sleeps, record.idle_after));
+        line(&mut text, "deletes_at", self.due(record.delete_at(), record.delete_after));
+        line(&mut text, "last_wake_cause", or_none(record.waking.cause.as_deref()));
+        line(&mut text, "wakes_today", record.waking.of_day(self.today));
+        let until = record.waking.awake_until.filter(|_| record.state == State::Running);
+        line(&mut text, "awake_until", or_none(until.map(|until| self.time(until))));
+        text
+    }
+
+    /// Returns when the reaper is to put it to sleep; what is held has no time for that.
+    fn sleeps_at(&self) -> Option<Timestamp> {
+        let due = self.record.sleep_at(self.last_activity).filter(|_| self.holders.is_empty())?;
+        Some(self.spared_until.map_or(due, |until| due.max(until)))
+    }
+
+    /// Returns the verdict in a word, and what decides in a sentence.
+    fn verdict(&self, sleeps: Option<Timestamp>) -> (&'static str, String) {
+        let record = self.record;
+        let is_ahead = |at: &Timestamp| *at > self.now;
+        let due = match (record.state, sleeps) {
+            (State::Running, Some(due)) => due,
+            (State::Running, None) if !self.holders.is_empty() => return ("held", self.held()),
+            (State::Running, None) => return ("exempt", "idle_after is never".to_owned()),
+            (State::Snapshotted, _) => return (record.state.word(), self.asleep()),
+            (state, _) => return (state.word(), format!("it is {state}, not running")),
+        };
+        if let Some(until) = self.spared_until.filter(is_ahead) {
+            let left = until.since(self.now).as_secs();
+            let why = "it was held awake when the daemon was restarted, and its holders have";
+            return ("held", format!("{why} {left} s more to open it anew"));
+        }
+        if record.retry_at.is_some_and(|at| at > self.now) {
+            let left = due.since(self.now).as_secs();
+            let why = "the last try to put it to sleep failed; the next is in";
+            return ("put-off", format!("{why} {left} s"));
+        }
+        match record.waking.awake_until.filter(is_ahead) {
+            Some(until) if until == due => ("just-woken", self.just_woken(until)),
+            Some(_) | None => {
+                let verdict = if due <= self.now { "idle" } else { "active" };
+                (verdict, format!("{}; idle_after is {}", self.latest(), record.idle_after))
+            }
+        }
+    }
+
+    /// Says who holds it: the one who has for the longest.
+    fn held(&self) -> String {
+        let Some((Holder { pid, uid, command }, since)) = self.holders.first() else {
+            return NONE.to_owned();
+        };
+        let more = match self.holders.len() - 1 {
+            0 => String::new(),
+            more => format!(", and by {more} more"),
+        };
+        let age = self.age(*since);
+        format!("held awake by {command} (pid {pid}, uid {uid}) for {age} s{more}")
+    }
+
+    fn asleep(&self) -> String {
+        let record = self.record;
+        let pinned = if record.pinned { ", and it is pinned" } else { "" };
+        let since = self.time(record.since);
+        format!("it sleeps since {since}; delete_after is {}{pinned}", record.delete_after)
+    }
+
+    fn just_woken(&self, until: Timestamp) -> String {
+        let record = self.record;
+        let (age, stays) = (self.age(record.since), until.since(record.since).as_secs());
+        let why = match record.waking.in_vain {
+            0 | 1 => String::new(),
+            sleeps => format!(", as its last {sleeps} sleeps were short ones"),
+        };
+        format!("woken {age} s ago, it stays awake for {stays} s{why}")
+    }
+
+    fn latest(&self) -> String {
+        let age = self.age(self.last_activity);
+        match self.signals.latest(self.limits.signals) {
+            // The index may have an older daemon's activity, of which only the time is known.
+            Some((signal, at)) if at >= self.last_activity => {
+                format!("the last activity was {}, {age} s ago", self.what(signal))
+            }
+            Some(_) | None => format!("the last activity was {age} s ago"),
+        }
+    }
+
+    /// Says what a signal was, with its numbers.
+    fn what(&self, signal: Signal) -> String {
+        let (limits, counted) = (self.limits, self.busyness.counted);
+        match signal {
+            Signal::Control => "a verb written to state".to_owned(),
+            Signal::Touch => "a touch of activity".to_owned(),
+            Signal::Boot => "its boot".to_owned(),
+            Signal::Wake => "its wake".to_owned(),
+            Signal::Console => "input on its console".to_owned(),
+            Signal::Hold => "a hold".to_owned(),
+            Signal::Cpu => {
+                let of = counted.cpu_percent.map(|percent| format!(" of {}%", tenths(percent)));
+                let of = of.unwrap_or_default();
+                format!("guest CPU{of}, above the threshold of {}%", limits.cpu_percent)
+            }
+            Signal::Disk => {
+                let (rate, limit) = (counted.disk_bytes_per_second, limits.disk_bytes_per_second);
+                above("disk traffic", rate, limit)
+            }
+            Signal::Network => {
+                let rate = counted.network_bytes_per_second;
+                above("network traffic", rate, limits.network_bytes_per_second)
+            }
+        }
+    }
+
+    fn due(&self, at: Option<Timestamp>, period: Period) -> String {
+        match (at, period) {
+            (Some(at), _) => self.time(at),
+            (None, Period::Never) => "never".to_owned(),
+            (None, Period::After(_)) => NONE.to_owned(),
+        }
+    }
+}
+
+fn above(what: &str, rate: Option<u64>, limit: u64) -> String {
+    let of = rate.map(|rate| format!(" of {rate} bytes/s")).unwrap_or_default();
+    format!("{what}{of}, above the threshold of {limit} bytes/s")
+}
