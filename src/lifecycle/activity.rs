@@ -12,16 +12,26 @@ use crate::{
 };
 
 /// When a sandbox last showed each kind of activity, since this daemon started.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Signals {
-    last: [Option<Timestamp>; Signal::ALL.len()],
+    /// There is one for each sandbox that was awake, so it is kept small.
+    last: [Timestamp; Signal::ALL.len()],
+}
+
+/// Before every moment.
+const NEVER: Timestamp = Timestamp::from_millis(i64::MIN);
+
+impl Default for Signals {
+    fn default() -> Self {
+        Self { last: [NEVER; Signal::ALL.len()] }
+    }
 }
 
 impl Signals {
     /// Returns when `signal` was last seen.
     #[must_use]
     pub fn last(&self, signal: Signal) -> Option<Timestamp> {
-        self.last[signal as usize]
+        Some(self.last[signal as usize]).filter(|at| *at != NEVER)
     }
 
     /// Returns the latest signal of those that count.
@@ -46,7 +56,7 @@ pub(super) struct Activities {
 
 impl Activities {
     fn see(&self, row: RowId, signal: Signal, at: Timestamp) {
-        lock(&self.signals).entry(row).or_default().last[signal as usize] = Some(at);
+        lock(&self.signals).entry(row).or_default().last[signal as usize] = at;
     }
 
     pub(super) fn note(&self, row: RowId, text: String) {

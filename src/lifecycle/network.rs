@@ -202,7 +202,6 @@ impl Lifecycle {
         match self.settings.linger {
             _ if self.address(&record).is_none() => Ok(()),
             Period::Never => Ok(()),
-            Period::After(time) if time.is_zero() => self.disconnect(entry),
             Period::After(time) => {
                 let since = record.snapshot.map_or_else(|| self.now(), |snapshot| snapshot.at);
                 self.network.linger(entry.id(), since.after(time));

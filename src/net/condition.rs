@@ -8,7 +8,7 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 
 use super::ruleset::{Direction, Fate, Field, Load, Refusal, Step};
-use crate::sandbox::network::Mac;
+use crate::sandbox::network::{Mac, Ports, Transport};
 
 /// A device's name takes 16 bytes, with noughts after it (`IFNAMSIZ`).
 const NAME_BYTES: usize = 16;
@@ -22,6 +22,7 @@ const UDP: u8 = 17;
 const TCP_FLAGS: Field = Field { offset: 13, length: 1 };
 const SOURCE_PORT: Field = Field { offset: 0, length: 2 };
 const DESTINATION_PORT: Field = Field { offset: 2, length: 2 };
+const IP_LENGTH: Field = Field { offset: 2, length: 2 };
 const IP_SOURCE: Field = Field { offset: 12, length: 4 };
 const IP_DESTINATION: Field = Field { offset: 16, length: 4 };
 
@@ -41,13 +42,6 @@ pub(super) struct CtStatus(u32);
 pub(super) const CONFIRMED: CtStatus = CtStatus(1 << 3);
 /// Its destination is translated.
 pub(super) const DNAT: CtStatus = CtStatus(1 << 5);
-
-/// TCP or UDP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Transport {
-    Tcp,
-    Udp,
-}
 
 fn is(load: Load, value: &[u8]) -> Vec<Step> {
     vec![Step::Load(load), Step::Is(value.to_vec())]
@@ -154,6 +148,70 @@ pub(super) fn to_port(transport: Transport, port: u16) -> Vec<Step> {
 
 pub(super) fn from_port(transport: Transport, port: u16) -> Vec<Step> {
     at_port(transport, SOURCE_PORT, port)
+}
+
+/// One of the ends of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    Source,
+    Destination,
+}
+
+/// The address at that end is in the set.
+pub(super) fn end_in(end: End, set: &'static str) -> Vec<Step> {
+    let address = match end {
+        End::Source => IP_SOURCE,
+        End::Destination => IP_DESTINATION,
+    };
+    [ipv4(), vec![Step::Load(Load::Network(address)), Step::In(set)]].concat()
+}
+
+/// The port at that end is one of `ports`.
+pub(super) fn port_of(end: End, ports: &Ports) -> Vec<Step> {
+    let field = match end {
+        End::Source => SOURCE_PORT,
+        End::Destination => DESTINATION_PORT,
+    };
+    let (first, last) = (*ports.range.start(), *ports.range.end());
+    if first == last {
+        return at_port(ports.transport, field, first);
+    }
+    let protocol = match ports.transport {
+        Transport::Tcp => tcp(),
+        Transport::Udp => udp(),
+    };
+    let within = vec![
+        Step::Load(Load::Transport(field)),
+        Step::AtLeast(first.to_be_bytes().into()),
+        Step::AtMost(last.to_be_bytes().into()),
+    ];
+    [protocol, within].concat()
+}
+
+/// TCP that says nothing, opens nothing and closes nothing, by the lengths of its headers:
+/// without options, and with the time stamps that most have. Other options come with data
+/// that was lost.
+pub(super) fn says_nothing() -> [Vec<Step>; 2] {
+    const OFFSET_AND_FLAGS: Field = Field { offset: 12, length: 2 };
+    const OFFSET_FIN_SYN_RST_ACK: [u8; 2] = [0xf0, 0x17];
+    const ACK: u8 = 0x10;
+    [5_u8, 8].map(|words| {
+        let length = 20 + 4 * u16::from(words);
+        let whole = is(Load::Network(IP_LENGTH), &length.to_be_bytes());
+        let flags = vec![
+            Step::Load(Load::Transport(OFFSET_AND_FLAGS)),
+            Step::Mask(OFFSET_FIN_SYN_RST_ACK.into()),
+            Step::Is(vec![words << 4, ACK]),
+        ];
+        [whole, flags].concat()
+    })
+}
+
+/// TCP after an IPv4 header without options.
+pub(super) fn tcp_after_bare_header() -> Vec<Step> {
+    const VERSION_4_AND_FIVE_WORDS: u8 = 0x45;
+    let first = Field { offset: 0, length: 1 };
+    [tcp(), is(Load::Network(first), &[VERSION_4_AND_FIVE_WORDS])].concat()
 }
 
 fn at_port(transport: Transport, field: Field, port: u16) -> Vec<Step> {

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, io, os::fd::OwnedFd, path::PathBuf};
 
 use super::{
-    Applied, Counters, Error, Known, Network, Ready, Reconciled, Wanted, firewall,
+    Activity, Applied, Counters, Error, Known, Network, Ready, Reconciled, Wanted, firewall,
     linger::Lingering,
 };
 use crate::{
@@ -33,7 +33,7 @@ pub(crate) enum Fault {
 /// Networks that are only remembered.
 ///
 /// # Locking
-/// Each lock is a leaf.
+/// Each lock is a leaf, but that of `activity` may be taken while that of `there` is held.
 #[derive(Debug, Default)]
 pub(crate) struct FakeNetwork {
     there: Mutex<BTreeMap<SandboxId, (u64, Wanted)>>,
@@ -43,6 +43,7 @@ pub(crate) struct FakeNetwork {
     passed: Mutex<BTreeMap<SandboxId, Counters>>,
     sleepers: Mutex<BTreeMap<SandboxAddress, WakePorts>>,
     refused: Mutex<Vec<SandboxAddress>>,
+    activity: Mutex<BTreeMap<SandboxId, Activity>>,
 }
 
 impl FakeNetwork {
@@ -76,6 +77,11 @@ impl FakeNetwork {
     /// Returns the sandboxes whose wakes failed or were not to be, in order.
     pub(crate) fn refused(&self) -> Vec<SandboxAddress> {
         lock(&self.refused).clone()
+    }
+
+    /// Sets what has passed of a sandbox's network that is a sign of use.
+    pub(crate) fn set_activity(&self, id: &SandboxId, activity: Activity) {
+        lock(&self.activity).insert(id.clone(), activity);
     }
 
     fn check(&self, fault: Fault) -> Result<(), Error> {
@@ -190,6 +196,15 @@ impl Network for FakeNetwork {
         })
     }
 
+    fn activity(&self, of: &[Known]) -> Result<Vec<(SandboxId, Activity)>, Error> {
+        let there = lock(&self.there);
+        let activity = lock(&self.activity);
+        let of = of.iter().filter(|known| there.contains_key(&known.id));
+        Ok(of
+            .map(|known| (known.id.clone(), activity.get(&known.id).copied().unwrap_or_default()))
+            .collect())
+    }
+
     fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error> {
         let passed = || lock(&self.passed).get(id).copied().unwrap_or_default();
         Ok(self.in_force(id).map(|_| passed()))
@@ -199,6 +214,7 @@ impl Network for FakeNetwork {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::Count;
     use crate::sandbox::network::{AddressPlan, Destinations, Nameservers, NetworkPolicy, Reach};
 
     fn wanted(name: &str, slot: u32, reach: Reach) -> Wanted {
@@ -271,5 +287,18 @@ mod tests {
         network.set_fault(Some(Fault::Listen));
         network.listen(a.address, &ports).unwrap_err();
         network.deliver(&a.id, a.address).unwrap();
+    }
+
+    #[test]
+    fn only_a_network_that_is_there_has_activity() {
+        let network = FakeNetwork::default();
+        let a = wanted("a", 0, Reach::Isolated);
+        let known = [Known { id: a.id.clone(), address: a.address }];
+        let inward = Count { packets: 1, bytes: 40 };
+        let used = Activity { inward, ..Activity::default() };
+        network.set_activity(&a.id, used);
+        assert_eq!(network.activity(&known).unwrap(), []);
+        network.ensure(&a).unwrap();
+        assert_eq!(network.activity(&known).unwrap(), [(a.id, used)]);
     }
 }

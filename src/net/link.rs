@@ -55,6 +55,8 @@ pub(super) struct Link {
     pub(super) kind: Option<InfoKind>,
     /// Whether what is sent by it arrives somewhere.
     pub(super) is_up: bool,
+    /// How many packets have passed it, either way.
+    pub(super) packets: u64,
 }
 
 /// Opens a socket for the links of the namespace that this thread is in.
@@ -120,6 +122,7 @@ fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
         mac: None,
         kind: None,
         is_up: false,
+        packets: 0,
     };
     for attribute in message.attributes {
         if let LinkAttribute::IfName(name) = attribute {
@@ -130,6 +133,8 @@ fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
             link.group = group;
         } else if let LinkAttribute::Address(mac) = attribute {
             link.mac = Some(mac);
+        } else if let LinkAttribute::Stats64(stats) = attribute {
+            link.packets = stats.rx_packets.saturating_add(stats.tx_packets);
         } else if let LinkAttribute::OperState(state) = attribute {
             link.is_up = state == State::Up;
         } else if let LinkAttribute::LinkInfo(infos) = attribute {

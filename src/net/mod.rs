@@ -132,6 +132,14 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// Where something stays; the rest was removed all the same.
     fn reconcile(&self, known: &[Known]) -> Result<Reconciled, Error>;
 
+    /// Returns what passed of the networks of those that have one that is a sign of use.
+    /// Only those are looked into by which anything has passed since the last time, so this
+    /// may be asked often and of all who are awake.
+    ///
+    /// # Errors
+    /// Where the kernel does not say.
+    fn activity(&self, of: &[Known]) -> Result<Vec<(SandboxId, Activity)>, Error>;
+
     /// Returns what has passed and what has not. `None`: the sandbox has no network.
     ///
     /// # Errors
@@ -198,6 +206,16 @@ pub struct Reconciled {
     pub there: Vec<SandboxId>,
 }
 
+/// What passed of a network that is a sign of use: not what is ignored, nor what only keeps
+/// a connection open. It begins at nought when the network is made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// Of connections that the host opened, both ways.
+    pub inward: Count,
+    /// Of connections that the guest opened, both ways.
+    pub outward: Count,
+}
+
 /// Packets and bytes, by what became of them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -209,6 +227,10 @@ pub struct Counters {
     pub host_in: Count,
     /// Of the same, from it.
     pub host_out: Count,
+    /// Of both of the latter what is activity.
+    pub active_in: Count,
+    /// Of both of the former what is activity.
+    pub active_out: Count,
     /// Frames that were not exactly the guest's.
     pub spoofed: Count,
     /// To where the guest may not send.

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     sandbox::network::{
-        AddressPlan, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX,
+        AddressPlan, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, Ignored,
         SandboxAddress,
     },
     sys::{
@@ -41,11 +41,22 @@ pub(super) struct Design {
 }
 
 impl Design {
-    pub(super) fn new(plan: &AddressPlan, host_addresses: &[Ipv4Addr], wanted: &Wanted) -> Self {
+    pub(super) fn new(
+        plan: &AddressPlan,
+        host_addresses: &[Ipv4Addr],
+        wanted: &Wanted,
+        ignored: &Ignored,
+    ) -> Self {
         Self {
             wanted: wanted.clone(),
             group: plan.link_group(),
-            rules: firewall::of_sandbox(plan, wanted.address, host_addresses, &wanted.policy),
+            rules: firewall::of_sandbox(
+                plan,
+                wanted.address,
+                host_addresses,
+                &wanted.policy,
+                ignored,
+            ),
         }
     }
 

@@ -382,6 +382,8 @@ fn expressions(step: &Step) -> Vec<Expressions> {
         ]),
         Step::Is(value) => compare(Operator::Equal, value),
         Step::IsNot(value) => compare(Operator::NotEqual, value),
+        Step::AtLeast(value) => compare(Operator::GreatherThanEqual, value),
+        Step::AtMost(value) => compare(Operator::LessThanEqual, value),
         Step::In(set) => Expressions::Lookup(vec![
             Lookup::Set((*set).to_owned()),
             Lookup::SourceRegister(REGISTER),

@@ -1,7 +1,7 @@
 //! The networks of this host.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs, io,
     net::Ipv4Addr,
     os::fd::OwnedFd,
@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Applied, Count, Counters, Error, Known, Listener, Network, Ready, Reconciled, Wanted,
+    Activity, Applied, Count, Counters, Error, Known, Listener, Network, Ready, Reconciled, Wanted,
     doorbell::Doorbell,
     firewall, host,
     linger::Lingering,
@@ -21,7 +21,7 @@ use crate::{
     sandbox::{
         SandboxId, Timestamp,
         network::{
-            AddressPlan, GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, Reach,
+            AddressPlan, GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, Ignored, Reach,
             SandboxAddress, WakePorts,
         },
     },
@@ -35,6 +35,16 @@ use crate::{
 /// Where namespaces are pinned, in the daemon's runtime directory.
 const PINS: &str = "netns";
 
+/// What a network's activity was when it was last looked at.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    /// The host's end of its link. The kernel gives a number to no other link after it.
+    link: u32,
+    /// How many packets had passed it.
+    packets: u64,
+    activity: Activity,
+}
+
 /// The networks of this host, as the kernel has them.
 ///
 /// # Locking
@@ -44,7 +54,9 @@ const PINS: &str = "netns";
 pub struct RealNetwork {
     plan: AddressPlan,
     pins: PathBuf,
+    ignored: Ignored,
     lingering: Lingering,
+    seen: Mutex<BTreeMap<SandboxId, Seen>>,
     prepared: Mutex<bool>,
     listener: Option<Arc<Listener>>,
     doorbell: Mutex<Option<Arc<Doorbell>>>,
@@ -59,7 +71,9 @@ impl RealNetwork {
         Self {
             plan,
             pins: runtime.join(PINS),
+            ignored: Ignored::default(),
             lingering: Lingering::default(),
+            seen: Mutex::default(),
             prepared: Mutex::new(false),
             listener: None,
             doorbell: Mutex::new(None),
@@ -72,6 +86,12 @@ impl RealNetwork {
     #[must_use]
     pub fn ringing(self, listener: Arc<Listener>) -> Self {
         Self { listener: Some(listener), ..self }
+    }
+
+    /// Has packets that are `ignored` pass without being activity.
+    #[must_use]
+    pub fn ignoring(self, ignored: Ignored) -> Self {
+        Self { ignored, ..self }
     }
 
     /// Removes everything that is ours, of every sandbox and of the host.
@@ -157,7 +177,7 @@ impl RealNetwork {
 
     fn design(&self, wanted: &Wanted) -> Result<Design, Error> {
         let host_addresses: Vec<Ipv4Addr> = link::addresses(&link::here()?)?;
-        Ok(Design::new(&self.plan, &host_addresses, wanted))
+        Ok(Design::new(&self.plan, &host_addresses, wanted, &self.ignored))
     }
 
     /// Makes the network of a sandbox that has none.
@@ -313,6 +333,7 @@ impl Network for RealNetwork {
     fn remove(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error> {
         self.take_away(id, address)?;
         self.lingering.forget(id);
+        lock(&self.seen).remove(id);
         Ok(())
     }
 
@@ -349,6 +370,21 @@ impl Network for RealNetwork {
         if errors.is_empty() { Ok(found) } else { Err(Error::Several(errors)) }
     }
 
+    fn activity(&self, of: &[Known]) -> Result<Vec<(SandboxId, Activity)>, Error> {
+        let links: BTreeMap<String, (u32, u64)> = link::list(&link::here()?)?
+            .into_iter()
+            .filter(|link| host::is_of_a_sandbox(&self.plan, link))
+            .map(|link| (link.name, (link.index, link.packets)))
+            .collect();
+        let there = of.iter().filter_map(|known| {
+            let (link, packets) = links.get(&known.address.host_link())?;
+            Some((&known.id, *link, *packets))
+        });
+        there
+            .map(|(id, link, packets)| Ok((id.clone(), self.activity_of(id, link, packets)?)))
+            .collect()
+    }
+
     fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error> {
         let Some(namespace) = self.open(id)? else { return Ok(None) };
         let counted = namespace::counters(&namespace)?;
@@ -364,12 +400,28 @@ impl Network for RealNetwork {
             guest_in: count(firewall::GUEST_IN),
             host_in: count(firewall::HOST_IN),
             host_out: count(firewall::HOST_OUT),
+            active_in: count(firewall::ACTIVE_IN),
+            active_out: count(firewall::ACTIVE_OUT),
             spoofed: count(firewall::SPOOFED),
             refused: count(firewall::REFUSED),
             invalid: count(firewall::INVALID_STATE),
             excess: count(firewall::EXCESS),
             unasked: count(firewall::UNASKED),
         }))
+    }
+}
+
+impl RealNetwork {
+    /// Returns the activity of a network whose link has passed `packets` by now.
+    fn activity_of(&self, id: &SandboxId, link: u32, packets: u64) -> Result<Activity, Error> {
+        let before = lock(&self.seen).get(id).copied();
+        if let Some(before) = before.filter(|seen| (seen.link, seen.packets) == (link, packets)) {
+            return Ok(before.activity);
+        }
+        let counters = self.counters(id)?.unwrap_or_default();
+        let activity = Activity { inward: counters.active_in, outward: counters.active_out };
+        lock(&self.seen).insert(id.clone(), Seen { link, packets, activity });
+        Ok(activity)
     }
 }
 

@@ -109,6 +109,10 @@ pub(super) enum Step {
     Is(Vec<u8>),
     /// Holds if it is not.
     IsNot(Vec<u8>),
+    /// Holds if the loaded value, the first byte of which is the highest, is not below this.
+    AtLeast(Vec<u8>),
+    /// Holds if it is not above this.
+    AtMost(Vec<u8>),
     /// Holds if the loaded address is in the set.
     In(&'static str),
     /// Holds for packets over, or within, the named limit.

@@ -71,7 +71,8 @@ fn what_is_read_is_whole_whatever_the_reader_reads_by() {
     for file in ["state", "error", "config", "idle_after", "console"] {
         let file = format!("web-1/{file}");
         let want = host.read(&file);
-        assert!(want.ends_with('\n'));
+        // A guest may be put to sleep in the middle of a line.
+        assert!(want.ends_with('\n') || file.ends_with("console"), "{file}: {want:?}");
         for read in
             ["cat FILE", "dd if=FILE bs=1 2>/dev/null", "head -n 1000 FILE", "tail -n +1 FILE"]
         {

@@ -16,6 +16,7 @@ mod linux;
 mod looking;
 mod loss;
 mod mixed;
+mod network;
 mod poll;
 mod reaper;
 mod recipes;

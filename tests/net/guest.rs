@@ -214,12 +214,25 @@ impl Packet {
         (sequence, acknowledged): (u32, u32),
         text: &[u8],
     ) -> Self {
+        Self::tcp_with_options(from, to, (flags, &[]), (sequence, acknowledged), text)
+    }
+
+    /// Makes a segment with options, which are a whole number of words.
+    pub(crate) fn tcp_with_options(
+        from: (Ipv4Addr, u16),
+        to: (Ipv4Addr, u16),
+        (flags, options): (u8, &[u8]),
+        (sequence, acknowledged): (u32, u32),
+        text: &[u8],
+    ) -> Self {
+        let words = u8::try_from(5 + options.len() / 4).unwrap();
         let mut payload = Vec::new();
         payload.extend(from.1.to_be_bytes());
         payload.extend(to.1.to_be_bytes());
         payload.extend(sequence.to_be_bytes());
         payload.extend(acknowledged.to_be_bytes());
-        payload.extend([0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+        payload.extend([words << 4, flags, 0xff, 0xff, 0, 0, 0, 0]);
+        payload.extend(options);
         payload.extend(text);
         let sum = transport_sum(from.0, to.0, TCP, &payload);
         payload[16..18].copy_from_slice(&sum.to_be_bytes());

@@ -15,7 +15,7 @@ use dozed::{
     net::{Network, Ready, RealNetwork, Ring, Wanted},
     sandbox::{
         SandboxId,
-        network::{AddressPlan, Destinations, NetworkPolicy, Reach, SandboxAddress},
+        network::{AddressPlan, Destinations, Ignored, NetworkPolicy, Reach, SandboxAddress},
     },
     sys::{
         clock::{self, Deadline},
@@ -68,8 +68,16 @@ pub(crate) struct Host {
 
 /// Runs `test` on a new host, and sees to it that nothing is left of it.
 pub(crate) fn on_a_host(test: impl FnOnce(&Host) + Send + 'static) {
+    on_a_host_that_ignores(&[], test);
+}
+
+/// Runs `test` on a new host on which some packets are no activity.
+pub(crate) fn on_a_host_that_ignores(
+    ignored: &'static [&str],
+    test: impl FnOnce(&Host) + Send + 'static,
+) {
     netns::in_a_new_one(|_| {
-        let host = Host::new();
+        let host = Host::new(Ignored::new(ignored).unwrap());
         test(&host);
         host.leaves_nothing();
     })
@@ -77,7 +85,7 @@ pub(crate) fn on_a_host(test: impl FnOnce(&Host) + Send + 'static) {
 }
 
 impl Host {
-    fn new() -> Self {
+    fn new(ignored: Ignored) -> Self {
         let runtime = tempfile::tempdir().unwrap();
         let pin = runtime.path().join("internet");
         let internet = {
@@ -88,11 +96,12 @@ impl Host {
         netns::unpin(&pin).unwrap();
         let plan = AddressPlan::default();
         let (rang, rings) = mpsc::channel();
+        let listener = move |address, ring| {
+            // Nobody hears of it when the test is over.
+            rang.send((address, ring)).ok();
+        };
         let network =
-            RealNetwork::new(plan, runtime.path()).ringing(Arc::new(move |address, ring| {
-                // Nobody hears of it when the test is over.
-                rang.send((address, ring)).ok();
-            }));
+            RealNetwork::new(plan, runtime.path()).ignoring(ignored).ringing(Arc::new(listener));
         let host = Self { network, plan, internet, runtime, rings: Mutex::new(rings) };
         host.wire();
         host

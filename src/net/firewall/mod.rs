@@ -14,7 +14,7 @@ use std::net::Ipv4Addr;
 
 use super::{
     condition::{
-        CONFIRMED, DNAT, ESTABLISHED_OR_RELATED, INVALID, NEW, Transport, accept, after_ethernet,
+        CONFIRMED, DNAT, ESTABLISHED_OR_RELATED, INVALID, NEW, accept, after_ethernet,
         answered_by_any_of, as_destination, as_source, count, direction, drop_it, ether_type,
         flows_over, from_address, from_device, from_group, from_network, from_port, goto, limited,
         masquerade, no_status, no_syn, not_from_mac, not_from_network, not_ipv4, not_to_group,
@@ -27,9 +27,11 @@ use super::{
     },
 };
 use crate::sandbox::network::{
-    AddressPlan, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, NetworkPolicy, Reach,
-    SandboxAddress, Span, merged, never_reachable, public_spans, without,
+    AddressPlan, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, Ignored, NetworkPolicy,
+    Reach, SandboxAddress, Span, Transport, merged, never_reachable, public_spans, without,
 };
+
+mod activity;
 
 /// The name of our tables in the namespace of a sandbox.
 pub(super) const TABLE: &str = "dozed";
@@ -62,6 +64,9 @@ pub(super) const GUEST_IN: &str = "guest_in";
 /// Packets that the host's connections sent to the guest, and that came back.
 pub(super) const HOST_IN: &str = "host_in";
 pub(super) const HOST_OUT: &str = "host_out";
+/// Of the former and of the latter those that are activity.
+pub(super) const ACTIVE_OUT: &str = "active_out";
+pub(super) const ACTIVE_IN: &str = "active_in";
 /// Frames that are not exactly the guest's.
 pub(super) const SPOOFED: &str = "spoofed";
 /// Packets to where the guest may not send.
@@ -74,8 +79,18 @@ pub(super) const EXCESS: &str = "excess";
 pub(super) const UNASKED: &str = "unasked";
 
 /// All counters of the table of this name and family `inet`.
-pub(super) const COUNTERS: [&str; 8] =
-    [GUEST_OUT, GUEST_IN, HOST_IN, HOST_OUT, REFUSED, INVALID_STATE, EXCESS, UNASKED];
+pub(super) const COUNTERS: [&str; 10] = [
+    GUEST_OUT,
+    GUEST_IN,
+    HOST_IN,
+    HOST_OUT,
+    ACTIVE_OUT,
+    ACTIVE_IN,
+    REFUSED,
+    INVALID_STATE,
+    EXCESS,
+    UNASKED,
+];
 
 const PUBLIC: &str = "public4";
 /// The set of the nameservers that may be asked.
@@ -92,6 +107,8 @@ const BY_DESTINATION: &str = "by_destination";
 const TO_RESOLVER: &str = "to_resolver";
 const PASS_OUT: &str = "pass_out";
 const PASS_IN: &str = "pass_in";
+const PASS_HOST_IN: &str = "pass_host_in";
+const PASS_HOST_OUT: &str = "pass_host_out";
 
 /// Before everything else of the kernel's.
 const FIRST: i32 = -500;
@@ -102,12 +119,13 @@ const FILTER: i32 = 0;
 const TRANSLATE_SOURCE: i32 = 100;
 
 /// What is in force in the namespace of the sandbox at `address`, while the host has
-/// `host_addresses`.
+/// `host_addresses`, and what is `ignored` is no activity.
 pub(super) fn of_sandbox(
     plan: &AddressPlan,
     address: SandboxAddress,
     host_addresses: &[Ipv4Addr],
     policy: &NetworkPolicy,
+    ignored: &Ignored,
 ) -> Ruleset {
     let lists = Lists::of(plan, host_addresses, policy);
     let nameservers = lists.nameservers.clone();
@@ -119,6 +137,7 @@ pub(super) fn of_sandbox(
             Set { name: NAMESERVERS, spans: nameservers.iter().copied().map(Span::from).collect() },
             Set { name: DENIED, spans: lists.denied },
             Set { name: ALLOWED, spans: lists.allowed },
+            Set { name: activity::IGNORED, spans: ignored.spans() },
         ],
         counters: COUNTERS.into(),
         limits: vec![Limit {
@@ -127,18 +146,19 @@ pub(super) fn of_sandbox(
             burst: NEW_FLOWS_BURST,
             over: true,
         }],
-        chains: vec![
-            refuse(Some(REFUSED)),
-            Chain::inner(PASS_OUT, [rule([count(GUEST_OUT), accept()])]),
-            Chain::inner(PASS_IN, [rule([count(GUEST_IN), accept()])]),
-            to_resolver(),
-            by_destination(!nameservers.is_empty()),
-            from_guest(),
-            from_uplink(plan.host_address(), address.ip()),
-            before_routing(),
-            destinations(address.ip(), &nameservers),
-            sources(address.ip()),
-        ],
+        chains: [refuse(Some(REFUSED))]
+            .into_iter()
+            .chain(activity::chains(ignored))
+            .chain([
+                to_resolver(),
+                by_destination(!nameservers.is_empty()),
+                from_guest(),
+                from_uplink(plan.host_address(), address.ip()),
+                before_routing(),
+                destinations(address.ip(), &nameservers),
+                sources(address.ip()),
+            ])
+            .collect(),
     };
     Ruleset { tables: vec![door(), inside] }
 }
@@ -276,12 +296,7 @@ fn from_guest() -> Chain {
             // After a long sleep the connection is known to nobody here: to be told so at once
             // is better than to repeat the segment for a quarter of an hour.
             rule([state(NEW), no_syn(), count(INVALID_STATE), reset()]),
-            rule([
-                direction(Direction::Reply),
-                state(ESTABLISHED_OR_RELATED),
-                count(HOST_OUT),
-                accept(),
-            ]),
+            rule([direction(Direction::Reply), state(ESTABLISHED_OR_RELATED), goto(PASS_HOST_OUT)]),
             rule([opens(), limited(NEW_FLOWS), count(EXCESS), drop_it()]),
             rule([opens(), flows_over(FLOWS_MAX), count(EXCESS), goto(REFUSE)]),
             rule([goto(BY_DESTINATION)]),
@@ -299,8 +314,7 @@ fn from_uplink(host: Ipv4Addr, own: Ipv4Addr) -> Chain {
             direction(Direction::Original),
             from_address(host),
             to_address(own),
-            count(HOST_IN),
-            accept(),
+            goto(PASS_HOST_IN),
         ]),
         rule([direction(Direction::Original), count(UNASKED), drop_it()]),
     ];

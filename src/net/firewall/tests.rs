@@ -21,7 +21,8 @@ const HOST: Ipv4Addr = Ipv4Addr::new(93, 184, 216, 1);
 
 fn rules(policy: &NetworkPolicy) -> Table {
     let plan = AddressPlan::default();
-    let mut ruleset = of_sandbox(&plan, plan.address(0).unwrap(), &[HOST], policy);
+    let mut ruleset =
+        of_sandbox(&plan, plan.address(0).unwrap(), &[HOST], policy, &Ignored::default());
     ruleset.tables.pop().unwrap()
 }
 
@@ -70,7 +71,8 @@ fn the_lists_are_looked_at_in_the_order_denied_allowed_public_and_no_list_is_ref
 fn every_chain_that_is_gone_to_is_there() {
     let plan = AddressPlan::default();
     let full = policy(Reach::Internet, "9.9.9.9\n1.1.1.1", "8.8.8.8", "10.0.0.0/8");
-    let of_sandbox = of_sandbox(&plan, plan.address(0).unwrap(), &[], &full);
+    let ignored = Ignored::new(&["192.0.2.1", "tcp/9100"]).unwrap();
+    let of_sandbox = of_sandbox(&plan, plan.address(0).unwrap(), &[], &full, &ignored);
     for table in of_sandbox.tables.iter().chain(&of_host(&plan, "doorbell").tables) {
         for step in table.chains.iter().flat_map(|chain| chain.rules.iter().flatten()) {
             let there = if let Step::Goto(name) = step {

@@ -3,6 +3,7 @@
 //! Which addresses are special is written once, in `special.rs`: what people write is
 //! checked against it here, and the firewall's list of public addresses is made of it.
 
+mod ignored;
 mod plan;
 mod policy;
 mod port;
@@ -10,6 +11,7 @@ mod span;
 mod special;
 mod wake_on;
 
+pub use ignored::Ignored;
 pub use plan::{
     AddressPlan, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, Mac,
     PlanError, SandboxAddress,

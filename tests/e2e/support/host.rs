@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use dozed::sys::mount;
+use dozed::sys::{mount, netns};
 use rustix::{io::Errno, process::Signal};
 use tempfile::TempDir;
 
@@ -74,6 +74,11 @@ impl Host {
 
     fn runtime(&self) -> PathBuf {
         self.place.path().join("r")
+    }
+
+    /// Returns the directory that network namespaces are pinned in.
+    fn pins(&self) -> PathBuf {
+        self.runtime().join("netns")
     }
 
     fn config_file(&self) -> PathBuf {
@@ -334,11 +339,19 @@ impl Host {
             let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
             names.filter(|name| name != "lock").collect::<Vec<_>>()
         };
-        let dirs = [self.store.join("sandboxes"), self.store.join("trash"), self.runtime()];
-        for dir in dirs {
+        let nothing_is_left_in = |dir: &Path| {
             let what = format!("nothing is left in {}", dir.display());
-            wait_until(&what, || left(&dir).is_empty());
+            wait_until(&what, || left(dir).is_empty());
+        };
+        nothing_is_left_in(&self.store.join("sandboxes"));
+        nothing_is_left_in(&self.store.join("trash"));
+        if self.pins().exists() {
+            // The directory stays, for the namespaces of the next sandboxes.
+            nothing_is_left_in(&self.pins());
+            mount::detach(&self.pins()).unwrap();
+            fs::remove_dir(self.pins()).unwrap();
         }
+        nothing_is_left_in(&self.runtime());
         wait_until("no VMM is left", || process::naming(&self.store).is_empty());
         assert_eq!(self.number("dozed.status", "memory_bytes"), 0);
         let first = self.first.take().expect("it was looked at after the start");
@@ -365,6 +378,10 @@ impl Host {
             }
         }
         mount::detach(&self.mount).ok();
+        for pin in fs::read_dir(self.pins()).into_iter().flatten().flatten() {
+            netns::unpin(&pin.path()).ok();
+        }
+        mount::detach(&self.pins()).ok();
     }
 
     /// Shows the end of the daemon's log.

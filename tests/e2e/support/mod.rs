@@ -8,9 +8,11 @@ mod process;
 mod setup;
 mod wait;
 mod watcher;
+mod world;
 
 pub(crate) use host::{Host, write_once};
 pub(crate) use process::{command, is_alive, signal};
 pub(crate) use setup::Setup;
 pub(crate) use wait::{wait_for, wait_until};
 pub(crate) use watcher::Watcher;
+pub(crate) use world::{World, in_a_world};

@@ -16,6 +16,7 @@ const AWAKE: &str = "[template.activity]\nawake_min = \"off\"\n";
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Setup {
     memory: Option<&'static str>,
+    net: Option<&'static str>,
     template: String,
     config: String,
     store: Option<PathBuf>,
@@ -50,6 +51,12 @@ impl Setup {
     /// Gives a new sandbox so much memory.
     pub(crate) fn memory(mut self, size: &'static str) -> Self {
         self.memory = Some(size);
+        self
+    }
+
+    /// Gives a new sandbox such a network.
+    pub(crate) fn net(mut self, mode: &'static str) -> Self {
+        self.net = Some(mode);
         self
     }
 
@@ -95,11 +102,12 @@ impl Setup {
 
     /// Returns the whole configuration.
     pub(super) fn document(&self, mount: &Path, store: &Path, runtime: &Path) -> String {
-        let Self { template, config, memory, .. } = self;
+        let Self { template, config, memory, net, .. } = self;
+        let net = net.map(|mode| format!("net = \"{mode}\"\n")).unwrap_or_default();
         let memory = memory.map(|size| format!("memory = \"{size}\"\n")).unwrap_or_default();
         format!(
             "mount = \"{}\"\nstore = \"{}\"\nruntime = \"{}\"\n{config}\
-             [template]\n{memory}{template}\n{AWAKE}",
+             [template]\n{memory}{net}{template}\n{AWAKE}",
             mount.display(),
             store.display(),
             runtime.display()

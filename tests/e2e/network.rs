@@ -1,0 +1,199 @@
+//! Linux guests on a network: whom they reach, who reaches them, and what a sleep does to
+//! their connections.
+
+use std::{
+    io::{ErrorKind, Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    time::Duration,
+};
+
+use rustix::process::Signal;
+
+use crate::support::{Host, Setup, World, in_a_world, wait_for, wait_until};
+
+/// What the guest is told: the address that every guest has, and to say what it hears.
+const OPTIONS: &str = "dozed.quiet dozed.net=169.254.0.21/30,169.254.0.22 dozed.serve=7";
+/// No answer takes as long on any machine.
+const SOON: Duration = Duration::from_secs(60);
+
+/// Boots a sandbox with a Linux guest, and waits until it has a shell.
+#[track_caller]
+fn boot(host: &Host, id: &str) {
+    host.boot(id);
+    wait_until("the guest is up", || host.read(&format!("{id}/console")).contains("guest# "));
+}
+
+fn address(host: &Host, id: &str) -> Ipv4Addr {
+    host.read(&format!("{id}/net/address")).trim().parse().unwrap()
+}
+
+/// Types a line on the console.
+fn types(host: &Host, id: &str, line: &str) {
+    let line = format!("{line}\n");
+    let mut left = line.as_bytes();
+    let console = host.open(&format!("{id}/console")).unwrap();
+    wait_until("the console takes a line", || {
+        left = &left[(&console).write(left).unwrap()..];
+        left.is_empty()
+    });
+}
+
+/// Waits until the guest has printed `text` since its console had `before` bytes.
+#[track_caller]
+fn prints(host: &Host, id: &str, before: usize, text: &str) {
+    let console = || host.read(&format!("{id}/console"))[before..].to_owned();
+    wait_until(&format!("the guest prints `{text}`"), || console().contains(text));
+}
+
+fn printed(host: &Host, id: &str) -> usize {
+    host.read(&format!("{id}/console")).len()
+}
+
+/// Connects to the guest's server, which may not be listening yet.
+#[track_caller]
+fn connect(host: &Host, id: &str) -> TcpStream {
+    let to = SocketAddr::from((address(host, id), 7));
+    let stream = wait_for("the guest listens", || TcpStream::connect_timeout(&to, SOON).ok());
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream
+}
+
+/// Says something on a connection, and waits until the guest has said it too.
+#[track_caller]
+fn echo(stream: &mut TcpStream, text: &str) {
+    stream.write_all(text.as_bytes()).unwrap();
+    let mut heard = vec![0; text.len()];
+    stream.read_exact(&mut heard).unwrap();
+    assert_eq!(String::from_utf8(heard).unwrap(), text);
+}
+
+/// Waits for a connection.
+#[track_caller]
+fn accept(listener: &TcpListener) -> TcpStream {
+    let (stream, from) = wait_for("the guest connects", || listener.accept().ok());
+    assert_eq!(from.ip(), World::HOST, "the internet sees the host, and no sandbox");
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream
+}
+
+/// Has the guest hold a connection to the internet: it prints what it hears and says what is
+/// written to `/run/say`, and prints `ended` at its end.
+fn hold_connection(host: &Host, id: &str, listener: &TcpListener) -> TcpStream {
+    let port = listener.local_addr().unwrap().port();
+    let server = World::SERVER;
+    let line = format!(
+        "mkfifo /run/say; exec 4<>/run/say; (nc {server} {port} </run/say; echo 'en''ded') &"
+    );
+    types(host, id, &line);
+    accept(listener)
+}
+
+#[test]
+fn a_guest_reaches_the_internet_and_nobody_else_and_the_host_reaches_it() {
+    in_a_world(|world| {
+        let host = Setup::linux(OPTIONS).net("internet").start();
+        boot(&host, "web-1");
+        boot(&host, "web-2");
+        echo(&mut connect(&host, "web-1"), "hello from the host");
+        let listener = world.tcp_server(World::SERVER, 80);
+        let before = printed(&host, "web-1");
+        let mut stream = hold_connection(&host, "web-1", &listener);
+        types(&host, "web-1", "echo from the guest >&4");
+        let mut heard = [0; 14];
+        stream.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"from the guest");
+        stream.write_all(b"wel-come\n").unwrap();
+        prints(&host, "web-1", before, "wel-come");
+
+        // Its resolver is its gateway, and who that is the policy says.
+        let resolver = world.udp_server(World::RESOLVER, 53);
+        host.write("web-1/net/nameservers", World::RESOLVER.to_string()).unwrap();
+        types(&host, "web-1", "nslookup a.example >/dev/null 2>&1 &");
+        let mut question = [0; 512];
+        let length = wait_for("a question for a name", || resolver.recv(&mut question).ok());
+        assert!(question[..length].windows(7).any(|name| name == b"example"));
+
+        // Everybody else is refused at once, so that nothing in the guest waits in vain.
+        let listeners = World::PRIVATE.map(|address| world.tcp_server(address, 80));
+        let dns = world.tcp_server(World::SERVER, 53);
+        let sibling = (address(&host, "web-2"), 7);
+        let others = [(World::HOST, 80), (World::SERVER, 53), (World::SERVER, 853), sibling];
+        let refused = World::PRIVATE.map(|address| (address, 80)).into_iter().chain(others);
+        for (address, port) in refused {
+            let before = printed(&host, "web-1");
+            types(&host, "web-1", &format!("nc {address} {port}"));
+            let said = format!("can't connect to remote host ({address}): Connection refused");
+            prints(&host, "web-1", before, &said);
+        }
+        for listener in listeners.iter().chain([&dns]) {
+            assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+        }
+    });
+}
+
+#[test]
+fn connections_outlive_a_short_sleep() {
+    in_a_world(|world| {
+        let host = Setup::linux(OPTIONS).net("internet").start();
+        boot(&host, "web-1");
+        let mut inbound = connect(&host, "web-1");
+        echo(&mut inbound, "before the sleep");
+        let listener = world.tcp_server(World::SERVER, 80);
+        let mut outbound = hold_connection(&host, "web-1", &listener);
+        let before = printed(&host, "web-1");
+        for cycle in 0..2 {
+            host.sleep("web-1");
+            // Its kernel says it again until the guest is there.
+            outbound.write_all(format!("said while it sl-ept {cycle}\n").as_bytes()).unwrap();
+            host.wake("web-1");
+            echo(&mut inbound, &format!("after sleep {cycle}"));
+            prints(&host, "web-1", before, &format!("said while it sl-ept {cycle}"));
+            types(&host, "web-1", &format!("echo awake {cycle} >&4"));
+            let mut heard = [0; 8];
+            outbound.read_exact(&mut heard).unwrap();
+            assert_eq!(String::from_utf8_lossy(&heard), format!("awake {cycle}\n"));
+        }
+        echo(&mut connect(&host, "web-1"), "and new ones too");
+    });
+}
+
+#[test]
+fn after_a_sleep_that_was_too_long_no_connection_hangs() {
+    in_a_world(|world| {
+        let setup = Setup::linux(OPTIONS).net("internet");
+        let host = setup.config("[network]\nlinger = \"1s\"").start();
+        boot(&host, "web-1");
+        let mut inbound = connect(&host, "web-1");
+        echo(&mut inbound, "before the sleep");
+        let listener = world.tcp_server(World::SERVER, 80);
+        let _outbound = hold_connection(&host, "web-1", &listener);
+        host.sleep("web-1");
+        wait_until("the network is gone", || host.read("web-1/net/namespace").trim().is_empty());
+        host.wake("web-1");
+        // The host is let in anyhow, so its connections go on when it speaks.
+        echo(&mut inbound, "are you there?");
+        // Nobody knows any more who a connection of the guest's was translated to.
+        let before = printed(&host, "web-1");
+        types(&host, "web-1", "echo are you there >&4");
+        prints(&host, "web-1", before, "ended");
+        echo(&mut connect(&host, "web-1"), "new ones are as ever");
+    });
+}
+
+#[test]
+fn a_vmm_that_died_leaves_its_device_to_the_next() {
+    in_a_world(|_| {
+        let host = Setup::linux(OPTIONS).net("isolated").start();
+        boot(&host, "web-1");
+        let namespace = host.read("web-1/net/namespace");
+        for _ in 0..2 {
+            echo(&mut connect(&host, "web-1"), "hello");
+            host.signal_vmm(host.vmm("web-1"), Signal::KILL);
+            wait_until("it is told", || host.state("web-1") == "stopped");
+            host.wake("web-1");
+        }
+        assert_eq!(host.read("web-1/net/namespace"), namespace);
+        echo(&mut connect(&host, "web-1"), "hello again");
+    });
+}
