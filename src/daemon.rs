@@ -137,12 +137,13 @@ pub fn run(config: Config) -> Result<(), Error> {
     let pool = Arc::new(Pool::new().map_err(host("making a pool of threads"))?);
     let vmms = find_vmms(&config.vmm);
     let (ring, rings) = mpsc::channel();
-    let network = RealNetwork::new(config.network.range, &config.runtime).ringing(Arc::new(
-        move |address, what| {
-            // With nobody left to hear it, the daemon is ending.
-            ring.send((address, what)).ok();
-        },
-    ));
+    let listener = move |address, what| {
+        // With nobody left to hear it, the daemon is ending.
+        ring.send((address, what)).ok();
+    };
+    let network = RealNetwork::new(config.network.range, &config.runtime)
+        .ignoring(config.network.ignore.clone())
+        .ringing(Arc::new(listener));
     let parts = Parts {
         index,
         auto: auto(&vmms),

@@ -6,10 +6,10 @@ use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
 use dozed::{
     config::Config,
-    lifecycle::{Busyness, Signals},
+    lifecycle::{Busyness, Gauges, Metrics, Signals},
     notify::{Event, News, View, What},
     sandbox::{
-        Activity, Actor, Cause, Owner, Period, Record, RowId, Spec, State, Timestamp, Waking,
+        Activity, Actor, Cause, Owner, Period, Record, RowId, Spec, State, Step, Timestamp, Waking,
     },
     tree::{BadCommand, DaemonFacts, DaemonFile, Facts, File, Verb, verb},
 };
@@ -159,6 +159,30 @@ fn each_key_of_the_tables_is_listed_in_order() {
         assert_eq!(quoted(&row[0]), [*file]);
         assert_eq!(quoted(&row[1]), keys(table), "{file}");
     }
+}
+
+#[test]
+fn each_metric_is_listed() {
+    let metrics = Metrics::default();
+    let (before, after) = (record(), Record { last_sleep: Some(Duration::ZERO), ..record() });
+    for step in [Step::Slept, Step::Woken, Step::Booted, Step::Lost] {
+        metrics.stepped(step, &Cause::Idle, &before, &after);
+    }
+    metrics.failed("EIO");
+    let text = metrics.expose(&Gauges {
+        counts: State::ALL.map(|state| (state, 0)),
+        memory_bytes: 0,
+        memory_budget_bytes: Some(0),
+        holds: 0,
+        reaper_last_tick: Some(jiff::Timestamp::UNIX_EPOCH),
+        started: jiff::Timestamp::UNIX_EPOCH,
+    });
+    let there: BTreeSet<&str> =
+        text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    let page = semantics();
+    let rows = rows(&page, "Metrics");
+    let listed: BTreeSet<&str> = rows.iter().flat_map(|row| quoted(&row[0])).collect();
+    assert_eq!(listed, there);
 }
 
 fn actor() -> Actor {

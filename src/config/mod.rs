@@ -17,7 +17,8 @@ use toml::Spanned;
 use crate::{
     sandbox::{
         Activity, ActivityKeys, Period, Spec, SpecDocument, SpecError, Users, line_of,
-        memory_from_text, network::AddressPlan,
+        memory_from_text,
+        network::{AddressPlan, Ignored},
     },
     sys::{command::is_program, files::why_unusable},
 };
@@ -134,6 +135,8 @@ pub struct Network {
     /// How long the network of a sandbox stays when that falls asleep.
     #[serde(deserialize_with = "period")]
     pub linger: Period,
+    /// What passes and is no activity.
+    pub ignore: Ignored,
 }
 
 /// What of a snapshot is held against its digest at each wake.
@@ -211,7 +214,7 @@ impl Default for Limits {
 impl Default for Network {
     fn default() -> Self {
         let linger = Period::After(Duration::from_secs(10 * 60));
-        Self { range: AddressPlan::default(), linger }
+        Self { range: AddressPlan::default(), linger, ignore: Ignored::default() }
     }
 }
 

@@ -1,7 +1,10 @@
 //! What a configuration file may say, and what is said of one that may not.
 
 use super::*;
-use crate::sandbox::{AwakeMin, Signal, SignalSet, network::Destinations};
+use crate::sandbox::{
+    AwakeMin, Signal, SignalSet,
+    network::{Destinations, Ignored},
+};
 
 fn parse(text: &str) -> Result<Config, SpecError> {
     Config::parse(text, &|_| None)
@@ -52,6 +55,7 @@ const EVERY_KEY: &str = r#"
         [network]
         range = "172.20.0.0/16"
         linger = "30s"
+        ignore = ["10.9.0.1", "tcp/9100"]
         [template]
         vcpus = 2
         kernel = "/k"
@@ -99,6 +103,7 @@ fn every_key_is_read() {
         network: Network {
             range: "172.20.0.0/16".parse().unwrap(),
             linger: Period::After(Duration::from_secs(30)),
+            ignore: Ignored::new(&["10.9.0.1", "tcp/9100"]).unwrap(),
         },
         template: Spec {
             vcpus: 2,
@@ -121,6 +126,7 @@ fn what_is_not_accepted_is_told_with_its_line_and_what_is() {
         ("[reaper]\nevery = 1", 2, "expected `tick` or `concurrency`"),
         ("[network]\nrange = \"8.8.0.0/16\"", 2, "is no range for sandboxes: it is in none of"),
         ("[network]\nlinger = 5", 2, "\"never\""),
+        ("[network]\nignore = [\"ping\"]", 2, "`ignore` `ping` is no address, network or port"),
         ("[template]\nnet = \"bridge\"", 2, "expected one of `none`, `isolated`, `internet`"),
         ("[template]\n\ndenied = [\"x\"]", 3, "`denied`: `x` is not a network; write"),
         ("[template]\nnameservers = [\"10.0.0.1\"]", 2, "`10.0.0.1` is no public address"),

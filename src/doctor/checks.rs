@@ -10,7 +10,8 @@ use std::{
 
 use super::{Finding, Verdict};
 use crate::{
-    config,
+    config, net,
+    sandbox::network::AddressPlan,
     sys::{command, files, host, kvm, mount},
     vmm::{self, Vmm, cloud_hypervisor::CloudHypervisor},
 };
@@ -240,13 +241,12 @@ pub(super) fn tun() -> Finding {
     }
 }
 
-pub(super) fn nftables() -> Finding {
-    match version("nft", None) {
-        Ok(says) => well("nftables", says),
-        Err(why) => {
-            lacking("nftables", format!("{why}, so no firewall can be set; install nftables."))
-        }
-    }
+/// What the networks of sandboxes need. Without a network sandboxes run all the same.
+pub(super) fn networks(range: &AddressPlan) -> impl Iterator<Item = Finding> {
+    net::survey(range).into_iter().map(|found| {
+        let verdict = if found.is_well { Verdict::Well } else { Verdict::Lacking };
+        finding(verdict, found.subject, found.says)
+    })
 }
 
 /// Returns `path` or the nearest directory above it that is there.

@@ -38,8 +38,9 @@ enum Verdict {
 /// Looks at this host with the eyes of a daemon that has these settings.
 #[must_use]
 pub fn examine(config: &Config) -> Report {
+    let networks = checks::networks(&config.network.range);
     Report {
-        findings: vec![
+        findings: [
             checks::kernel(),
             checks::user(),
             checks::fuse(),
@@ -51,8 +52,10 @@ pub fn examine(config: &Config) -> Report {
             checks::reflink(&config.store),
             checks::cgroups(),
             checks::tun(),
-            checks::nftables(),
-        ],
+        ]
+        .into_iter()
+        .chain(networks)
+        .collect(),
     }
 }
 
@@ -128,7 +131,7 @@ mod tests {
         let config = Config { store: dir.path().join("not/yet"), ..Config::default() };
         let report = examine(&config);
         let lines = report.to_string();
-        for subject in ["kernel", "/dev/fuse", "qemu", "virtualisation", "reflink"] {
+        for subject in ["kernel", "/dev/fuse", "qemu", "virtualisation", "reflink", "nf_tables"] {
             assert!(lines.contains(subject), "{subject}: {lines}");
         }
         for finding in &report.findings {

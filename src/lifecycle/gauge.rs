@@ -1,12 +1,12 @@
 //! How busy each guest is, by what the kernel counts of its VMM. No VMM is asked.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use super::{Activity, Entry, Lifecycle, Signal, chain, machines::Live};
 use crate::{
-    net::TAP,
-    sandbox::{NetMode, Period, Record, RowId, State, Timestamp},
-    sync::lock,
+    net::{self, Known, TAP},
+    sandbox::{NetMode, Period, Record, RowId, SandboxId, State, Timestamp},
+    sync::{Arc, lock},
     vmm::DiskTraffic,
 };
 
@@ -35,7 +35,7 @@ pub struct Rates {
     pub cpu_percent: Option<f64>,
     /// What it reads from its disks and writes to them.
     pub disk_bytes_per_second: Option<u64>,
-    /// What passes its firewall, from it and to it.
+    /// What passes its firewall, from it and to it, that is a sign of use.
     pub network_bytes_per_second: Option<u64>,
 }
 
@@ -113,17 +113,22 @@ fn rates(before: &Sample, after: &Sample) -> Rates {
 impl Lifecycle {
     /// Looks at what every guest that runs has used. Called at each tick.
     pub fn sample_activity(&self) {
-        for (row, live) in self.machines.all() {
-            let Some(entry) = self.by_row(row) else { continue };
+        let is_due = |(row, live): (RowId, Arc<Live>)| {
+            let entry = self.by_row(row)?;
             let record = entry.record();
-            if record.state != State::Running {
-                continue;
-            }
-            let now = self.now();
-            if !lock(&live.gauge).is_due(now, record.idle_after) {
-                continue;
-            }
-            let Some(sample) = self.sample(&entry, &live, now) else { continue };
+            let running = record.state == State::Running;
+            let due = running && lock(&live.gauge).is_due(self.now(), record.idle_after);
+            due.then_some((entry, record, live))
+        };
+        let due: Vec<_> = self.machines.all().into_iter().filter_map(is_due).collect();
+        let network = self.network_bytes(due.iter().map(|(_, record, _)| record.as_ref()));
+        for (entry, record, live) in due {
+            let at = self.now();
+            // Its VMM may have ended.
+            let Ok(cpu) = live.process.cpu_time() else { continue };
+            let disk_bytes = disk_bytes(&record, &live);
+            let network_bytes = network.get(&record.id).copied();
+            let sample = Sample { at, cpu, disk_bytes, network_bytes };
             let above = lock(&live.gauge).take(sample, &self.activity_of(&record));
             for signal in above {
                 self.saw(&entry, signal);
@@ -143,17 +148,25 @@ impl Lifecycle {
         self.machines.get(row).and_then(|live| live.process.cpu_time().ok())
     }
 
-    /// Looks at a guest; `None` if its VMM has ended.
-    fn sample(&self, entry: &Entry, live: &Live, at: Timestamp) -> Option<Sample> {
-        let cpu = live.process.cpu_time().ok()?;
-        let disk_bytes = disk_bytes(&entry.record(), live);
-        let counted = self.network_counters(entry).unwrap_or_else(|error| {
-            // It is the edge: nobody asked, and the next look tries again.
-            tracing::debug!(id = %entry.id(), error = chain(&error), "looking at its network");
-            None
+    /// Returns what has passed that is a sign of use of those who have a network.
+    fn network_bytes<'a>(
+        &self,
+        records: impl Iterator<Item = &'a Record>,
+    ) -> HashMap<SandboxId, u64> {
+        let known =
+            |record: &Record| Some(Known { id: record.id.clone(), address: self.address(record)? });
+        let known: Vec<_> = records.filter_map(known).collect();
+        if known.is_empty() {
+            return HashMap::new();
+        }
+        let found = self.network.activity(&known).unwrap_or_else(|error| {
+            // Nobody asked, and the next look tries again.
+            tracing::warn!(error = chain(&error), "looking for traffic of networks");
+            Vec::new()
         });
-        let network_bytes = counted.map(|counted| counted.passed_bytes());
-        Some(Sample { at, cpu, disk_bytes, network_bytes })
+        let bytes =
+            |activity: net::Activity| activity.inward.bytes.saturating_add(activity.outward.bytes);
+        found.into_iter().map(|(id, activity)| (id, bytes(activity))).collect()
     }
 
     /// What the VMM did for a sleep that came to nothing is not the guest's doing.

@@ -128,6 +128,12 @@ impl Lifecycle {
         }
     }
 
+    /// Returns how many holds there are of all sandboxes.
+    #[must_use]
+    pub fn holds_in_use(&self) -> usize {
+        lock(&self.holds.table).of_uid.values().sum()
+    }
+
     /// Returns who holds a sandbox, and since when, the first of them first.
     #[must_use]
     pub fn holders(&self, row: RowId) -> Vec<(Holder, Timestamp)> {

@@ -35,6 +35,7 @@ mod gauge;
 mod held;
 mod holds;
 mod machines;
+mod metrics;
 mod network;
 mod operation;
 mod policy;
@@ -67,6 +68,7 @@ pub use held::Held;
 use holds::Holds;
 pub use holds::{HoldId, Holder};
 use machines::Machines;
+pub use metrics::{Gauges, Metrics};
 use operation::Operations;
 pub use policy::Policy;
 
@@ -169,6 +171,7 @@ pub struct Lifecycle {
     bell: Bell,
     /// Where all that happens is told.
     news: Arc<News>,
+    metrics: Metrics,
     /// When the reaper last looked; 0 before that.
     last_tick: AtomicI64,
     #[cfg(test)]
@@ -233,6 +236,7 @@ impl Lifecycle {
             pool: parts.pool,
             bell: Bell::default(),
             news: Arc::default(),
+            metrics: Metrics::default(),
             last_tick: AtomicI64::new(0),
             #[cfg(test)]
             crash: testing::CrashPlan::default(),
@@ -286,6 +290,12 @@ impl Lifecycle {
     #[must_use]
     pub fn locks_in_use(&self) -> usize {
         self.locks.len()
+    }
+
+    /// Returns what has happened since the start, in numbers.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Returns the index, for queries.
@@ -406,7 +416,7 @@ impl Lifecycle {
                 change(record);
             })
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
-        self.told(cause, &before, &record);
+        self.told(step, cause, &before, &record);
         Ok(record)
     }
 
@@ -427,7 +437,7 @@ impl Lifecycle {
                 change(record);
             })
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
-        self.told(held.cause(), &before, &record);
+        self.told(step, held.cause(), &before, &record);
         Ok((record, commit))
     }
 
@@ -455,7 +465,8 @@ impl Lifecycle {
         day_of(self.clock.wall(self.now()).as_second())
     }
 
-    fn told(&self, cause: &Cause, before: &Record, record: &Record) {
+    fn told(&self, step: Step, cause: &Cause, before: &Record, record: &Record) {
+        self.metrics.stepped(step, cause, before, record);
         self.tell_step(cause, before, record);
         if matches!(record.state, State::Running | State::Snapshotted) {
             self.bell.ring(); // It has a deadline now, which may be the next of all.

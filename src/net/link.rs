@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr},
     os::fd::RawFd,
     time::Duration,
@@ -110,6 +111,42 @@ pub(super) fn addresses(kernel: &Kernel) -> Result<Vec<Ipv4Addr>, Error> {
         })
     };
     Ok(found.into_iter().filter_map(local).collect())
+}
+
+/// A route that is there, whoever made it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Found {
+    /// Where to.
+    pub(super) network: Ipv4Net,
+    /// The device that it goes by, if it goes by one.
+    pub(super) device: Option<String>,
+    /// Whether a daemon of ours made it.
+    pub(super) is_ours: bool,
+}
+
+/// Returns all IPv4 routes of this namespace, those to its own addresses included.
+pub(super) fn routes(kernel: &Kernel) -> Result<Vec<Found>, Error> {
+    let names: BTreeMap<u32, String> =
+        list(kernel)?.into_iter().map(|link| (link.index, link.name)).collect();
+    let mut message = RouteMessage::default();
+    message.header.address_family = AddressFamily::Inet;
+    let message = NetlinkMessage::from(RouteNetlinkMessage::GetRoute(message));
+    let found = kernel.list("listing the routes", message)?;
+    Ok(found.into_iter().filter_map(|message| as_route(message, &names)).collect())
+}
+
+fn as_route(message: RouteNetlinkMessage, names: &BTreeMap<u32, String>) -> Option<Found> {
+    let RouteNetlinkMessage::NewRoute(message) = message else { return None };
+    let (mut address, mut device) = (Ipv4Addr::UNSPECIFIED, None);
+    for attribute in message.attributes {
+        if let RouteAttribute::Destination(RouteAddress::Inet(destination)) = attribute {
+            address = destination;
+        } else if let RouteAttribute::Oif(index) = attribute {
+            device = names.get(&index).cloned();
+        }
+    }
+    let network = Ipv4Net::new(address, message.header.destination_prefix_length).ok()?;
+    Some(Found { network, device, is_ours: message.header.protocol == OURS })
 }
 
 fn as_link(message: RouteNetlinkMessage) -> Option<Link> {

@@ -43,10 +43,12 @@ mod netlink;
 mod nftables;
 mod real;
 mod ruleset;
+mod survey;
 
 pub use doorbell::{Listener, Ring};
 pub use firewall::TAP;
 pub use real::RealNetwork;
+pub use survey::{Finding, survey};
 
 /// Makes and removes the networks of sandboxes.
 ///
@@ -216,6 +218,14 @@ pub struct Activity {
     pub outward: Count,
 }
 
+impl Activity {
+    /// Returns the bytes of it, whoever opened the connection.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.inward.bytes.saturating_add(self.outward.bytes)
+    }
+}
+
 /// Packets and bytes, by what became of them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -244,16 +254,9 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Returns the bytes that passed, in either direction.
-    #[must_use]
-    pub fn passed_bytes(&self) -> u64 {
-        let passed = [self.guest_out, self.guest_in, self.host_in, self.host_out];
-        passed.iter().fold(0, |sum, count| sum.saturating_add(count.bytes))
-    }
-
     /// Returns each count with its name, in an order that never changes.
     #[must_use]
-    pub fn by_name(&self) -> [(&'static str, Count); 9] {
+    pub fn by_name(&self) -> [(&'static str, Count); 11] {
         [
             ("guest_out", self.guest_out),
             ("guest_in", self.guest_in),
@@ -264,6 +267,8 @@ impl Counters {
             ("invalid", self.invalid),
             ("excess", self.excess),
             ("unasked", self.unasked),
+            ("active_in", self.active_in),
+            ("active_out", self.active_out),
         ]
     }
 }
@@ -323,5 +328,28 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         let Self::Host { source, .. } = self else { return false };
         matches!(source.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::WouldBlock)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_has_every_counter_and_the_sentences_that_people_see() {
+        let page = include_str!("../../docs/network.md");
+        for (name, _) in Counters::default().by_name() {
+            assert!(page.contains(&format!("`{name}`")), "{name}");
+        }
+        let lacking = |lacks, remedy| Error::Lacking { lacks, remedy }.to_string();
+        let not_ours = Error::NotOurs { name: "the link dz…".to_owned() };
+        for sentence in [
+            lacking("it does not forward IPv4 packets", "…"),
+            lacking("its kernel has no nf_tables", "…"),
+            lacking("there is no /dev/net/tun", "…"),
+            not_ours.to_string(),
+        ] {
+            assert!(page.contains(&format!("`{sentence}`")), "{sentence}");
+        }
     }
 }

@@ -441,7 +441,7 @@ fn is_absent(error: &io::Error) -> bool {
 }
 
 /// Returns an error with all of its causes.
-fn chain(error: &Error) -> String {
+pub(super) fn chain(error: &Error) -> String {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {

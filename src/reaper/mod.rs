@@ -1,9 +1,10 @@
 //! Who is idle or stale, and why; asks `lifecycle`; nothing else.
 //!
-//! A sandbox is put to sleep exactly if it is `running` and its last activity is longer
-//! ago than its `idle_after`; it is deleted exactly if it is `snapshotted`, not pinned,
-//! and has slept for longer than its `delete_after`. Both are looked at again under
-//! the sandbox's lock, so that a touch that came meanwhile wins.
+//! A sandbox is put to sleep exactly if it is `running`, nobody holds it, its last activity
+//! is longer ago than its `idle_after`, and the minimum that it stays awake after a wake is
+//! over; it is deleted exactly if it is `snapshotted`, not pinned, and has slept for longer
+//! than its `delete_after`. Both are looked at again under the sandbox's lock, so that a
+//! touch that came meanwhile wins.
 //!
 //! Besides, what an operation left in the middle, as its VMM did not answer, is brought to an
 //! end once that is possible; and the networks of sleepers go when they have lingered.
@@ -248,6 +249,7 @@ impl Shared {
                 tracing::error!(id = %entry.id(), error = chain(&error), "{doing}");
             }
             Err(error) => {
+                self.lifecycle.metrics().reaper_failed();
                 let wait = self.put_off(&entry);
                 let until = self.lifecycle.clock().now().after(wait);
                 tracing::error!(

@@ -8,6 +8,7 @@ use crate::{
         Holder, Policy,
         testing::{Host, LINGER, wait_for},
     },
+    net::{Activity, Count, fake::Fault as NetworkFault},
     sandbox::{NetMode, Period, Signal, Spec, State},
     vmm::fake::{Call, Fault},
 };
@@ -364,10 +365,12 @@ fn traffic_of_its_network_keeps_one_awake_unless_that_does_not_count() {
         host.wake(id).unwrap();
     }
     let reaper = reap(&host);
-    for _ in 0..12 {
+    for round in 1..=12 {
         host.clock.advance(Duration::from_secs(10));
         for id in ["a", "b"] {
-            host.network.pass(&id.parse().unwrap(), 1020);
+            let half = Count { packets: round, bytes: 510 * round };
+            let activity = Activity { inward: half, outward: half };
+            host.network.set_activity(&id.parse().unwrap(), activity);
         }
         look(&host);
     }
@@ -375,5 +378,30 @@ fn traffic_of_its_network_keeps_one_awake_unless_that_does_not_count() {
     assert_eq!(host.state("a"), State::Running);
     let rates = host.daemon.busyness(host.entry("a").row());
     assert_eq!(rates.now.network_bytes_per_second, Some(101), "rounded down");
+    reaper.stop();
+}
+
+#[test]
+fn where_nobody_says_what_a_network_passed_the_other_signals_are_still_seen() {
+    let host = Host::new();
+    let entry = host.create("a");
+    let spec = Spec { net: NetMode::Isolated, ..Spec::clone(&entry.record().spec) };
+    host.set("a", Policy::Spec(Box::new(spec))).unwrap();
+    host.wake("a").unwrap();
+    host.network.set_fault(Some(NetworkFault::Activity));
+    let reaper = reap(&host);
+    let rates = || host.daemon.busyness(entry.row()).now;
+    for _ in 0..3 {
+        host.clock.advance(Duration::from_secs(10));
+        look(&host);
+    }
+    assert!(rates().cpu_percent.is_some());
+    assert_eq!(rates().network_bytes_per_second, None);
+    host.network.set_fault(None);
+    for _ in 0..2 {
+        host.clock.advance(Duration::from_secs(10));
+        look(&host);
+    }
+    assert_eq!(rates().network_bytes_per_second, Some(0));
     reaper.stop();
 }

@@ -167,7 +167,7 @@ pub struct Activity {
     pub cpu_percent: u32,
     /// What a guest reads from its disks and writes to them, above which it is active.
     pub disk_bytes_per_second: u64,
-    /// What passes its firewall from a guest and to it, above which it is active.
+    /// What passes a guest's firewall that is a sign of use, above which it is active.
     pub network_bytes_per_second: u64,
     /// Which signals count.
     pub signals: SignalSet,
@@ -183,7 +183,7 @@ impl Default for Activity {
             // line a second some KiB, and one that works does far more than this.
             disk_bytes_per_second: 64 << 10,
             // Whoever types by ssh is above this, and one request over TLS in a tick of 30 s.
-            // Connections that are only kept alive are far below it.
+            // Who only asks for the time now and then is far below it.
             network_bytes_per_second: 100,
             signals: SignalSet::of(&Signal::CHOICE),
             awake_min: AwakeMin(Duration::from_secs(10)),

@@ -55,6 +55,33 @@ impl Errno {
     }
 }
 
+impl Errno {
+    /// Returns the word that people know it by.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Perm => "EPERM",
+            Self::NoEnt => "ENOENT",
+            Self::Intr => "EINTR",
+            Self::Io => "EIO",
+            Self::TooBig => "E2BIG",
+            Self::Again => "EAGAIN",
+            Self::NoMem => "ENOMEM",
+            Self::Acces => "EACCES",
+            Self::Busy => "EBUSY",
+            Self::Exist => "EEXIST",
+            Self::NoDev => "ENODEV",
+            Self::NotDir => "ENOTDIR",
+            Self::IsDir => "EISDIR",
+            Self::Inval => "EINVAL",
+            Self::NoSpc => "ENOSPC",
+            Self::NameTooLong => "ENAMETOOLONG",
+            Self::TimedOut => "ETIMEDOUT",
+            Self::Dquot => "EDQUOT",
+        }
+    }
+}
+
 /// Returns the errno that answers a failed operation.
 #[must_use]
 pub(super) fn of(error: &lifecycle::Error) -> Errno {

@@ -36,6 +36,8 @@ pub enum DaemonFile {
     List,
     /// `dozed.events`
     Events,
+    /// `dozed.metrics`
+    Metrics,
 }
 
 /// The files of a sandbox.
@@ -65,7 +67,7 @@ pub enum File {
 
 impl DaemonFile {
     /// All of them, in the order in which they are listed.
-    pub const ALL: [Self; 3] = [Self::Status, Self::List, Self::Events];
+    pub const ALL: [Self; 4] = [Self::Status, Self::List, Self::Events, Self::Metrics];
 
     /// Returns its name.
     #[must_use]
@@ -74,6 +76,7 @@ impl DaemonFile {
             Self::Status => "dozed.status",
             Self::List => "dozed.list",
             Self::Events => "dozed.events",
+            Self::Metrics => "dozed.metrics",
         }
     }
 
@@ -83,6 +86,7 @@ impl DaemonFile {
             Self::Status => 2,
             Self::List => 3,
             Self::Events => 4,
+            Self::Metrics => 5,
         }
     }
 }

@@ -107,7 +107,7 @@ impl Tree {
         let enter = move |this: &Self, entry: &Entry| -> Result<HoldId, Errno> {
             this.lifecycle.hold(entry, holder).map_err(|error| {
                 this.lifecycle.note(entry, &error);
-                answer(entry, "holding", &error)
+                answer(&this.lifecycle, entry, "holding", &error)
             })
         };
         let this = Arc::clone(self);
@@ -128,6 +128,6 @@ impl Tree {
         let held = held.map_err(|error| errno::of(&error))?;
         let woken = self.lifecycle.wake(&held, entry);
         drop(held);
-        woken.map(drop).map_err(|error| answer(entry, "waking to hold", &error))
+        woken.map(drop).map_err(|error| answer(&self.lifecycle, entry, "waking to hold", &error))
     }
 }

@@ -7,7 +7,7 @@ use super::{
     write::answer,
 };
 use crate::{
-    lifecycle::{Counters, Entry, Reader, View},
+    lifecycle::{Counters, Entry, Gauges, Reader, View},
     sandbox::{Record, RowId},
     sync::Arc,
 };
@@ -98,6 +98,7 @@ impl Tree {
             (Node::File(row, File::State), _) => self.state_text(row, handle)?.into_bytes().into(),
             (Node::File(row, file), _) => self.file_text(row, file)?.into_bytes().into(),
             (Node::Daemon(DaemonFile::Status), _) => self.daemon_status().into_bytes().into(),
+            (Node::Daemon(DaemonFile::Metrics), _) => self.daemon_metrics().into_bytes().into(),
             (Node::Daemon(DaemonFile::List), _) => self.daemon_list(caller).into_bytes().into(),
             (Node::Root | Node::Dir(_) | Node::NetDir(_), _) => return Err(Errno::IsDir),
         };
@@ -179,7 +180,7 @@ impl Tree {
         let counted = self.lifecycle.network_counters(entry);
         counted
             .map(Option::unwrap_or_default)
-            .map_err(|error| answer(entry, "counting the packets of", &error))
+            .map_err(|error| answer(&self.lifecycle, entry, "counting the packets of", &error))
     }
 
     fn facts<T>(&self, entry: &Entry, record: &Record, view: impl FnOnce(&Facts<'_>) -> T) -> T {
@@ -216,6 +217,19 @@ impl Tree {
             pid: std::process::id(),
         }
         .status()
+    }
+
+    fn daemon_metrics(&self) -> String {
+        let clock = self.lifecycle.clock();
+        let (memory_bytes, memory_budget_bytes) = self.lifecycle.memory();
+        self.lifecycle.metrics().expose(&Gauges {
+            counts: self.lifecycle.index().count_by_state(),
+            memory_bytes,
+            memory_budget_bytes,
+            holds: self.lifecycle.holds_in_use(),
+            reaper_last_tick: self.lifecycle.last_tick().map(|at| clock.wall(at)),
+            started: clock.wall(self.started),
+        })
     }
 
     fn daemon_list(&self, caller: Caller) -> String {

@@ -70,7 +70,7 @@ impl Removal {
     pub fn finish(&self, limit: Option<Duration>) -> Result<bool, Errno> {
         self.lifecycle
             .finish_destroy(&self.entry, limit, Cause::Rmdir(self.by.clone()))
-            .map_err(|error| answer(&self.entry, "deleting", &error))
+            .map_err(|error| answer(&self.lifecycle, &self.entry, "deleting", &error))
     }
 }
 
@@ -143,7 +143,9 @@ impl Tree {
             Err(bad) => {
                 self.lifecycle.note(&entry, &bad);
                 let is_long = matches!(bad, BadCommand::TooLong { .. });
-                Written::Now(Err(if is_long { Errno::TooBig } else { Errno::Inval }))
+                let errno = if is_long { Errno::TooBig } else { Errno::Inval };
+                self.lifecycle.metrics().failed(errno.word());
+                Written::Now(Err(errno))
             }
         }
     }
@@ -176,7 +178,7 @@ impl Tree {
                 Some(held) => held,
                 None => lifecycle
                     .lock(&entry, Wait::ForIt, cause)
-                    .map_err(|error| answer(&entry, "locking", &error))?,
+                    .map_err(|error| answer(&lifecycle, &entry, "locking", &error))?,
             };
             let (doing, result) = match verb {
                 Verb::Wake => ("waking", lifecycle.wake(&held, &entry)),
@@ -186,7 +188,7 @@ impl Tree {
                 }
             };
             drop(held);
-            result.map(|_| len).map_err(|error| answer(&entry, doing, &error))
+            result.map(|_| len).map_err(|error| answer(&lifecycle, &entry, doing, &error))
         });
         if nonblocking { Written::Started(len, job) } else { Written::Later(job) }
     }
@@ -226,7 +228,7 @@ impl Tree {
             lifecycle
                 .set(&held, &entry, policy)
                 .map(|()| len)
-                .map_err(|error| answer(&entry, "setting policy of", &error))
+                .map_err(|error| answer(&lifecycle, &entry, "setting policy of", &error))
         }))
     }
 
@@ -247,6 +249,7 @@ impl Tree {
                 base.keep_policy(&entry.record().spec);
                 Spec::parse(&text, &base, &crate::sys::files::why_unusable).map_err(|error| {
                     lifecycle.note(&entry, &error);
+                    lifecycle.metrics().failed(Errno::Inval.word());
                     Errno::Inval
                 })
             };
@@ -256,7 +259,7 @@ impl Tree {
             lifecycle
                 .set(&held, &entry, Policy::Spec(Box::new(spec)))
                 .map(|()| len)
-                .map_err(|error| answer(&entry, "configuring", &error))
+                .map_err(|error| answer(&lifecycle, &entry, "configuring", &error))
         }))
     }
 
@@ -265,7 +268,7 @@ impl Tree {
         Written::Later(Box::new(move || {
             lifecycle.type_in(&entry, &bytes).map_err(|error| {
                 lifecycle.note(&entry, &error);
-                answer(&entry, "typing on the console of", &error)
+                answer(&lifecycle, &entry, "typing on the console of", &error)
             })
         }))
     }
@@ -325,7 +328,7 @@ impl Tree {
             .map_err(|error| errno::of(&error))?;
         self.lifecycle
             .set(&held, &entry, Policy::Owner(owner))
-            .map_err(|error| answer(&entry, "changing the owner of", &error))
+            .map_err(|error| answer(&self.lifecycle, &entry, "changing the owner of", &error))
     }
 
     /// Makes a sandbox: `mkdir` in the root.
@@ -357,7 +360,9 @@ impl Tree {
                 Err(Error::Locked { .. }) => Err(Errno::Busy),
                 Err(error) => {
                     tracing::info!(%id, error = chain(&error), "creating");
-                    Err(errno::of(&error))
+                    let errno = errno::of(&error);
+                    this.lifecycle.metrics().failed(errno.word());
+                    Err(errno)
                 }
             }
         }))
@@ -381,7 +386,9 @@ impl Tree {
                 return Errno::NoEnt;
             }
             self.lifecycle.note(&entry, &error);
-            errno::of(&error)
+            let errno = errno::of(&error);
+            self.lifecycle.metrics().failed(errno.word());
+            errno
         })?;
         self.forget(row);
         Ok(Removal { lifecycle: Arc::clone(&self.lifecycle), entry, by: actor(caller) })
@@ -398,9 +405,10 @@ pub(super) fn actor(caller: Caller) -> Actor {
     Actor { pid, command: command.map(String::into), uid: caller.uid }
 }
 
-/// Logs a failure once, here at the edge, and returns its errno.
-pub(super) fn answer(entry: &Entry, doing: &str, error: &Error) -> Errno {
+/// Logs and counts a failure once, here at the edge, and returns its errno.
+pub(super) fn answer(lifecycle: &Lifecycle, entry: &Entry, doing: &str, error: &Error) -> Errno {
     let errno = errno::of(error);
+    lifecycle.metrics().failed(errno.word());
     let error = chain(error);
     if matches!(errno, Errno::Io | Errno::TimedOut | Errno::NoSpc) {
         tracing::error!(id = %entry.id(), ?errno, error, "{doing}");

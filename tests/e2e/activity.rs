@@ -86,3 +86,28 @@ fn deadlines_and_wakes_are_after_a_crash_of_the_daemon_what_they_were() {
     host.sleep("web-1");
     assert_eq!(host.value("web-1/idle", "last_wake_cause"), before[2]);
 }
+
+#[test]
+fn the_metrics_count_sleeps_and_wakes_of_real_guests() {
+    let host = Setup::counter("").config("[limits]\nmemory = \"1GiB\"").start();
+    host.boot("web-1");
+    host.sleep("web-1");
+    host.wake("web-1");
+    let text = host.read("dozed.metrics");
+    let number = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("{name}: {text}")).parse::<f64>().unwrap()
+    };
+    for name in [
+        "dozed_sleeps_total{cause=\"write\"}",
+        "dozed_wakes_total{cause=\"write\"}",
+        "dozed_sleep_duration_seconds_count",
+        "dozed_wake_duration_seconds_count",
+        "dozed_sandboxes{state=\"running\"}",
+    ] {
+        assert!((number(name) - 1.0).abs() < f64::EPSILON, "{name}: {text}");
+    }
+    assert!(number("dozed_wake_duration_seconds_sum") > 0.0);
+    assert!(number("dozed_memory_budget_bytes") > number("dozed_memory_bytes"));
+    assert!(!text.contains("web-1"), "no series names a sandbox");
+}

@@ -29,7 +29,7 @@ fn script(process: u64) -> String {
             0..=2 => format!("echo wake > {id}/state"),
             3..=5 => format!("echo sleep > {id}/state"),
             6 => format!("touch {id}/activity"),
-            7 => format!("cat {id}/* > /dev/null; ls -l . {id} > /dev/null"),
+            7 => format!("cat $(find {id} -type f) > /dev/null; ls -l . {id} > /dev/null"),
             8 => format!("mkdir own-{process} && rmdir own-{process}"),
             // Two of them come and go.
             _ => "rmdir s0; mkdir s0; rmdir s1; mkdir s1".to_owned(),

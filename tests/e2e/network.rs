@@ -3,10 +3,11 @@
 
 use std::{
     io::{ErrorKind, Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::Duration,
 };
 
+use dozed::sys::clock::Stopwatch;
 use rustix::process::Signal;
 
 use crate::support::{Host, Setup, World, in_a_world, wait_for, wait_until};
@@ -159,6 +160,107 @@ fn connections_outlive_a_short_sleep() {
 }
 
 #[test]
+fn a_change_of_policy_ends_a_connection_that_is_open_and_no_other() {
+    in_a_world(|world| {
+        let host = Setup::linux(OPTIONS).net("internet").start();
+        boot(&host, "web-1");
+        let mut inbound = connect(&host, "web-1");
+        let listener = world.tcp_server(World::SERVER, 80);
+        let mut outbound = hold_connection(&host, "web-1", &listener);
+        types(&host, "web-1", "echo open >&4");
+        let mut heard = [0; 5];
+        outbound.read_exact(&mut heard).unwrap();
+        let before = printed(&host, "web-1");
+        host.write("web-1/net/denied", format!("{}\n", World::SERVER)).unwrap();
+        types(&host, "web-1", "echo closed >&4");
+        prints(&host, "web-1", before, "ended");
+        outbound.set_nonblocking(true).unwrap();
+        let passed = outbound.read(&mut heard).map_err(|error| error.kind());
+        assert_eq!(passed, Err(ErrorKind::WouldBlock), "not one byte passed");
+        echo(&mut inbound, "this is another matter");
+    });
+}
+
+#[test]
+fn much_passes_in_both_directions_whole_also_after_a_wake() {
+    const BYTES: usize = 8 << 20;
+    in_a_world(|world| {
+        let host = Setup::linux(OPTIONS).net("internet").start();
+        boot(&host, "web-1");
+        let listener = world.tcp_server(World::SERVER, 80);
+        let server = World::SERVER;
+        let whole: Vec<u8> = b"0123456789abcde\n".repeat(BYTES / 16);
+        // By segments that are larger than any frame: the tap takes them from the guest, and
+        // gives them to it, as they are.
+        for _ in 0..2 {
+            let line = format!("yes 0123456789abcde | head -c {BYTES} | nc {server} 80 &");
+            types(&host, "web-1", &line);
+            let mut heard = Vec::new();
+            accept(&listener).take(BYTES as u64).read_to_end(&mut heard).unwrap();
+            assert!(heard == whole, "{} bytes came", heard.len());
+
+            let before = printed(&host, "web-1");
+            let count = "grep -c '^0123456789abcde$'";
+            types(&host, "web-1", &format!("echo lines-$(nc {server} 80 </dev/null | {count}) &"));
+            let mut stream = accept(&listener);
+            stream.write_all(&whole).unwrap();
+            drop(stream);
+            prints(&host, "web-1", before, &format!("lines-{}", BYTES / 16));
+            host.sleep("web-1");
+            host.wake("web-1");
+        }
+    });
+}
+
+#[test]
+fn a_connection_to_a_guest_that_sleeps_wakes_it_and_is_answered() {
+    in_a_world(|_| {
+        let setup = Setup::linux(OPTIONS).net("isolated").woken_by_packets();
+        let host = setup.config("[network]\nlinger = \"1s\"").start();
+        boot(&host, "web-1");
+        let mut before = connect(&host, "web-1");
+        echo(&mut before, "before the sleep");
+        for cycle in 0..4 {
+            host.sleep("web-1");
+            if cycle % 2 == 1 {
+                let namespace = || host.read("web-1/net/namespace");
+                wait_until("the network is gone", || namespace().trim().is_empty());
+            }
+            assert_eq!(host.state("web-1"), "snapshotted");
+            let mut stream = connect(&host, "web-1");
+            echo(&mut stream, "is somebody there?");
+            assert_eq!(host.state("web-1"), "running");
+            assert_eq!(host.error("web-1"), "ok");
+            echo(&mut before, "and those of before");
+        }
+    });
+}
+
+#[test]
+fn a_daemon_that_dies_interrupts_no_connection() {
+    in_a_world(|world| {
+        let mut host = Setup::linux(OPTIONS).net("internet").start();
+        boot(&host, "web-1");
+        let mut inbound = connect(&host, "web-1");
+        let listener = world.tcp_server(World::SERVER, 80);
+        let mut outbound = hold_connection(&host, "web-1", &listener);
+        let namespace = host.read("web-1/net/namespace");
+        host.kill_daemon();
+        echo(&mut inbound, "nobody is there");
+        host.restart();
+        assert_eq!(host.read("web-1/net/namespace"), namespace);
+        echo(&mut inbound, "somebody is there");
+        host.sleep("web-1");
+        host.wake("web-1");
+        echo(&mut inbound, "and still is");
+        types(&host, "web-1", "echo me too >&4");
+        let mut heard = [0; 7];
+        outbound.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"me too\n");
+    });
+}
+
+#[test]
 fn after_a_sleep_that_was_too_long_no_connection_hangs() {
     in_a_world(|world| {
         let setup = Setup::linux(OPTIONS).net("internet");
@@ -181,6 +283,89 @@ fn after_a_sleep_that_was_too_long_no_connection_hangs() {
     });
 }
 
+/// A guest that sends a datagram to the internet's server at each turn, with nothing between
+/// two of them, and says in it how many it has sent and how many came back.
+fn sender() -> Setup {
+    let to = World::SERVER.to_bits();
+    Setup::counter(&format!("poll=2000 send={to}")).net("internet")
+}
+
+/// Waits for a datagram, and returns what the guest says in it.
+#[track_caller]
+fn datagram(server: &UdpSocket) -> (u32, u32, SocketAddr) {
+    let mut bytes = [0; 16];
+    let (length, from) = wait_for("a datagram", || server.recv_from(&mut bytes).ok());
+    assert_eq!((length, from.ip()), (8, World::HOST.into()));
+    let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+    (number(0), number(4), from)
+}
+
+/// Drops what has come.
+fn drain(server: &UdpSocket) {
+    while server.recv(&mut [0; 16]).is_ok() {}
+}
+
+#[test]
+fn a_guest_that_never_stops_sending_goes_on_after_a_sleep_in_both_directions() {
+    in_a_world(|world| {
+        let server = world.udp_server(World::SERVER, 4000);
+        let host = sender().config("[network]\nlinger = \"1s\"").start();
+        host.boot("web-1");
+        let mut last = 0;
+        for cycle in 1..=4 {
+            let (first, _, from) = datagram(&server);
+            assert!(first > last, "{first} after {last}");
+            // What it hears it counts, and says so.
+            server.send_to(b"go on", from).unwrap();
+            wait_until("the guest has heard it", || {
+                let (number, heard, _) = datagram(&server);
+                last = number;
+                heard == cycle
+            });
+            host.sleep("web-1");
+            // Also in a network that was made anew.
+            if cycle % 2 == 0 {
+                let namespace = || host.read("web-1/net/namespace");
+                wait_until("the network is gone", || namespace().trim().is_empty());
+            }
+            drain(&server);
+            host.wake("web-1");
+        }
+        host.counts_on("web-1");
+    });
+}
+
+#[test]
+fn not_one_frame_passes_a_policy_that_was_changed_while_the_guest_slept() {
+    in_a_world(|world| {
+        let server = world.udp_server(World::SERVER, 4000);
+        let host = sender().config("[network]\nlinger = \"1s\"").start();
+        host.boot("web-1");
+        for cycle in 0..4 {
+            let (before, ..) = datagram(&server);
+            host.sleep("web-1");
+            if cycle % 2 == 1 {
+                let namespace = || host.read("web-1/net/namespace");
+                wait_until("the network is gone", || namespace().trim().is_empty());
+            }
+            host.write("web-1/net/denied", format!("{}\n", World::SERVER)).unwrap();
+            drain(&server);
+            host.wake("web-1");
+            let refused = || host.number("web-1/net/counters", "refused_packets");
+            let at_first = refused();
+            // It sends all the while, and all of it is refused.
+            wait_until("many are refused", || refused() > at_first + 500);
+            host.counts_on("web-1");
+            let passed = server.recv(&mut [0; 16]).map_err(|error| error.kind());
+            assert_eq!(passed, Err(ErrorKind::WouldBlock), "cycle {cycle}");
+            // The policy kept them, and nothing else.
+            host.write("web-1/net/denied", "\n").unwrap();
+            let (after, ..) = datagram(&server);
+            assert!(after > before + 500, "{after} after {before}");
+        }
+    });
+}
+
 #[test]
 fn a_vmm_that_died_leaves_its_device_to_the_next() {
     in_a_world(|_| {
@@ -195,5 +380,36 @@ fn a_vmm_that_died_leaves_its_device_to_the_next() {
         }
         assert_eq!(host.read("web-1/net/namespace"), namespace);
         echo(&mut connect(&host, "web-1"), "hello again");
+    });
+}
+
+#[test]
+fn traffic_keeps_a_guest_awake_and_a_connection_that_is_only_open_does_not() {
+    in_a_world(|_| {
+        let idle_after = Duration::from_secs(10);
+        let host = Setup::linux(OPTIONS).net("internet").config("[reaper]\ntick = \"1s\"").start();
+        host.mkdir("web-1").unwrap();
+        host.write("web-1/idle_after", "never").unwrap();
+        host.write("web-1/config", "[activity]\nsignals = [\"network\"]\n").unwrap();
+        host.wake("web-1");
+        let mut stream = connect(&host, "web-1");
+        let text = "x".repeat(500);
+        let activity = |key| host.value("web-1/activity", key);
+        wait_until("its traffic counts", || {
+            echo(&mut stream, &text);
+            activity("network_age_seconds") != "none"
+        });
+        host.write("web-1/idle_after", "10s").unwrap();
+        let since = Stopwatch::start();
+        wait_until("it is awake for longer than it may be idle", || {
+            echo(&mut stream, &text);
+            since.elapsed() > 2 * idle_after
+        });
+        assert_eq!(host.state("web-1"), "running");
+        assert_eq!(host.number("web-1/status", "sleeps"), 0);
+        let because = host.value("web-1/idle", "because");
+        assert!(because.starts_with("the last activity was network traffic of "), "{because}");
+        assert_eq!(activity("disk_age_seconds"), "none", "its disk has nothing to do with it");
+        wait_until("it sleeps", || host.state("web-1") == "snapshotted");
     });
 }

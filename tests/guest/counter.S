@@ -29,6 +29,11 @@
 #                code by an emulator, which has no interrupts for it
 #     clock      tells KVM where it wants to find the wall clock, as every Linux does; KVM
 #                writes there at once, and again whenever a VMM sets that register
+#     send=N     with `poll=`: sends a datagram at each look, from the guest's address to N
+#                (an IPv4 address as one number) port 4000, over the virtio-mmio network
+#                device of QEMU's microvm, if there is one.  It says how many were sent
+#                with it, and how many frames have come, each in four bytes, the lowest
+#                first.  There is no interrupt and no timer between two of them
 #     seed=N     starts the pattern elsewhere, so that guests differ in their sums
 #
 # It boots by the PVH protocol, which QEMU and Cloud Hypervisor share: 32-bit
@@ -64,6 +69,44 @@
         .set    VECTORS, 256
 
         .set    WALL_CLOCK, 0x4b564d00    # KVM's register for where to write the wall clock.
+
+        # QEMU's microvm has the registers of eight virtio devices, one after the other.
+        .set    DEVICES, 0xfeb00000
+        .set    DEVICE, 0x200
+        .set    DEVICES_END, DEVICES + 8 * DEVICE
+        .set    DEVICE_MAGIC, 0x74726976
+        .set    DEVICE_KIND, 0x008
+        .set    DEVICE_KIND_NETWORK, 1
+        .set    DEVICE_FEATURES, 0x020
+        .set    DEVICE_FEATURES_WORD, 0x024
+        .set    DEVICE_VERSION_1, 1       # The first bit of the second word.
+        .set    DEVICE_QUEUE, 0x030
+        .set    DEVICE_QUEUE_SIZE, 0x038
+        .set    DEVICE_QUEUE_READY, 0x044
+        .set    DEVICE_NOTIFY, 0x050
+        .set    DEVICE_STATUS, 0x070
+        .set    DEVICE_DESCRIPTORS, 0x080 # Each of three addresses has a lower and a higher half.
+        .set    DEVICE_OFFERED, 0x090
+        .set    DEVICE_USED, 0x0a0
+        .set    STATUS_DRIVER, 1 | 2      # "Seen, and known how to drive."
+        .set    STATUS_FEATURES, STATUS_DRIVER | 8
+        .set    STATUS_READY, STATUS_FEATURES | 4
+
+        # A queue: descriptors, then what is offered to the device, then what it has used.
+        .set    RECEIVING, 0
+        .set    SENDING, 1
+        .set    QUEUE_SIZE, 8
+        .set    OFFERED, 128
+        .set    USED, 256
+        .set    QUEUE_BYTES, 512
+        .set    QUIET, 1                  # "No interrupts."
+        .set    WRITABLE, 2
+        .set    RECEIVE_BYTES, 2048
+
+        .set    GUEST, 0xa9fe0015         # 169.254.0.21
+        .set    UDP_BYTES, 8 + 8
+        .set    IP_BYTES, 20 + UDP_BYTES
+        .set    IP_SUM, 0x4500 + IP_BYTES + 0x4000 + 0x4011 + GUEST / 0x10000 + (GUEST & 0xffff)
 
         .set    CODE, 8
         .set    DATA, 16
@@ -129,7 +172,10 @@ start:
 4:      call    fill_marker
         xorl    %ebp, %ebp                # %ebp is the count, and nothing else, from here on.
         call    touch_pages
-
+        cmpl    $0, send
+        je      5f
+        call    set_up_network
+5:
         movl    $ready_text, %esi
         call    print
         call    sum_marker
@@ -161,7 +207,7 @@ count:
 1:      sti
         jmp     count
 
-# Looks %ecx times whether somebody types.
+# Looks %ecx times whether somebody types, and sends a datagram each time.
 listen:
         pushl   %ecx
         movw    $COM1_STATUS, %dx
@@ -171,7 +217,10 @@ listen:
         movw    $COM1, %dx
         inb     %dx, %al
         call    print_byte
-1:      popl    %ecx
+1:      cmpl    $0, send
+        je      4f
+        call    send_datagram
+4:      popl    %ecx
         decl    %ecx
         jnz     listen
         jmp     3f
@@ -273,6 +322,99 @@ set_gate:
         orl     $0x8e00, %edx             # Present, ring 0, 32-bit interrupt gate.
         movl    %edx, idt + 4(, %ecx, 8)
         ret
+
+# Finds the network device, and gives it a buffer to fill and a frame to send.  Without a
+# device nothing is sent.
+set_up_network:
+        movl    $DEVICES, %ebx
+1:      cmpl    $DEVICE_MAGIC, (%ebx)
+        jne     2f
+        cmpl    $DEVICE_KIND_NETWORK, DEVICE_KIND(%ebx)
+        je      3f
+2:      addl    $DEVICE, %ebx
+        cmpl    $DEVICES_END, %ebx
+        jb      1b
+        movl    $0, send
+        ret
+3:      movl    %ebx, device
+        movl    $frame_text, %esi
+        movl    $frame, %edi
+        movl    $FRAME_BYTES, %ecx
+        rep movsb
+        movl    send, %eax
+        bswapl  %eax
+        movl    %eax, frame_to
+        movl    send, %eax
+        movzwl  %ax, %edx
+        shrl    $16, %eax
+        leal    IP_SUM(%eax, %edx), %eax
+        movl    %eax, %edx                # What is carried out is carried in again, twice.
+        shrl    $16, %edx
+        movzwl  %ax, %eax
+        addl    %edx, %eax
+        movl    %eax, %edx
+        shrl    $16, %edx
+        addl    %edx, %eax
+        notl    %eax
+        xchgb   %al, %ah
+        movw    %ax, frame_sum
+
+        movl    $0, DEVICE_STATUS(%ebx)
+        movl    $STATUS_DRIVER, DEVICE_STATUS(%ebx)
+        movl    $0, DEVICE_FEATURES_WORD(%ebx)
+        movl    $0, DEVICE_FEATURES(%ebx)
+        movl    $1, DEVICE_FEATURES_WORD(%ebx)
+        movl    $DEVICE_VERSION_1, DEVICE_FEATURES(%ebx)
+        movl    $STATUS_FEATURES, DEVICE_STATUS(%ebx)
+        movl    $receive_buffer, receiving
+        movl    $RECEIVE_BYTES, receiving + 8
+        movw    $WRITABLE, receiving + 12
+        movw    $1, receiving + OFFERED + 2
+        movl    $receiving, %esi
+        movl    $RECEIVING, %ecx
+        call    set_up_queue
+        movl    $frame, sending
+        movl    $FRAME_BYTES, sending + 8
+        movl    $sending, %esi
+        movl    $SENDING, %ecx
+        call    set_up_queue
+        movl    $STATUS_READY, DEVICE_STATUS(%ebx)
+        movl    $RECEIVING, DEVICE_NOTIFY(%ebx)
+        ret
+
+# Makes what is at %esi queue %ecx of the device at %ebx.  Uses %eax.
+set_up_queue:
+        movw    $QUIET, OFFERED(%esi)
+        movl    %ecx, DEVICE_QUEUE(%ebx)
+        movl    $QUEUE_SIZE, DEVICE_QUEUE_SIZE(%ebx)
+        movl    %esi, DEVICE_DESCRIPTORS(%ebx)
+        movl    $0, DEVICE_DESCRIPTORS + 4(%ebx)
+        leal    OFFERED(%esi), %eax
+        movl    %eax, DEVICE_OFFERED(%ebx)
+        movl    $0, DEVICE_OFFERED + 4(%ebx)
+        leal    USED(%esi), %eax
+        movl    %eax, DEVICE_USED(%ebx)
+        movl    $0, DEVICE_USED + 4(%ebx)
+        movl    $1, DEVICE_QUEUE_READY(%ebx)
+        ret
+
+# Counts a frame that has come, and sends a datagram if the last one is gone.  Either queue
+# has one buffer, which is offered again and again.  Uses %eax and %ebx.
+send_datagram:
+        movl    device, %ebx
+        movw    receiving + USED + 2, %ax
+        cmpw    receiving + OFFERED + 2, %ax
+        jne     1f
+        incl    frame_received
+        incw    receiving + OFFERED + 2
+        movl    $RECEIVING, DEVICE_NOTIFY(%ebx)
+1:      movw    sending + USED + 2, %ax
+        cmpw    sending + OFFERED + 2, %ax
+        jne     2f
+        incl    frame_sent
+        incw    sending + OFFERED + 2
+        movl    $SENDING, DEVICE_NOTIFY(%ebx)
+2:      ret
 
 # Fills the marker by xorshift32, which never comes to nought from another number.
 fill_marker:
@@ -447,6 +589,7 @@ options:
         .long   idle_name, idle
         .long   poll_name, poll
         .long   clock_name, clock
+        .long   send_name, send
         .long   0
 busy_name:  .asciz "busy"
 churn_name: .asciz "churn"
@@ -456,6 +599,25 @@ seed_name:  .asciz "seed="
 idle_name:  .asciz "idle"
 poll_name:  .asciz "poll="
 clock_name: .asciz "clock"
+send_name:  .asciz "send="
+
+# What is sent: the header of virtio, then Ethernet, IPv4 and UDP.  Sums that are nought are
+# not looked at.
+frame_text:
+        .skip   12
+        .byte   0x02, 0xfc, 0, 0, 0, 6    # To the gateway, from the guest, as all have them.
+        .byte   0x02, 0xfc, 0, 0, 0, 5
+        .byte   0x08, 0x00
+        .byte   0x45, 0, 0, IP_BYTES, 0, 0, 0x40, 0, 64, 17, 0, 0
+        .byte   169, 254, 0, 21
+        .skip   4
+        .byte   5000 >> 8, 5000 & 255, 4000 >> 8, 4000 & 255, 0, UDP_BYTES, 0, 0
+        .skip   8
+        .set    FRAME_BYTES, . - frame_text
+        .set    frame_sum, frame + 12 + 14 + 10
+        .set    frame_to, frame + 12 + 14 + 16
+        .set    frame_sent, frame + FRAME_BYTES - 8
+        .set    frame_received, frame + FRAME_BYTES - 4
 
 ready_text: .asciz "counter guest ready sum "
 count_text: .asciz "count "
@@ -469,6 +631,9 @@ digits:     .ascii "0123456789abcdef"
         .balign 4096
 marker: .skip   MARKER_WORDS * 4
 idt:    .skip   VECTORS * 8
+receiving:       .skip QUEUE_BYTES
+sending:         .skip QUEUE_BYTES
+receive_buffer:  .skip RECEIVE_BYTES
 stack:  .skip   4096
 stack_top:
 ticks:           .skip 4
@@ -482,4 +647,7 @@ seed:            .skip 4
 idle:            .skip 4
 poll:            .skip 4
 clock:           .skip 4
+send:            .skip 4
+device:          .skip 4
+frame:           .skip 64
 wall_clock:      .skip 12              # Its version, seconds and nanoseconds.

@@ -15,3 +15,4 @@ mod host;
 mod inbound;
 mod life;
 mod spoof;
+mod survey;

@@ -265,7 +265,10 @@ fn a_listing_goes_on_where_it_stopped_whatever_came_and_went() {
         names.push(name);
         offset = at;
     }
-    assert_eq!(names, [".", "..", "dozed.status", "dozed.list", "dozed.events", "a", "c"]);
+    assert_eq!(
+        names,
+        [".", "..", "dozed.status", "dozed.list", "dozed.events", "dozed.metrics", "a", "c"]
+    );
 }
 
 #[test]
@@ -412,4 +415,44 @@ fn a_hold_that_cannot_wake_is_none_and_each_user_has_a_bounded_number() {
     assert!(read(&tree, "a", File::Error).contains("[limits] holds"));
     held.into_iter().for_each(|handle| tree.close(handle));
     open(&tree, awake, Access::Write).unwrap();
+}
+
+#[test]
+fn metrics_count_what_was_done_by_cause_and_what_failed_by_errno() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    let read = || {
+        let node = tree.lookup(Node::Root, b"dozed.metrics").unwrap().node;
+        let handle = open(&tree, node, Access::Read).unwrap();
+        let text = tree.read(node, handle, 0, 1 << 20, ROOT).unwrap();
+        tree.close(handle);
+        String::from_utf8(text).unwrap()
+    };
+    for verb in ["wake", "sleep", "wake"] {
+        write(&tree, "a", File::State, verb).unwrap();
+    }
+    assert_eq!(write(&tree, "a", File::State, "hibernate"), Err(Errno::Inval));
+    assert_eq!(write(&tree, "a", File::Config, "vcpus = 0"), Err(Errno::Inval));
+    host.vmm.fail_next(Call::Save, Fault::Refuse);
+    assert_eq!(write(&tree, "a", File::State, "sleep"), Err(Errno::Io));
+    let handle = open(&tree, node(&tree, "a", File::Awake), Access::Write).unwrap();
+    let text = read();
+    for line in [
+        "dozed_sandboxes{state=\"running\"} 1",
+        "dozed_boots_total{cause=\"write\"} 1",
+        "dozed_sleeps_total{cause=\"write\"} 1",
+        "dozed_wakes_total{cause=\"write\"} 1",
+        "dozed_sleep_duration_seconds_count 1",
+        "dozed_wake_duration_seconds_count 1",
+        "dozed_failures_total{errno=\"EINVAL\"} 2",
+        "dozed_failures_total{errno=\"EIO\"} 1",
+        "dozed_holds 1",
+        "dozed_memory_bytes 16777216",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line}: {text}");
+    }
+    assert!(!text.contains("dozed_losses_total"), "{text}");
+    tree.close(handle);
+    assert!(read().contains("\ndozed_holds 0\n"));
 }

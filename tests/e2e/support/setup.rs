@@ -17,6 +17,7 @@ const AWAKE: &str = "[template.activity]\nawake_min = \"off\"\n";
 pub(crate) struct Setup {
     memory: Option<&'static str>,
     net: Option<&'static str>,
+    wake_on: &'static str,
     template: String,
     config: String,
     store: Option<PathBuf>,
@@ -57,6 +58,12 @@ impl Setup {
     /// Gives a new sandbox such a network.
     pub(crate) fn net(mut self, mode: &'static str) -> Self {
         self.net = Some(mode);
+        self
+    }
+
+    /// Has packets wake a sandbox that sleeps.
+    pub(crate) fn woken_by_packets(mut self) -> Self {
+        self.wake_on = "wake_on = \"packet\"\n";
         self
     }
 
@@ -102,12 +109,12 @@ impl Setup {
 
     /// Returns the whole configuration.
     pub(super) fn document(&self, mount: &Path, store: &Path, runtime: &Path) -> String {
-        let Self { template, config, memory, net, .. } = self;
+        let Self { template, config, memory, net, wake_on, .. } = self;
         let net = net.map(|mode| format!("net = \"{mode}\"\n")).unwrap_or_default();
         let memory = memory.map(|size| format!("memory = \"{size}\"\n")).unwrap_or_default();
         format!(
             "mount = \"{}\"\nstore = \"{}\"\nruntime = \"{}\"\n{config}\
-             [template]\n{memory}{net}{template}\n{AWAKE}",
+             [template]\n{memory}{net}{wake_on}{template}\n{AWAKE}",
             mount.display(),
             store.display(),
             runtime.display()

@@ -162,9 +162,10 @@ impl Judge {
         self.end_wake(address)
     }
 
-    /// Ends a wake that failed, and returns what was held, whose senders are to be told.
+    /// Ends a wake that failed, and returns what was held, whose senders are to be told. One
+    /// that was not rung for, or has ended, changes nothing.
     pub(super) fn refuse(&mut self, now: Duration, address: SandboxAddress) -> Vec<Box<[u8]>> {
-        if self.hears(address) {
+        if self.waking.contains_key(&address) {
             let pause = self.failed.get(&address).map_or(BACK_OFF_FIRST, |failed| failed.pause * 2);
             let pause = pause.min(BACK_OFF_LIMIT);
             self.failed.insert(address, Failed { pause, until: now + pause });

@@ -84,6 +84,8 @@ fn after_a_wake_that_failed_packets_are_refused_for_longer_each_time() {
     for pause in [1, 2, 4, 8, 16, 32, 60, 60] {
         assert!(is_ring(judge.hear(now, &packet)), "after {now:?}");
         assert_eq!(judge.refuse(now, address(0)).len(), 1);
+        // To be told so again is no second failure.
+        assert_eq!(judge.refuse(now, address(0)).len(), 0);
         now += secs(pause) - Duration::from_millis(1);
         assert_eq!(judge.hear(now, &packet), Verdict::Refuse(Refusal::Refused));
         now += Duration::from_millis(1);
