@@ -56,9 +56,12 @@ pub(super) struct Gauge {
 }
 
 impl Gauge {
-    /// Says whether the last sample is so old that another one makes sense.
-    fn is_due(&self, now: Timestamp, idle_after: Period) -> bool {
-        self.last.is_none_or(|last| now.since(last.at) >= window(idle_after))
+    /// Says whether the last sample is so old that another one makes sense. Of a sandbox that
+    /// is about to be put to sleep the newest that there can be is wanted.
+    fn is_due(&self, now: Timestamp, idle_after: Period, sleeps_at: Option<Timestamp>) -> bool {
+        let is_idle = sleeps_at.is_some_and(|at| at <= now);
+        let window = if is_idle { WINDOW_MIN } else { window(idle_after) };
+        self.last.is_none_or(|last| now.since(last.at) >= window)
     }
 
     /// Takes a sample, and returns what it shows to be above its threshold.
@@ -116,8 +119,9 @@ impl Lifecycle {
         let is_due = |(row, live): (RowId, Arc<Live>)| {
             let entry = self.by_row(row)?;
             let record = entry.record();
+            let (now, sleeps_at) = (self.now(), record.sleep_at(entry.last_activity()));
             let running = record.state == State::Running;
-            let due = running && lock(&live.gauge).is_due(self.now(), record.idle_after);
+            let due = running && lock(&live.gauge).is_due(now, record.idle_after, sleeps_at);
             due.then_some((entry, record, live))
         };
         let due: Vec<_> = self.machines.all().into_iter().filter_map(is_due).collect();
@@ -259,6 +263,19 @@ mod tests {
         gauge.begin_anew();
         assert_eq!(gauge.take(sample(1000, 900, Some(1 << 30)), &limits()), []);
         assert_eq!(gauge.take(sample(2000, 900, Some(1 << 30)), &limits()), []);
+    }
+
+    #[test]
+    fn one_that_is_about_to_be_put_to_sleep_is_looked_at_once_more() {
+        let mut gauge = Gauge::default();
+        let at = Timestamp::from_millis;
+        assert!(gauge.is_due(at(0), Period::Never, None), "there is no sample yet");
+        gauge.take(sample(0, 0, None), &limits());
+        assert!(!gauge.is_due(at(4999), Period::Never, None));
+        assert!(gauge.is_due(at(5000), Period::Never, None));
+        assert!(!gauge.is_due(at(600), Period::Never, Some(at(601))));
+        assert!(gauge.is_due(at(600), Period::Never, Some(at(600))));
+        assert!(!gauge.is_due(at(499), Period::Never, Some(at(0))));
     }
 
     #[test]

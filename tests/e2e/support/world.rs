@@ -88,6 +88,8 @@ impl World {
 
 /// Runs `test` on a new host. What it starts is on that host too.
 pub(crate) fn in_a_world(test: impl FnOnce(&World) + Send + 'static) {
+    // A guest that is not built yet takes packages, which no new host can fetch.
+    super::guest::linux_dir();
     netns::in_a_new_one(|_| test(&World::new())).unwrap();
 }
 
