@@ -8,6 +8,7 @@
 
 mod bare;
 mod cloud;
+mod crawling;
 mod daemon;
 mod empty;
 mod filled;
@@ -42,13 +43,14 @@ type Measure = fn(&Bench) -> Result<Vec<Line>>;
 
 /// All rows. The tick comes last: its million rows leave this process large, and a large
 /// process is slow to fork, which would be held against the bare VMM.
-const ROWS: [(&[&str], Measure); 11] = [
+const ROWS: [(&[&str], Measure); 12] = [
     (&["cat-state"], looking::cat_state),
     (&["wake", "sleep"], roads::one),
     (&["large"], roads::large),
     (&["cloud-wake", "cloud-sleep", "cloud-large"], roads::cloud),
     (&["no-op"], looking::no_op),
     (&["watch"], watching::watch),
+    (&["crawlers"], crawling::crawlers),
     (&["memory"], filled::memory),
     (&["crowd"], roads::crowd),
     (&["restart"], restart::restart),
@@ -60,8 +62,8 @@ const HELP: &str = "\
 usage: scripts/bench [--quick] [--cloud-hypervisor PATH] [ROW ...]
 
 Measures the figures of docs/performance.md; without a ROW, all of them.
-Rows: cat-state wake sleep large cloud-wake cloud-sleep cloud-large no-op watch memory
-      crowd restart network tick
+Rows: cat-state wake sleep large cloud-wake cloud-sleep cloud-large no-op watch crawlers
+      memory crowd restart network tick
 
   --quick                   fewer rounds, smaller numbers
   --cloud-hypervisor PATH   the program for the rows cloud-*, which otherwise are of the

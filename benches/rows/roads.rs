@@ -61,7 +61,7 @@ impl Naps {
 }
 
 /// Wakes a sandbox, lets it run and puts it to sleep.
-fn nap(daemon: &Daemon, id: &str) -> Result<(Duration, Duration)> {
+pub(super) fn nap(daemon: &Daemon, id: &str) -> Result<(Duration, Duration)> {
     let wake = daemon.timed(id, "wake")?;
     pause_for(RUN_TIME);
     Ok((wake, daemon.timed(id, "sleep")?))
@@ -74,7 +74,7 @@ fn bare_nap(bare: &mut dyn Script) -> Result<(Duration, Duration)> {
 }
 
 /// Makes a sandbox that sleeps and has been woken once.
-fn sleeper(daemon: &Daemon, id: &str, hardware: &Hardware<'_>) -> Result<()> {
+pub(super) fn sleeper(daemon: &Daemon, id: &str, hardware: &Hardware<'_>) -> Result<()> {
     daemon.make(id, hardware)?;
     daemon.boot(id)?;
     daemon.write(id, "state", "sleep")

@@ -20,7 +20,10 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use rusqlite::Connection;
@@ -80,8 +83,9 @@ pub struct Index {
     dirty: Arc<Dirty>,
     /// Equal specs, once each. Has a leaf.
     specs: Specs,
-    /// What a new entry's count of activity starts at.
-    first_count: u64,
+    /// What a new entry's count of activity starts at: above all that were counted to under a
+    /// name that is free again.
+    first_count: AtomicU64,
 }
 
 /// A sandbox that is to be.
@@ -120,7 +124,7 @@ impl Index {
             table: RwLock::new(table),
             dirty,
             specs,
-            first_count,
+            first_count: AtomicU64::new(first_count),
         })
     }
 
@@ -168,7 +172,8 @@ impl Index {
         record.row = row::insert(open, &record, now)
             .map_err(Error::sql(&self.path, || format!("writing {id} to the index")))?;
         self.sync(self.log.wrote())?;
-        let entry = Arc::new(Entry::new(record, now, self.first_count, &self.dirty));
+        let first_count = self.first_count.load(Ordering::SeqCst);
+        let entry = Arc::new(Entry::new(record, now, first_count, &self.dirty));
         write(&self.table).insert(Arc::clone(&entry));
         Ok(entry)
     }
@@ -338,6 +343,8 @@ impl Index {
             return Err(Error::lost(&record));
         }
         self.sync(self.log.wrote())?;
+        // Whoever has the count of this one and writes it to the next of its name is refused.
+        self.first_count.fetch_max(entry.activity_count() + 1, Ordering::SeqCst);
         write(&self.table).remove(entry);
         Ok(())
     }

@@ -52,13 +52,14 @@ impl Lifecycle {
     }
 
     /// Deletes a sandbox that has slept for longer than its `delete_after`, if that is
-    /// still so and nobody has pinned it.
+    /// still so and nobody has pinned it, or holds it or did under an earlier daemon.
     ///
     /// # Errors
     /// As `finish_destroy`.
     pub fn destroy_stale(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
         let due = entry.record().delete_at();
-        if due.is_none_or(|due| due > self.now()) || self.doom(entry).is_err() {
+        let is_due = due.is_some_and(|due| due <= self.now()) && !self.is_held(entry.row());
+        if !is_due || self.doom(entry).is_err() {
             return Ok(Outcome::Spared);
         }
         self.destroy(held, entry).map(|()| Outcome::Done)

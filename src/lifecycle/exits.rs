@@ -79,6 +79,8 @@ impl Lifecycle {
             | Cause::Idle
             | Cause::Stale => &Cause::GuestExit,
         };
+        // Why it ended is news to whoever was last told why a command was refused.
+        self.activities.forget_note(entry.row());
         self.step_because(cause, held, entry, Step::Lost, |record| {
             record.process = None;
             record.snapshot = None;

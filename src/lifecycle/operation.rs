@@ -108,6 +108,18 @@ impl Lifecycle {
         entry: &Arc<Entry>,
         work: impl FnOnce(&Operation<'_>) -> Result<T, Error>,
     ) -> Result<T, Error> {
+        self.operate_unless(held, entry, |_| false, work)
+    }
+
+    /// As `operate`, but where nothing was done, as `is_nothing` says, nothing is recorded:
+    /// nobody asked for what the reaper thinks better of, and so it is no success of theirs.
+    pub(super) fn operate_unless<T>(
+        &self,
+        held: &Held,
+        entry: &Arc<Entry>,
+        is_nothing: impl FnOnce(&T) -> bool,
+        work: impl FnOnce(&Operation<'_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         // The row may have gone, and another of that name come, while we waited.
         if self.index.by_row(entry.row()).is_none() {
             return Err(Error::Gone { id: entry.id().clone() });
@@ -126,7 +138,9 @@ impl Lifecycle {
         if self.operations.is_doomed(entry.row()) {
             return Err(Error::Gone { id: entry.id().clone() });
         }
-        self.record_result(held, entry, result.as_ref().err());
+        if !result.as_ref().is_ok_and(is_nothing) {
+            self.record_result(held, entry, result.as_ref().err());
+        }
         result
     }
 

@@ -39,7 +39,7 @@
 use std::{collections::HashSet, thread};
 
 use super::{
-    Entry, Error, Lifecycle, Outcome, chain,
+    Entry, Error, Lifecycle, Outcome, Signal, chain,
     exits::end,
     machines::Live,
     memory_of,
@@ -255,6 +255,7 @@ impl Lifecycle {
                 record.generation += 1;
                 record.sleeps += 1;
                 record.process = None;
+                record.retry_at = None;
                 record.snapshot = Some(SnapshotFacts { generation, bytes, at });
             })?;
             self.leave_asleep(entry);
@@ -292,10 +293,13 @@ impl Lifecycle {
         match process {
             Some(process) if consumed => {
                 self.take_over(entry, &process, cancel)?;
+                // Else it would be idle since before it slept, and sleep again at once.
+                self.saw(entry, Signal::Wake);
                 self.step(held, entry, Step::Woken, |record| {
                     record.generation += 1;
                     record.wakes += 1;
                     record.snapshot = None;
+                    record.retry_at = None;
                 })?;
                 self.drop_copy_later(&record, memory()?);
                 return Ok(());
@@ -342,7 +346,8 @@ impl Lifecycle {
                     .attach(entry, &process, cancel)
                     .is_ok_and(|live| lock(&live.machine).running().unwrap_or(false));
             if ran {
-                self.step(held, entry, Step::Booted, |_| ())?;
+                self.saw(entry, Signal::Boot);
+                self.step(held, entry, Step::Booted, |record| record.retry_at = None)?;
                 return Ok(());
             }
             end(entry, &process)?;

@@ -29,7 +29,8 @@ impl Lifecycle {
     /// # Errors
     /// After an error the guest runs on, or was lost together with its VMM.
     pub fn sleep(&self, held: &Held, entry: &Arc<Entry>, why: Why) -> Result<Outcome, Error> {
-        self.operate(held, entry, |operation| {
+        let is_spared = |outcome: &Outcome| *outcome == Outcome::Spared;
+        self.operate_unless(held, entry, is_spared, |operation| {
             self.settle(held, entry, operation)?;
             let record = entry.record();
             let wanted = self.is_wanted(entry, &record, why)?;

@@ -25,6 +25,7 @@ use crate::{
     sys::{
         clock::{Clock, Deadline, ManualClock, pause_for},
         pool::Pool,
+        process::reserve_places,
     },
     vmm::fake::{FakeHost, FakeVmm, runs_in},
 };
@@ -102,6 +103,8 @@ impl Host {
     }
 
     fn within(dir: tempfile::TempDir, budget_bytes: Option<u64>) -> Self {
+        // As a daemon does, before a long test has so much open that one of them is taken.
+        reserve_places().unwrap();
         let vmm = Arc::new(FakeHost::default());
         let clock = Arc::new(ManualClock::at(Timestamp::from_millis(1_000_000)));
         let network = Arc::default();
@@ -124,6 +127,41 @@ impl Host {
             start_on(dir, &index, &self.vmm, &self.network, &self.clock, self.budget_bytes);
         let found = self.daemon.reconcile();
         assert_eq!(found.failed, 0, "{found:?}");
+    }
+
+    /// As `restart`, but the first daemon ends in order if `ordered`; `meanwhile` happens while
+    /// none runs, and what start-up could not settle is the caller's to judge.
+    pub(crate) fn restart_after(&mut self, ordered: bool, meanwhile: impl FnOnce(&Self)) {
+        if ordered {
+            assert_eq!(self.daemon.close(PATIENCE), 0, "nothing is under way");
+            self.daemon.flush_activity().unwrap();
+            self.daemon.index.close().unwrap();
+        }
+        for (row, _) in self.daemon.machines.all() {
+            // What happens from here on no daemon sees.
+            self.daemon.machines.strike(row);
+        }
+        meanwhile(self);
+        let (dir, index) = (self.dir.path(), index_name(self.cuts));
+        self.network.forget_lingering();
+        self.daemon =
+            start_on(dir, &index, &self.vmm, &self.network, &self.clock, self.budget_bytes);
+        self.daemon.reconcile();
+    }
+
+    /// Does what crashes at `arrow`, if it gets there. Says whether it did.
+    pub(crate) fn crashes_at(&self, arrow: Arrow, operation: impl FnOnce()) -> bool {
+        *lock(&self.daemon.crash.at) = Some(arrow);
+        match catch_unwind(AssertUnwindSafe(operation)) {
+            Ok(()) => {
+                *lock(&self.daemon.crash.at) = None;
+                false
+            }
+            Err(payload) => {
+                assert!(payload.is::<Crash>(), "it crashed by a bug");
+                true
+            }
+        }
     }
 
     /// The host loses power and boots again: no process is left, and of the index only

@@ -42,8 +42,8 @@ pub struct Waking {
 impl Waking {
     /// It is being put to sleep, having been awake since `awake_since`.
     pub fn sleeps(&mut self, cause: &Cause, awake_since: Timestamp, now: Timestamp) {
+        // The minimum stays, as the sleep may fail; the next wake sets it anew.
         self.slept_idle = matches!(cause, Cause::Idle);
-        self.awake_until = None;
         if now.since(awake_since) >= CALM {
             self.in_vain = 0;
         }

@@ -18,7 +18,7 @@ impl Facts<'_> {
         line(&mut text, "verdict", verdict);
         line(&mut text, "because", because);
         line(&mut text, "sleeps_at", self.due(sleeps, record.idle_after));
-        line(&mut text, "deletes_at", self.due(record.delete_at(), record.delete_after));
+        line(&mut text, "deletes_at", self.due(self.deletes_at(), record.delete_after));
         line(&mut text, "last_wake_cause", or_none(record.waking.cause.as_deref()));
         line(&mut text, "wakes_today", record.waking.of_day(self.today));
         let until = record.waking.awake_until.filter(|_| record.state == State::Running);
@@ -29,6 +29,12 @@ impl Facts<'_> {
     /// Returns when the reaper is to put it to sleep; what is held has no time for that.
     fn sleeps_at(&self) -> Option<Timestamp> {
         let due = self.record.sleep_at(self.last_activity).filter(|_| self.holders.is_empty())?;
+        Some(self.spared_until.map_or(due, |until| due.max(until)))
+    }
+
+    /// Returns when the reaper is to delete it; what is held has no time for that either.
+    fn deletes_at(&self) -> Option<Timestamp> {
+        let due = self.record.delete_at().filter(|_| self.holders.is_empty())?;
         Some(self.spared_until.map_or(due, |until| due.max(until)))
     }
 

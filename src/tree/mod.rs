@@ -11,6 +11,8 @@ mod console;
 mod errno;
 mod handle;
 mod idle;
+#[cfg(test)]
+mod model;
 mod modes;
 mod node;
 mod open;

@@ -9,7 +9,7 @@ use std::{
     collections::HashMap,
     ffi::OsString,
     fs::{self, File},
-    io,
+    io::{self, Write as _},
     os::unix::{
         fs::{FileExt, OpenOptionsExt},
         net::UnixStream,
@@ -30,8 +30,9 @@ use crate::{
     },
 };
 
-/// How long a call hangs whose plan says so, unless it is called off.
-const HANG_MAX: Duration = Duration::from_secs(30);
+/// How long a call hangs whose plan says so, unless it is called off: longer than a test waits
+/// for anything meanwhile, however busy the machine is.
+const HANG_MAX: Duration = Duration::from_secs(120);
 
 /// A call of a VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -64,7 +65,7 @@ pub(crate) enum Fault {
 #[derive(Debug, Default)]
 pub(crate) struct FakeHost {
     /// The machines, by their process. A leaf lock.
-    machines: Mutex<HashMap<u32, Arc<Mutex<Board>>>>,
+    machines: Mutex<HashMap<u32, Known>>,
     faults: Mutex<Vec<(Call, Fault)>>,
     calls: Mutex<Vec<Call>>,
     version: Mutex<Option<&'static str>>,
@@ -77,6 +78,8 @@ pub(crate) struct FakeHost {
     guests: Mutex<Guests>,
     /// Whom vsocks were given to, if there are such.
     vsock_owners: Mutex<Option<Vec<Owner>>>,
+    /// Whose guest began to run while another machine of the same sandbox still ran.
+    doubles: Mutex<Vec<String>>,
 }
 
 /// What guests do when they are asked for memory.
@@ -102,14 +105,70 @@ struct Board {
     /// Whether its memory is its own.
     copies: bool,
     memory: File,
-    /// Keeps its process alive.
-    _input: UnixStream,
+}
+
+/// What the host knows of a machine without asking it.
+#[derive(Debug)]
+struct Known {
+    /// The word by which the processes of its sandbox are found.
+    token: String,
+    process: Arc<Process>,
+    /// Keeps its process alive; a line ends it in order.
+    input: UnixStream,
+    /// Held for the length of a save.
+    board: Arc<Mutex<Board>>,
 }
 
 impl FakeHost {
     /// Plans a fault for the next call of that kind.
     pub(crate) fn fail_next(&self, call: Call, fault: Fault) {
         lock(&self.faults).push((call, fault));
+    }
+
+    /// Takes back the faults that were planned and met no call. Returns how many.
+    pub(crate) fn forget_faults(&self) -> usize {
+        lock(&self.faults).drain(..).count()
+    }
+
+    /// Has the guest of a process shut down.
+    pub(crate) fn shut_down(&self, pid: u32) {
+        let machines = lock(&self.machines);
+        // Where it has ended already nobody reads the line.
+        let _gone = (&machines[&pid].input).write_all(b"\n");
+    }
+
+    /// Kills the VMM of a process, and waits until it is gone.
+    pub(crate) fn crash(&self, pid: u32) {
+        let process = Arc::clone(&lock(&self.machines)[&pid].process);
+        process.kill();
+        process.wait(HANG_MAX).expect("what is killed ends");
+    }
+
+    /// Returns the processes that live.
+    pub(crate) fn living(&self) -> Vec<u32> {
+        let machines = lock(&self.machines);
+        let living = machines.iter().filter(|(_, known)| known.process.exited().is_none());
+        living.map(|(pid, _)| *pid).collect()
+    }
+
+    /// Returns whose guest began to run while another machine of the same sandbox still ran.
+    pub(crate) fn doubles(&self) -> Vec<String> {
+        lock(&self.doubles).clone()
+    }
+
+    /// Notes it if a machine begins to run of which another runs.
+    fn look_for_double(&self, pid: u32) {
+        let machines = lock(&self.machines);
+        let token = &machines[&pid].token;
+        let others = machines.iter().filter(|(other, known)| {
+            **other != pid && known.token == *token && known.process.exited().is_none()
+        });
+        let boards: Vec<_> = others.map(|(_, known)| Arc::clone(&known.board)).collect();
+        let token = token.clone();
+        drop(machines);
+        if boards.iter().any(|board| lock(board).running) {
+            lock(&self.doubles).push(token);
+        }
     }
 
     /// Returns how often something was called.
@@ -149,12 +208,12 @@ impl FakeHost {
 
     /// Returns how much the balloon of a process is to have.
     pub(crate) fn balloon_of(&self, pid: u32) -> Option<u64> {
-        Some(lock(lock(&self.machines).get(&pid)?).balloon.0)
+        Some(lock(&lock(&self.machines).get(&pid)?.board).balloon.0)
     }
 
     /// Returns what the balloons of all machines so far were last asked to have.
     pub(crate) fn balloons(&self) -> Vec<u64> {
-        lock(&self.machines).values().map(|board| lock(board).balloon.0).collect()
+        lock(&self.machines).values().map(|known| lock(&known.board).balloon.0).collect()
     }
 
     /// Returns all calls so far, in order.
@@ -173,12 +232,12 @@ impl FakeHost {
     /// Returns how often the guest of a process was let run, if it is known by that.
     pub(crate) fn runs_of(&self, pid: u32) -> Option<u64> {
         let machines = lock(&self.machines);
-        Some(runs_of_memory(&lock(machines.get(&pid)?).memory))
+        Some(runs_of_memory(&lock(&machines.get(&pid)?.board).memory))
     }
 
     /// Says whether the machine of a process runs.
     pub(crate) fn runs(&self, pid: u32) -> bool {
-        lock(&self.machines).get(&pid).is_some_and(|board| lock(board).running)
+        lock(&self.machines).get(&pid).is_some_and(|known| lock(&known.board).running)
     }
 
     fn call(&self, call: Call, process: Option<&Process>, cancel: &Cancel) -> Result<(), Error> {
@@ -270,9 +329,14 @@ impl FakeVmm {
             balloon: (0, 0),
             copies,
             memory,
-            _input: ours,
         }));
-        lock(&self.0.machines).insert(process.identity().pid, Arc::clone(&board));
+        let known = Known {
+            token: plan.token.clone(),
+            process: Arc::clone(&process),
+            input: ours,
+            board: Arc::clone(&board),
+        };
+        lock(&self.0.machines).insert(process.identity().pid, known);
         Ok(FakeMachine {
             host: Arc::clone(&self.0),
             board,
@@ -368,8 +432,7 @@ impl Vmm for FakeVmm {
 
     fn adopt(&self, plan: &Plan, process: Arc<Process>) -> Result<Box<dyn Machine>, Error> {
         self.0.call(Call::Adopt, Some(&process), &plan.cancel)?;
-        let board = lock(&self.0.machines).get(&process.identity().pid).map(Arc::clone);
-        let board = board.expect("the host knows all of its machines");
+        let board = Arc::clone(&lock(&self.0.machines)[&process.identity().pid].board);
         lock(&board).may_have_run = true;
         let (host, cancel) = (Arc::clone(&self.0), Arc::clone(&plan.cancel));
         Ok(Box::new(FakeMachine { host, board, process, cancel }))
@@ -393,6 +456,7 @@ impl Machine for FakeMachine {
 
     fn resume(&mut self) -> Result<(), Error> {
         let told = self.host.call(Call::Resume, Some(&self.process), &self.cancel);
+        self.host.look_for_double(self.process.identity().pid);
         let mut board = lock(&self.board);
         // What did not answer may have obeyed.
         board.may_have_run |= !matches!(told, Err(Error::Refused { .. } | Error::Host { .. }));

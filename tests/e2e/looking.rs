@@ -1,14 +1,23 @@
 //! Looking is free.
 
+use std::{
+    fs,
+    process::{Child, Stdio},
+    time::Duration,
+};
+
+use dozed::sys::clock::Deadline;
 use rustix::process::Signal;
 
-use crate::support::{Host, Setup};
+use crate::support::{Host, Setup, command, wait_for, wait_until};
 
-/// Returns what looking must not change.
-fn facts(host: &Host) -> Vec<String> {
+/// Returns what looking at a sandbox must not change, of all or of some.
+fn facts_of(host: &Host, ids: &[String]) -> Vec<String> {
     let mut facts = Vec::new();
-    for id in host.list() {
-        facts.push(format!("{id} {}", host.state(&id)));
+    for id in ids {
+        facts.push(format!("{id} {}", host.state(id)));
+        let touched = fs::metadata(host.path(&format!("{id}/activity"))).unwrap();
+        facts.push(format!("mtime {:?}", touched.modified().unwrap()));
         for (file, keys) in [
             ("status", &["since", "generation", "sleeps", "wakes", "pid"][..]),
             ("activity", &["count", "last"][..]),
@@ -19,6 +28,10 @@ fn facts(host: &Host) -> Vec<String> {
         }
     }
     facts
+}
+
+fn facts(host: &Host) -> Vec<String> {
+    facts_of(host, &host.list())
 }
 
 #[test]
@@ -81,4 +94,102 @@ fn what_is_read_is_whole_whatever_the_reader_reads_by() {
     }
     let status = host.bash_ok("while read -r key value; do echo $key; done < web-1/status");
     assert!(status.starts_with("state\nsince\ngeneration\n"), "{status}");
+}
+
+/// What crawlers do to a tree, each again and again: a search, a look at everything, a backup,
+/// and what updatedb does.
+const CRAWLS: [&str; 4] = [
+    "grep -r nothing .",
+    "find . -exec stat {} +",
+    "tar cf - . | cat",
+    "find . -printf '%p %s %T@ %C@\\n'",
+];
+/// How many crawl at a time.
+const CRAWLERS: usize = 10;
+/// For how long they crawl, unless `DOZED_CRAWL_SECONDS` says otherwise. `scripts/bench` has
+/// them do it for a minute, and measures what a `sleep` feels of it.
+const CRAWL_SECONDS: u64 = 10;
+/// So many sandboxes are there to be looked at besides those that the test is about.
+const CROWD: usize = 200;
+
+/// Ten crawlers in a tree.
+struct Crawlers {
+    children: Vec<Child>,
+    /// While this is there they go on.
+    dir: tempfile::TempDir,
+}
+
+impl Crawlers {
+    fn start(host: &Host) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("go"), "").unwrap();
+        let place = dir.path().display();
+        let crawl = |number: usize| {
+            let crawl = CRAWLS[number % CRAWLS.len()];
+            let script = format!(
+                "while test -e {place}/go; do {{ {crawl}; }} > /dev/null 2>&1; \
+                 echo round >> {place}/{number}; done"
+            );
+            let mut bash = command("/bin/bash");
+            bash.args(["-c", &script]).current_dir(host.mount()).stdin(Stdio::null());
+            bash.spawn().unwrap()
+        };
+        Self { children: (0..CRAWLERS).map(crawl).collect(), dir }
+    }
+
+    /// Returns how often the laziest of them was through.
+    fn rounds(&self) -> usize {
+        let rounds = |number: usize| {
+            let rounds = fs::read_to_string(self.dir.path().join(number.to_string()));
+            rounds.unwrap_or_default().lines().count()
+        };
+        (0..CRAWLERS).map(rounds).min().unwrap()
+    }
+}
+
+impl Drop for Crawlers {
+    fn drop(&mut self) {
+        fs::remove_file(self.dir.path().join("go")).unwrap();
+        for child in &mut self.children {
+            wait_for("a crawler ends", || child.try_wait().unwrap());
+        }
+    }
+}
+
+#[allow(clippy::disallowed_methods, reason = "a test has no command line of its own")]
+fn crawl_time() -> Duration {
+    let seconds = std::env::var("DOZED_CRAWL_SECONDS").map(|text| text.parse().unwrap());
+    Duration::from_secs(seconds.unwrap_or(CRAWL_SECONDS))
+}
+
+#[test]
+fn ten_crawlers_wake_nobody_move_no_clock_and_keep_nobody_awake() {
+    let host = Setup::counter("").config("[reaper]\ntick = \"1s\"").start();
+    host.bash_ok(&format!("mkdir $(seq -f 'crowd-%g' {CROWD})"));
+    for id in ["asleep-1", "asleep-2", "running", "deaf", "idle", "napper"] {
+        host.boot(id);
+    }
+    host.sleep("asleep-1");
+    host.sleep("asleep-2");
+    // A VMM that does not answer shows that none is asked.
+    let vmm = host.vmm("deaf");
+    host.signal_vmm(vmm, Signal::STOP);
+    let mut still = host.list();
+    still.retain(|id| id != "idle" && id != "napper");
+    let before = facts_of(&host, &still);
+    let crawlers = Crawlers::start(&host);
+    let over = Deadline::after(crawl_time());
+    // Whatever they look at, the reaper thinks it idle; and who writes is heard.
+    host.write("idle/idle_after", "1s").unwrap();
+    wait_until("the reaper puts it to sleep", || host.state("idle") == "snapshotted");
+    while !over.passed() || crawlers.rounds() == 0 {
+        host.sleep("napper");
+        host.wake("napper");
+    }
+    assert_eq!(facts_of(&host, &still), before);
+    drop(crawlers);
+    assert_eq!(facts_of(&host, &still), before);
+    assert_eq!(host.number("idle/status", "wakes"), 0);
+    host.signal_vmm(vmm, Signal::CONT);
+    host.counts_on("deaf");
 }
