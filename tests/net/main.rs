@@ -13,6 +13,7 @@ mod doorbell;
 mod guest;
 mod host;
 mod inbound;
+mod leak;
 mod life;
 mod spoof;
 mod survey;
