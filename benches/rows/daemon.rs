@@ -14,7 +14,7 @@ use dozed::sys::{
     process::{Exit, Launch, Process},
 };
 
-use super::site::{Result, Site, clear_place, complain, wait_for};
+use super::site::{Result, Site, clear_place, complain, unpin, wait_for};
 
 /// The program, as built for this run.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_dozed");
@@ -181,7 +181,7 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.process = None;
         // What cannot be cleared now is tried again at the end of the run.
-        if let Err(error) = clear_place(&self.dir) {
+        if let Err(error) = clear_place(&self.dir).and_then(|()| unpin(&self.runtime)) {
             complain(&format!("clearing {}: {error}", self.dir.display()));
             return;
         }

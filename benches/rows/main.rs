@@ -7,6 +7,7 @@
 //! says only whether everything worked. `docs/performance.md` tells how to read it.
 
 mod bare;
+mod calling;
 mod cloud;
 mod crawling;
 mod daemon;
@@ -43,7 +44,7 @@ type Measure = fn(&Bench) -> Result<Vec<Line>>;
 
 /// All rows. The tick comes last: its million rows leave this process large, and a large
 /// process is slow to fork, which would be held against the bare VMM.
-const ROWS: [(&[&str], Measure); 12] = [
+const ROWS: [(&[&str], Measure); 13] = [
     (&["cat-state"], looking::cat_state),
     (&["wake", "sleep"], roads::one),
     (&["large"], roads::large),
@@ -55,6 +56,7 @@ const ROWS: [(&[&str], Measure); 12] = [
     (&["crowd"], roads::crowd),
     (&["restart"], restart::restart),
     (&["network"], network::network),
+    (&["call"], calling::call),
     (&["tick"], filled::tick),
 ];
 
@@ -63,7 +65,7 @@ usage: scripts/bench [--quick] [--cloud-hypervisor PATH] [ROW ...]
 
 Measures the figures of docs/performance.md; without a ROW, all of them.
 Rows: cat-state wake sleep large cloud-wake cloud-sleep cloud-large no-op watch crawlers
-      memory crowd restart network tick
+      memory crowd restart network call tick
 
   --quick                   fewer rounds, smaller numbers
   --cloud-hypervisor PATH   the program for the rows cloud-*, which otherwise are of the
@@ -79,6 +81,8 @@ pub(crate) struct Bench {
     site: Arc<Site>,
     /// The counter guest.
     kernel: PathBuf,
+    /// The directory of the Linux guest.
+    linux: PathBuf,
     /// The Cloud Hypervisor that was named.
     cloud_hypervisor: Option<PathBuf>,
     quick: bool,
@@ -98,21 +102,28 @@ impl Bench {
 
 /// What the command line asks for.
 enum Task {
-    Run { quick: bool, kernel: PathBuf, cloud_hypervisor: Option<PathBuf>, chosen: Vec<String> },
+    Run {
+        quick: bool,
+        kernel: PathBuf,
+        linux: PathBuf,
+        cloud_hypervisor: Option<PathBuf>,
+        chosen: Vec<String>,
+    },
     ServeEmpty(PathBuf),
     Help,
 }
 
 fn task() -> Result<Task> {
-    let (mut quick, mut kernel, mut chosen) = (false, None, Vec::new());
-    let mut cloud_hypervisor = None;
+    let (mut quick, mut chosen) = (false, Vec::new());
+    let (mut kernel, mut linux, mut cloud_hypervisor) = (None, None, None);
     let mut args = env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             empty::SERVE => {
                 return Ok(Task::ServeEmpty(args.next().ok_or("where to mount it?")?.into()));
             }
-            "--kernel" => kernel = args.next().map(PathBuf::from), // By the script.
+            "--kernel" => kernel = args.next().map(PathBuf::from), // By the script, as the next.
+            "--linux" => linux = args.next().map(PathBuf::from),
             "--cloud-hypervisor" => {
                 let path = PathBuf::from(args.next().ok_or("which Cloud Hypervisor?")?);
                 cloud_hypervisor = Some(
@@ -128,15 +139,16 @@ fn task() -> Result<Task> {
         }
     }
     // As `cargo test --benches` runs it: there is nothing to measure then.
-    let Some(kernel) = kernel else { return Ok(Task::Help) };
-    Ok(Task::Run { quick, kernel: kernel.canonicalize()?, cloud_hypervisor, chosen })
+    let Some((kernel, linux)) = kernel.zip(linux) else { return Ok(Task::Help) };
+    let (kernel, linux) = (kernel.canonicalize()?, linux.canonicalize()?);
+    Ok(Task::Run { quick, kernel, linux, cloud_hypervisor, chosen })
 }
 
 fn main() -> ExitCode {
     let done = task().and_then(|task| match task {
-        Task::Run { quick, kernel, cloud_hypervisor, chosen } => {
+        Task::Run { quick, kernel, linux, cloud_hypervisor, chosen } => {
             let site = Site::new()?;
-            run(Bench { site, kernel, cloud_hypervisor, quick, chosen })
+            run(Bench { site, kernel, linux, cloud_hypervisor, quick, chosen })
         }
         Task::ServeEmpty(mount) => empty::serve(Path::new(&mount)),
         Task::Help => Ok(io::stdout().write_all(HELP.as_bytes())?),

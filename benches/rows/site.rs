@@ -32,7 +32,7 @@ const LOOK_EVERY: Duration = Duration::from_micros(500);
 /// The kinds of mounts that a run makes: with the subtype where the mounter gives it.
 const MOUNT_TYPES: [&str; 4] = ["fuse", "fuse.dozed", "fuse.dozed-empty", "nsfs"];
 /// Where namespaces are pinned, which is mounted on itself.
-const PINS: &str = "network/netns";
+const PINS: &str = "netns";
 
 /// What the program of that VMM is called.
 const CLOUD: &str = "cloud-hypervisor";
@@ -81,6 +81,12 @@ impl Site {
         if let Err(error) = clear_place(self.dir.path()) {
             complain(&format!("clearing {}: {error}", self.dir.path().display()));
         }
+        let places = [self.dir.path(), self.runtime.path()].map(fs::read_dir);
+        for place in places.into_iter().flatten().flatten().flatten() {
+            if let Err(error) = unpin(&place.path()) {
+                complain(&format!("clearing {}: {error}", place.path().display()));
+            }
+        }
         for dir in [self.dir.path(), self.runtime.path()] {
             if let Err(error) = fs::remove_dir_all(dir)
                 && error.kind() != io::ErrorKind::NotFound
@@ -124,7 +130,12 @@ pub(crate) fn clear_place(dir: &Path) -> Result<()> {
             mount::detach(path)?;
         }
     }
-    let pins = dir.join(PINS);
+    Ok(())
+}
+
+/// Takes away the namespaces that are pinned in a runtime directory.
+pub(crate) fn unpin(runtime: &Path) -> Result<()> {
+    let pins = runtime.join(PINS);
     if mount::mounted_at(&pins)?.is_some() {
         mount::detach(&pins)?;
     }
