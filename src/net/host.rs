@@ -1,11 +1,12 @@
 //! The host's side, which is the same for any number of sandboxes.
 
-use std::{fs, io, path::Path};
+use std::{fs, io, path::Path, thread};
 
 use netlink_packet_route::{address::AddressScope, link::InfoKind};
 
 use super::{
-    Error, firewall, link,
+    Error, firewall,
+    link::{self, Link},
     netlink::{Answers, Kernel},
     nftables::{self, Mode},
     ruleset::Family,
@@ -15,6 +16,8 @@ use crate::{
     sys::{netlink, netns, tun},
 };
 
+/// How the name of a link begins that is about to be removed; its number follows.
+const ASIDE: &str = "dx";
 /// Whether the host forwards at all, in the namespace of the thread that reads it.
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
@@ -94,19 +97,48 @@ pub(super) fn forwards() -> Result<(), Error> {
 /// # Errors
 /// Where one of that name is not ours, or it stays.
 pub(super) fn remove_link(links: &Kernel, plan: &AddressPlan, name: &str) -> Result<(), Error> {
-    let Some(found) = link::find(links, name)? else { return Ok(()) };
-    if !is_of_a_sandbox(plan, &found) {
-        return Err(Error::NotOurs { name: format!("the link {name}") });
-    }
+    let Some(found) = own_link(links, plan, name)? else { return Ok(()) };
     links.apply(vec![link::remove(found.index)], Answers::Each)
 }
 
-/// Says whether a link is the host's end of a sandbox of this range.
-pub(super) fn is_of_a_sandbox(plan: &AddressPlan, link: &link::Link) -> bool {
+/// Frees the name of a link, if it is of a sandbox of ours: nothing passes by it any more
+/// when this returns, and it is removed a little later, as the kernel takes some 25 ms to.
+///
+/// # Errors
+/// Where one of that name is not ours, or it stays.
+pub(super) fn set_aside(plan: &AddressPlan, name: &str) -> Result<(), Error> {
+    let links = link::here()?;
+    let Some(Link { index, .. }) = own_link(&links, plan, name)? else { return Ok(()) };
+    let aside = format!("{ASIDE}{index:08x}");
+    links.apply(vec![link::down(index), link::rename(index, &aside)], Answers::Each)?;
+    let remove = move || {
+        if let Err(error) = links.apply(vec![link::remove(index)], Answers::Each) {
+            // The next start removes it.
+            tracing::warn!(link = aside, error = super::real::chain(&error), "a link stays");
+        }
+    };
+    thread::Builder::new()
+        .name("dozed-unlink".to_owned())
+        .spawn(remove)
+        .map(drop)
+        .map_err(Error::host("starting to remove a link"))
+}
+
+fn own_link(links: &Kernel, plan: &AddressPlan, name: &str) -> Result<Option<Link>, Error> {
+    let found = link::find(links, name)?;
+    if found.as_ref().is_some_and(|found| !is_of_a_sandbox(plan, found)) {
+        return Err(Error::NotOurs { name: format!("the link {name}") });
+    }
+    Ok(found)
+}
+
+/// Says whether a link is, or was, the host's end of a sandbox of this range.
+pub(super) fn is_of_a_sandbox(plan: &AddressPlan, link: &Link) -> bool {
     let address = SandboxAddress::of_host_link(&link.name);
+    let is_aside = || link.name.strip_prefix(ASIDE).is_some_and(|rest| rest.len() == 8);
     link.group == plan.link_group()
         && link.kind == Some(InfoKind::Veth)
-        && address.is_some_and(|address| plan.sandbox(address).is_some())
+        && address.map_or_else(is_aside, |address| plan.sandbox(address).is_some())
 }
 
 fn without_nftables(error: Error) -> Error {

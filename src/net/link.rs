@@ -278,6 +278,21 @@ pub(super) fn up(index: u32) -> Request<RouteNetlinkMessage> {
     request("taking a link into use", set_link(message))
 }
 
+/// Takes a link out of use.
+pub(super) fn down(index: u32) -> Request<RouteNetlinkMessage> {
+    let mut message = change(index, Vec::new());
+    message.header.change_mask = LinkFlags::Up;
+    let request = request("taking a link out of use", set_link(message));
+    Request { accepts: Accepts::Missing, ..request }
+}
+
+/// Gives a link that is down another name.
+pub(super) fn rename(index: u32, name: &str) -> Request<RouteNetlinkMessage> {
+    let message = change(index, vec![LinkAttribute::IfName(name.to_owned())]);
+    let request = request("renaming a link", set_link(message));
+    Request { accepts: Accepts::Missing, ..request }
+}
+
 /// Removes a link, and its peer if it has one.
 pub(super) fn remove(index: u32) -> Request<RouteNetlinkMessage> {
     let message = NetlinkMessage::from(RouteNetlinkMessage::DelLink(change(index, Vec::new())));

@@ -183,9 +183,8 @@ impl RealNetwork {
     /// Makes the network of a sandbox that has none.
     fn make(&self, design: Design) -> Result<Namespace, Error> {
         let Wanted { id, address, .. } = design.wanted.clone();
-        let links = link::here()?;
         // The kernel takes links away some time after their namespace.
-        host::remove_link(&links, &self.plan, &address.host_link())?;
+        host::set_aside(&self.plan, &address.host_link())?;
         let made = namespace::make(&self.pin(&id), design)?;
         match self.connect(address) {
             Ok(()) => Ok(made),
@@ -358,6 +357,11 @@ impl Network for RealNetwork {
             }
         }
         let links = link::here()?;
+        // A daemon that was killed has left its doorbell's route. Whoever calls is not to wait
+        // for a daemon that hears for nobody.
+        if lock(&self.doorbell).is_none() {
+            links.apply(vec![link::no_route(self.plan.range())], Answers::Each)?;
+        }
         for link in link::list(&links)? {
             if !host::is_of_a_sandbox(&self.plan, &link) || kept.contains(&link.name) {
                 continue;

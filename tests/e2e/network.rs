@@ -237,6 +237,32 @@ fn a_connection_to_a_guest_that_sleeps_wakes_it_and_is_answered() {
 }
 
 #[test]
+fn a_call_to_a_sleeper_waits_for_the_next_daemon_only_where_the_last_one_was_killed() {
+    in_a_world(|_| {
+        let mut host = Setup::linux(OPTIONS).net("isolated").woken_by_packets().start();
+        boot(&host, "web-1");
+        echo(&mut connect(&host, "web-1"), "before the sleep");
+        let to = SocketAddr::from((address(&host, "web-1"), 7));
+        host.sleep("web-1");
+        host.terminate();
+        let error = TcpStream::connect_timeout(&to, SOON).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::HostUnreachable);
+        host.restart();
+        assert_eq!(host.state("web-1"), "snapshotted");
+        echo(&mut connect(&host, "web-1"), "after an end");
+        host.sleep("web-1");
+        host.kill_daemon();
+        let call = move || TcpStream::connect_timeout(&to, SOON);
+        let caller = std::thread::Builder::new().name("caller".to_owned()).spawn(call).unwrap();
+        host.restart();
+        let mut stream = caller.join().unwrap().unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        echo(&mut stream, "after a death");
+        assert_eq!(host.state("web-1"), "running");
+    });
+}
+
+#[test]
 fn a_daemon_that_dies_interrupts_no_connection() {
     in_a_world(|world| {
         let mut host = Setup::linux(OPTIONS).net("internet").start();

@@ -366,12 +366,18 @@ fn the_next_daemon_takes_over_what_a_killed_one_left() {
         assert!(error.is_transient(), "{error}");
         // A daemon that ends has nobody wait.
         host.network.dismantle().unwrap();
-        // One that was killed leaves its route, and a device that nobody has open.
+        // One that was killed leaves its route, and a device that nobody has open. The next one
+        // takes it away, whether it hears for somebody or not.
         let device = "dozed0ad50000";
         ip(&format!("tuntap add {device} mode tun"));
         ip(&format!("link set {device} up"));
-        ip(&format!("route add {} dev {device} proto 213", host.plan.range()));
+        let left = format!("route add {} dev {device} proto 213", host.plan.range());
+        ip(&left);
+        host.network.reconcile(&[]).unwrap();
+        assert_eq!(ip("route show proto 213"), "");
+        ip(&left);
         listen(host, &wanted);
+        host.network.reconcile(&[]).unwrap();
         asks(&wanted).send(b"hello").unwrap();
         host.rung();
         let guest = wake(host, &wanted);

@@ -102,11 +102,11 @@ fn settled(host: &Host) -> Option<Left> {
         names.lines().filter_map(|line| Some(line.split(": ").nth(1)?.to_owned())).collect();
     let in_namespaces = fs::read_dir("/proc/self/task").unwrap().filter(|task| {
         let name = fs::read_to_string(task.as_ref().unwrap().path().join("comm"));
-        name.is_ok_and(|name| name.trim() == "dozed-netns")
+        name.is_ok_and(|name| ["dozed-netns", "dozed-unlink"].contains(&name.trim()))
     });
     // One is that of the test itself.
     let is_busy = in_namespaces.count() > 1;
-    let has_sandboxes = links.iter().any(|name| name.starts_with("dz0"));
+    let has_sandboxes = links.iter().any(|name| name.starts_with("dz0") || name.starts_with("dx"));
     if has_sandboxes || is_busy {
         return None;
     }

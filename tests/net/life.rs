@@ -284,3 +284,52 @@ fn addresses_that_nobody_has_are_told_to_be_unreachable() {
         assert_eq!(error.kind(), ErrorKind::HostUnreachable);
     });
 }
+
+#[test]
+fn a_network_that_is_made_again_at_once_does_not_wait_for_the_end_of_the_last_one() {
+    on_a_host(|host| {
+        let server = host.udp_server(SERVER, 4000);
+        let mut wanted = host.wanted("a", 0);
+        for round in 0..20 {
+            let sandbox = host.sandbox_with(wanted);
+            sandbox.guest.udp(5000, (SERVER, 4000), format!("{round}").as_bytes());
+            assert_eq!(heard(&server).0, round.to_string());
+            wanted = sandbox.wanted;
+            drop(sandbox.guest);
+            host.network.remove(&wanted.id, wanted.address).unwrap();
+        }
+        eventually("the end of all links", || {
+            let links = ip("-o link");
+            (!links.contains(": dz0") && !links.contains(": dx")).then_some(())
+        });
+        // What a daemon that was killed did not get to is removed by the next, and what only
+        // looks like it is not.
+        let group = host.plan.link_group();
+        ip(&format!("link add dx00001234 group {group} type veth peer name peer0 group {group}"));
+        ip("link add dx00005678 type veth peer name peer1");
+        assert_eq!(host.network.reconcile(&[]).unwrap().removed, ["dx00001234"]);
+        ip("link del dx00005678");
+    });
+}
+
+#[test]
+fn whoever_is_left_in_a_network_that_was_replaced_is_cut_off() {
+    on_a_host(|host| {
+        let server = host.udp_server(SERVER, 4000);
+        let old = host.sandbox("a", 0);
+        old.guest.udp(5000, (SERVER, 4000), b"before");
+        heard(&server);
+        // As if a VMM still had it, so that the kernel does not take it away.
+        let namespace = old.namespace();
+        namespace.run(|_| ip("link set eth0 alias other")).unwrap();
+        let new = host.sandbox_with(old.wanted.clone());
+        assert_ne!(new.namespace().identity(), namespace.identity());
+        old.guest.udp(5000, (SERVER, 4000), b"from the old one");
+        new.guest.udp(5001, (SERVER, 4000), b"from the new one");
+        assert_eq!(heard(&server).0, "from the new one");
+        assert_silent(&server);
+        eventually("the end of the old link", || {
+            namespace.run(|_| !ip("-o link").contains("eth0")).unwrap().then_some(())
+        });
+    });
+}
