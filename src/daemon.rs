@@ -369,6 +369,7 @@ fn shut_down(lifecycle: &Lifecycle, reaper: Reaper, mounted: Mounted, clock: &Ho
     if let Err(error) = mounted.unmount() {
         tracing::error!(%error, "unmounting");
     }
+    lifecycle.retire_networks();
     keep_clock(lifecycle.index(), clock);
     if let Err(error) = lifecycle.flush_activity() {
         tracing::error!(error = chain(&error), "writing activity to the index");

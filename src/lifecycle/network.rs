@@ -338,6 +338,13 @@ impl Lifecycle {
         }
     }
 
+    /// Removes what is the host's of networks, if nobody has one. Called when all else is over.
+    pub fn retire_networks(&self) {
+        if let Err(error) = self.network.retire() {
+            tracing::warn!(error = chain(&error), "removing what the host had for networks");
+        }
+    }
+
     /// Returns all sandboxes that have an address.
     fn with_addresses(&self) -> Vec<Arc<Entry>> {
         let mut found = Vec::new();

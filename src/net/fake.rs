@@ -201,6 +201,10 @@ impl Network for FakeNetwork {
             .collect())
     }
 
+    fn retire(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error> {
         Ok(self.in_force(id).map(|_| Counters::default()))
     }

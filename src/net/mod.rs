@@ -142,6 +142,13 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// Where the kernel does not say.
     fn activity(&self, of: &[Known]) -> Result<Vec<(SandboxId, Activity)>, Error>;
 
+    /// Removes what is the host's, if no sandbox has a network now. It is made anew when one is
+    /// to have one.
+    ///
+    /// # Errors
+    /// Where something stays.
+    fn retire(&self) -> Result<(), Error>;
+
     /// Returns what has passed and what has not. `None`: the sandbox has no network.
     ///
     /// # Errors

@@ -389,6 +389,12 @@ impl Network for RealNetwork {
             .collect()
     }
 
+    fn retire(&self) -> Result<(), Error> {
+        // The directory is there since a network was, perhaps an earlier daemon's.
+        let is_there = self.pins.exists();
+        if is_there && self.pinned()?.is_empty() { self.dismantle() } else { Ok(()) }
+    }
+
     fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error> {
         let Some(namespace) = self.open(id)? else { return Ok(None) };
         let counted = namespace::counters(&namespace)?;

@@ -201,6 +201,26 @@ fn what_is_not_ours_is_never_touched() {
 }
 
 #[test]
+fn what_the_host_has_for_networks_goes_with_the_last_of_them_and_comes_back_with_the_next() {
+    on_a_host(|host| {
+        let wanted = host.wanted("a", 0);
+        let has_table = || nft("list tables").contains("dozed");
+        host.network.retire().unwrap();
+        host.network.ensure(&wanted).unwrap();
+        host.network.retire().unwrap();
+        assert!(has_table(), "a sandbox has a network");
+        // The daemon that ends need not be the one that made it.
+        let next = RealNetwork::new(host.plan, host.runtime());
+        next.remove(&wanted.id, wanted.address).unwrap();
+        next.retire().unwrap();
+        assert!(!has_table());
+        assert!(!host.runtime().join("netns").exists());
+        RealNetwork::new(host.plan, host.runtime()).ensure(&wanted).unwrap();
+        assert!(has_table());
+    });
+}
+
+#[test]
 fn what_a_crash_left_is_removed_and_what_is_known_stays() {
     on_a_host(|host| {
         let kept = host.sandbox("kept", 0);

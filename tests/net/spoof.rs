@@ -77,13 +77,20 @@ fn of_all_the_frames_that_a_guest_may_make_up_only_its_own_gets_out() {
             ("in a VLAN, spoofed", tagged(0x8100, 0, IPV4, &datagram(SERVER, "bad"))),
             ("in a provider's VLAN", tagged(0x88a8, 5, IPV4, &good())),
             ("in two VLANs", tagged(0x88a8, 5, 0x8100, &[&[0, 7, 8, 0], &good()[..]].concat())),
-            ("IPv6", framed(0x86dd, &ipv6)),
-            ("IPv6 to everybody", ethernet([0x33, 0x33, 0, 0, 0, 1], GUEST_MAC.0, 0x86dd, &ipv6)),
+            ("IPv6 of another MAC", ethernet(GATEWAY_MAC.0, OTHER_MAC, 0x86dd, &ipv6)),
             ("LLC", framed(0x0040, &[0xaa; 64])),
             ("IPv4 that says it is IPv6", framed(IPV4, &ipv6)),
             ("nothing", framed(IPV4, &[])),
         ];
         let before = spoofed(host, &sandbox);
+        // What honest guests send too.
+        for frame in [
+            framed(0x86dd, &ipv6),
+            ethernet([0x33, 0x33, 0, 0, 0, 1], GUEST_MAC.0, 0x86dd, &ipv6),
+            ethernet(BROADCAST, GUEST_MAC.0, 0x8035, &[0; 28]),
+        ] {
+            sandbox.guest.send(&frame);
+        }
         for (_, frame) in &forged {
             sandbox.guest.send(frame);
         }

@@ -57,6 +57,8 @@ const PORT_DNS: u16 = 53;
 const PORT_DNS_OVER_TLS: u16 = 853;
 const TYPE_IPV4: u16 = 0x0800;
 const TYPE_ARP: u16 = 0x0806;
+const TYPE_RARP: u16 = 0x8035;
+const TYPE_IPV6: u16 = 0x86dd;
 
 /// Packets that a guest's connections sent, and that came back to them.
 pub(super) const GUEST_OUT: &str = "guest_out";
@@ -195,7 +197,8 @@ impl Lists {
 }
 
 /// Lets in what is exactly the guest's, and nothing else. There is no IPv6, and no tag of
-/// a VLAN, as neither has this type.
+/// a VLAN, as neither has this type. What every guest with IPv6 sends, and a VMM after a
+/// wake to tell switches where the guest is, is not held against the guest.
 fn door() -> Table {
     let field = |offset, length| Field { offset, length };
     let asks_for_its_gateway = rule([
@@ -236,6 +239,8 @@ fn door() -> Table {
                 rule([not_from_mac(GUEST_MAC), count(SPOOFED), drop_it()]),
                 asks_for_its_gateway,
                 sends_ipv4,
+                rule([ether_type(TYPE_IPV6), drop_it()]),
+                rule([ether_type(TYPE_RARP), drop_it()]),
                 rule([count(SPOOFED), drop_it()]),
             ],
         )],
