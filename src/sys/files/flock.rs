@@ -5,6 +5,7 @@ use std::{
     io::{self, Write as _},
     os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
     path::Path,
+    time::Duration,
 };
 
 use rustix::{
@@ -12,8 +13,16 @@ use rustix::{
     io::Errno,
 };
 
+use crate::sys::clock::{Deadline, pause_for};
+
+/// How long a child of a holder that is gone may have the file still: from its fork to its
+/// exec, on a machine that has other things to do.
+const LEFTOVER_MAX: Duration = Duration::from_secs(10);
+/// How often it is looked whether it has let go.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
 /// A lock on a file. Dropping it, or the end of the process, gives it up; children do
-/// not inherit it.
+/// not inherit it, once they are other programs.
 #[derive(Debug)]
 pub struct LockFile {
     _file: File,
@@ -22,15 +31,30 @@ pub struct LockFile {
 /// Takes the lock on the file `path`, which is made if need be, and writes our process
 /// id into it for the message of those who are refused. `None`: another has it.
 ///
+/// One that was killed while it started a program has left it to that child, which lets go at
+/// its exec; for that it waits.
+///
 /// # Errors
 /// Those of open(2), flock(2) and write(2).
 pub fn lock_file(path: &Path) -> io::Result<Option<LockFile>> {
+    lock_within(path, LEFTOVER_MAX)
+}
+
+fn lock_within(path: &Path, leftover_max: Duration) -> io::Result<Option<LockFile>> {
     let mut file =
         OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(Errno::WOULDBLOCK) => return Ok(None),
-        Err(errno) => return Err(errno.into()),
+    let deadline = Deadline::after(leftover_max);
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(Errno::WOULDBLOCK) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let is_gone = |pid: u32| !Path::new(&format!("/proc/{pid}")).exists();
+        if !lock_holder(path).is_some_and(is_gone) || deadline.passed() {
+            return Ok(None);
+        }
+        pause_for(LOOK_EVERY);
     }
     file.set_len(0)?;
     writeln!(file, "{}", std::process::id())?;
@@ -128,5 +152,37 @@ mod tests {
         assert_eq!(lock_holder(&path), Some(std::process::id()));
         drop(held);
         assert!(lock_file(&path).unwrap().is_some());
+    }
+
+    /// A lock that says that it is of a process which is no more.
+    fn left_over(path: &Path) -> LockFile {
+        let held = lock_file(path).unwrap().unwrap();
+        // No system has as many.
+        fs::write(path, format!("{}\n", i32::MAX)).unwrap();
+        held
+    }
+
+    #[test]
+    fn a_lock_that_only_a_child_of_its_holder_has_is_waited_for() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("lock");
+        let held = left_over(&path);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| lock_within(&path, Duration::from_secs(600)).unwrap());
+            pause_for(Duration::from_millis(20));
+            assert!(!waiting.is_finished());
+            drop(held);
+            assert!(waiting.join().unwrap().is_some());
+        });
+        assert_eq!(lock_holder(&path), Some(std::process::id()));
+    }
+
+    #[test]
+    fn a_lock_that_a_child_of_its_holder_does_not_let_go_of_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("lock");
+        let held = left_over(&path);
+        assert!(lock_within(&path, Duration::from_millis(20)).unwrap().is_none());
+        drop(held);
     }
 }
