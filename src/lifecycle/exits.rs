@@ -42,6 +42,10 @@ impl Lifecycle {
         let Some(entry) = self.by_row(ended.row) else {
             return;
         };
+        // After each sleep, for one: nobody who does not wait is to find the lock taken.
+        if self.machines.get(ended.row).is_none() {
+            return;
+        }
         let held = Held::new(self.locks.lock(entry.id()), Cause::GuestExit);
         // An operation that found out by itself has struck the machine off, and
         // perhaps another lives by now.
