@@ -1,10 +1,10 @@
 //! Why an operation on a sandbox failed.
 
-use std::{io, time::Duration};
+use std::{io, path::PathBuf, time::Duration};
 
 use crate::{
     index, net,
-    sandbox::{Refused, SandboxId, State, Users, network::AddressPlan},
+    sandbox::{Owner, Refused, SandboxId, State, Users, network::AddressPlan},
     snapshot, vmm,
 };
 
@@ -78,6 +78,21 @@ pub enum Error {
         id: SandboxId,
         /// Where it is.
         state: State,
+    },
+    /// The owner cannot open a file that `config` names.
+    #[error(
+        "the owner of {id} (uid {}, gid {}) cannot open {}, which its `config` names",
+        .owner.uid, .owner.gid, .path.display()
+    )]
+    NotOwners {
+        /// The sandbox.
+        id: SandboxId,
+        /// The file.
+        path: PathBuf,
+        /// Its owner.
+        owner: Owner,
+        /// What the system said.
+        source: io::Error,
     },
     /// Nothing to boot.
     #[error("{id} has no kernel; set `kernel` in its file `config`, or in [template]")]
@@ -250,6 +265,8 @@ pub enum Fault {
     Quota,
     /// A bounded wait ran out.
     TimedOut,
+    /// Whoever it was done as may not.
+    Denied,
     /// The operation was called off, which only deleting does.
     CalledOff,
     /// Anything else.
@@ -281,7 +298,10 @@ impl Error {
                 | snapshot::Error::Ambiguous { .. }
                 | snapshot::Error::Incomplete { .. } => Fault::Other,
             },
-            Self::Host { source, .. } => fault_of_io(source),
+            Self::NotOwners { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                Fault::Denied
+            }
+            Self::Host { source, .. } | Self::NotOwners { source, .. } => fault_of_io(source),
             Self::Network { source, .. } => match source {
                 net::Error::Host { source, .. } => fault_of_io(source),
                 net::Error::Lacking { .. }

@@ -41,6 +41,7 @@ use std::{collections::HashSet, thread};
 use super::{
     Entry, Error, Lifecycle, Outcome, Signal, chain,
     exits::end,
+    files::Files,
     machines::Live,
     memory_of,
     operation::Operation,
@@ -393,7 +394,8 @@ impl Lifecycle {
         }
         let record = entry.record();
         let life = self.home(&record).live_dir(record.generation);
-        let plan = self.plan(&record, &life, None, cancel)?;
+        // It has its files.
+        let plan = self.plan(&record, &life, &Files::default(), None, cancel)?;
         let vmm = self.vmm_of(&record)?;
         let machine =
             vmm.adopt(&plan, Arc::clone(process)).map_err(vmm_failed(entry, "adopting"))?;

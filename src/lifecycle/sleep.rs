@@ -229,9 +229,9 @@ impl Lifecycle {
     fn facts(&self, entry: &Entry, identity: &VmmIdentity) -> Result<ManifestFacts, Error> {
         let record = entry.record();
         let home = self.home(&record);
+        let files = self.open_disks(&record)?;
         let disk = |(number, disk): (usize, &Disk)| {
-            let own = home.disk(number);
-            let path = if disk.readonly { &disk.path } else { &own };
+            let path = if disk.readonly { files.disk(disk) } else { home.disk(number) };
             Ok(DiskFacts {
                 path: disk.path.clone(),
                 readonly: disk.readonly,

@@ -3,8 +3,8 @@
 use std::{path::Path, thread};
 
 use super::{
-    Arrow, Entry, Error, Lifecycle, Outcome, Signal, exits::end, memory_of, operation::Operation,
-    undo::Undo,
+    Arrow, Entry, Error, Lifecycle, Outcome, Signal, exits::end, files::Files, memory_of,
+    operation::Operation, undo::Undo,
 };
 use crate::{
     lifecycle::Held,
@@ -123,6 +123,7 @@ impl Lifecycle {
         self.check_room(entry, memory, facts.bytes)?;
         self.give_user(held, entry, vmm.as_ref())?;
         self.check_fit(vmm.as_ref(), &entry.record())?;
+        let files = self.open_to_wake(&record)?;
 
         // A crash after this line is found at start-up.
         let (_, intent) = self
@@ -135,7 +136,7 @@ impl Lifecycle {
 
         // Also where the VMM does not start there are its sockets.
         undo.push("ending the VMM", move || Ok(self.end_machine(entry)?));
-        let plan = self.plan(&entry.record(), &snapshot.dir(), nic, &operation.cancel)?;
+        let plan = self.plan(&entry.record(), &snapshot.dir(), &files, nic, &operation.cancel)?;
         let machine = self.load(entry, vmm.as_ref(), &plan, &snapshot)?;
         let live = self.enter(entry, machine)?;
         self.reach(Arrow::WakeRestored);
@@ -290,6 +291,7 @@ impl Lifecycle {
         let memory = memory_of(vmm.as_ref(), &record);
         self.give_user(held, entry, vmm.as_ref())?;
         self.check_fit(vmm.as_ref(), &entry.record())?;
+        let files = self.open_to_boot(&record, &home)?;
 
         // A crash after this line is found at start-up.
         self.step(held, entry, Step::Boot, |record| record.vmm = Some(named(&identity)))?;
@@ -298,7 +300,7 @@ impl Lifecycle {
 
         home.create().map_err(snapshot_failed(entry, "making the directory of"))?;
         self.check_room(entry, memory, 0)?;
-        self.make_disks(entry, &home, &operation.cancel)?;
+        self.make_disks(entry, &home, &files, &operation.cancel)?;
         let life = home
             .begin_life(record.generation, memory)
             .map_err(snapshot_failed(entry, "making the memory of"))?;
@@ -309,7 +311,7 @@ impl Lifecycle {
 
         // Also where the VMM does not start there are its sockets.
         undo.push("ending the VMM", move || Ok(self.end_machine(entry)?));
-        let plan = self.plan(&entry.record(), &life, nic, &operation.cancel)?;
+        let plan = self.plan(&entry.record(), &life, &files, nic, &operation.cancel)?;
         let machine = vmm.boot(&plan).map_err(vmm_failed(entry, "booting"))?;
         let live = self.enter(entry, machine)?;
         self.reach(Arrow::BootSpawned);
@@ -337,7 +339,13 @@ impl Lifecycle {
     }
 
     /// Copies the writable disks that this sandbox does not have yet.
-    fn make_disks(&self, entry: &Entry, home: &Home, cancel: &Cancel) -> Result<(), Error> {
+    fn make_disks(
+        &self,
+        entry: &Entry,
+        home: &Home,
+        files: &Files,
+        cancel: &Cancel,
+    ) -> Result<(), Error> {
         let record = entry.record();
         for (number, disk) in record.spec.disks.iter().enumerate() {
             let own = home.disk(number);
@@ -345,7 +353,7 @@ impl Lifecycle {
                 continue;
             }
             let (id, doing) = (record.id.clone(), "copying a disk of");
-            copy_image(&disk.path, &own, cancel).map_err(|error| match error {
+            copy_image(&files.disk(disk), &own, cancel).map_err(|error| match error {
                 PieceError::CalledOff(_) => Error::Gone { id: id.clone() },
                 PieceError::Io(source) => Error::Host { doing, id: id.clone(), source },
             })?;
@@ -359,6 +367,7 @@ impl Lifecycle {
         &self,
         record: &Record,
         life: &Path,
+        files: &Files,
         nic: Option<PlannedNic>,
         cancel: &Arc<Cancel>,
     ) -> Result<Plan, Error> {
@@ -375,7 +384,7 @@ impl Lifecycle {
             source,
         })?;
         let disks = record.spec.disks.iter().enumerate().map(|(number, disk)| PlannedDisk {
-            path: if disk.readonly { disk.path.clone() } else { home.disk(number) },
+            path: if disk.readonly { files.disk(disk) } else { home.disk(number) },
             readonly: disk.readonly,
         });
         Ok(Plan {
@@ -386,8 +395,8 @@ impl Lifecycle {
             memory_bytes: record.spec.memory_bytes,
             memory_mode: record.spec.memory_mode,
             restore_mode: record.spec.restore_mode,
-            kernel: record.spec.kernel.clone(),
-            initramfs: record.spec.initramfs.clone(),
+            kernel: record.spec.kernel.as_deref().and_then(|path| files.path(path)),
+            initramfs: record.spec.initramfs.as_deref().and_then(|path| files.path(path)),
             cmdline: record.spec.cmdline.clone(),
             disks: disks.collect(),
             balloon: record.spec.balloon,
@@ -397,6 +406,7 @@ impl Lifecycle {
             runtime_dir,
             console_log: home.console_log(),
             vmm_log: home.vmm_log(),
+            held: files.held(),
             cancel: Arc::clone(cancel),
         })
     }

@@ -380,6 +380,12 @@ impl Spec {
         document.into_spec(base, text, missing)
     }
 
+    /// Returns the files of the host that it names.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let disks = self.disks.iter().map(|disk| &disk.path);
+        self.kernel.iter().chain(&self.initramfs).chain(disks).map(PathBuf::as_path)
+    }
+
     /// Refuses what cannot be had together.
     fn check(&self, lines: &Lines) -> Result<(), SpecError> {
         self.check_memory_mode().map_err(|why| SpecError {

@@ -110,11 +110,13 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         | E::Network { .. }
         | E::Snapshot { .. }
         | E::Host { .. }
+        | E::NotOwners { .. }
         | E::Undead { .. }
         | E::Undo { .. } => match error.fault() {
             Fault::NoSpace => Errno::NoSpc,
             Fault::Quota => Errno::Dquot,
             Fault::TimedOut => Errno::TimedOut,
+            Fault::Denied => Errno::Acces,
             Fault::CalledOff => Errno::NoDev,
             Fault::Other => Errno::Io,
         },

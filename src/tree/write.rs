@@ -1,6 +1,6 @@
 //! Writing, making and removing. A command acts at `write`, never at open, truncate or close.
 
-use std::time::Duration;
+use std::{cell::Cell, path::Path, time::Duration};
 
 use super::{
     Attr, Caller, Errno, File, Node, Tree,
@@ -246,11 +246,20 @@ impl Tree {
             // What has a file of its own is as that says, not as the template.
             let parse = || {
                 let mut base = Spec::clone(&lifecycle.settings().template);
-                base.keep_policy(&entry.record().spec);
-                Spec::parse(&text, &base, &crate::sys::files::why_unusable).map_err(|error| {
+                let record = entry.record();
+                base.keep_policy(&record.spec);
+                // The first file that is amiss ends it.
+                let is_denied = Cell::new(false);
+                let missing = |path: &Path| {
+                    let unusable = lifecycle.why_unusable(record.owner, path)?;
+                    is_denied.set(unusable.is_denied);
+                    Some(unusable.why)
+                };
+                Spec::parse(&text, &base, &missing).map_err(|error| {
+                    let errno = if is_denied.get() { Errno::Acces } else { Errno::Inval };
                     lifecycle.note(&entry, &error);
-                    lifecycle.metrics().failed(Errno::Inval.word());
-                    Errno::Inval
+                    lifecycle.metrics().failed(errno.word());
+                    errno
                 })
             };
             parse()?; // What makes no sense does not wait to be told so.

@@ -68,6 +68,8 @@ pub(crate) struct FakeHost {
     machines: Mutex<HashMap<u32, Known>>,
     faults: Mutex<Vec<(Call, Fault)>>,
     calls: Mutex<Vec<Call>>,
+    /// What the last machine was made by.
+    plan: Mutex<Option<Plan>>,
     version: Mutex<Option<&'static str>>,
     /// Whether memory is the process's own rather than a file that it maps, where nobody
     /// says which.
@@ -169,6 +171,11 @@ impl FakeHost {
         if boards.iter().any(|board| lock(board).running) {
             lock(&self.doubles).push(token);
         }
+    }
+
+    /// Returns what the last machine was made by.
+    pub(crate) fn plan(&self) -> Plan {
+        lock(&self.plan).clone().expect("there was a machine")
     }
 
     /// Returns how often something was called.
@@ -303,6 +310,7 @@ fn runs_of_memory(memory: &File) -> u64 {
 
 impl FakeVmm {
     fn start(&self, plan: &Plan) -> Result<FakeMachine, Error> {
+        *lock(&self.0.plan) = Some(plan.clone());
         let failed = |source| Error::Host { doing: "starting a fake".to_owned(), source };
         let log = File::options().append(true).create(true).mode(0o600).open(&plan.vmm_log);
         // A shell that waits for a line, with the token as its name. It ends by itself when

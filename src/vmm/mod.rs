@@ -10,6 +10,7 @@
 
 use std::{
     fmt,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -245,6 +246,9 @@ pub struct Plan {
     pub console_log: PathBuf,
     /// The file to append the VMM's own messages to.
     pub vmm_log: PathBuf,
+    /// What is open for paths such as `/proc/self/fd/7`, by which kernel, initial RAM file
+    /// system and disks may be named. They lead to it in us, and in a process that inherits it.
+    pub held: Vec<Arc<OwnedFd>>,
     /// Ends the work, and the process once there is one.
     pub cancel: Arc<Cancel>,
 }

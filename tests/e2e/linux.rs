@@ -85,6 +85,45 @@ fn a_linux_guest_keeps_its_files_and_its_time_over_sleeps_and_its_disk_over_a_sh
     asks(&host, "web-1", "echo on-$(cat /data/note)", "on-note-15");
 }
 
+#[test]
+fn a_linux_guest_of_an_owner_who_is_not_root_has_the_files_that_are_theirs() {
+    let host = Setup::linux("dozed.quiet").start();
+    let dir = tempfile::tempdir().unwrap();
+    host.mkdir("web-1").unwrap();
+    // Each of the files is the owner's alone.
+    host.bash_ok(&format!(
+        "cd {dir} && paths=$(grep -o '\"/.*\"' {config} | tr -d '\"') && cp $paths . && \
+         truncate -s 1M more && printf mark-1 | dd of=more conv=notrunc && \
+         printf mark-2 | dd of=more conv=notrunc bs=4096 seek=128 && \
+         chmod 600 * && chown -R 65532:65532 . && chown 65532:65532 {sandbox}",
+        dir = dir.path().display(),
+        config = host.path("web-1/config").display(),
+        sandbox = host.path("web-1").display(),
+    ));
+    let path = |name: &str| format!("\"{}\"", dir.path().join(name).display());
+    let config = host.read("web-1/config");
+    let cmdline = config.lines().find(|line| line.starts_with("cmdline = ")).unwrap();
+    let document = format!(
+        "kernel = {}\ninitramfs = {}\n{cmdline}\n\
+         disks = [{{ path = {} }}, {{ path = {}, readonly = true }}]\n",
+        path("vmlinuz"),
+        path("initramfs"),
+        path("disk.ext4"),
+        path("more")
+    );
+    host.write("web-1/config", &document).unwrap();
+    host.wake("web-1");
+    wait_until("the guest is up", || boots(&host, "web-1") == 1);
+    asks(&host, "web-1", "head -c 6 /dev/vdb; echo", "mark-1");
+    asks(&host, "web-1", "echo note-$((1 + 1)) > /data/note; sync; cat /data/note", "note-2");
+    host.sleep("web-1");
+    host.wake("web-1");
+    // What it has not read before comes from the disk that was attached anew.
+    asks(&host, "web-1", "dd if=/dev/vdb bs=4096 skip=128 count=1 | head -c 6; echo", "mark-2");
+    asks(&host, "web-1", "echo on-$(cat /data/note)", "on-note-2");
+    assert_eq!(boots(&host, "web-1"), 1);
+}
+
 /// Returns the pages that the guest's balloon has taken so far, less those it gave back.
 fn pages_in_balloon(host: &Host, id: &str) -> i64 {
     let before = host.read(&format!("{id}/console")).len();

@@ -61,6 +61,7 @@ impl Host {
             runtime_dir: path("run"),
             console_log: path("console.log"),
             vmm_log: path("vmm.log"),
+            held: Vec::new(),
             cancel: Arc::new(Cancel::default()),
         };
         Self { dir, plan }

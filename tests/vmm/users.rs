@@ -4,7 +4,7 @@
 use std::{
     ffi::CStr,
     fs::{self, Permissions},
-    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown},
     path::{Path, PathBuf},
 };
 
@@ -177,6 +177,47 @@ fn in_closed_directories(template: &str) {
     }
     daemon.remove(ID);
     assert!(daemon.files("run").iter().all(|path| path == Path::new("lock")));
+}
+
+#[test]
+fn files_of_a_sandboxs_owner_are_shown_to_a_vmm_that_is_neither_the_owner_nor_root() {
+    const OWNER: u32 = 65_532;
+    let daemon = Daemon::with(setup("users = \"70000-79999\""));
+    let dir = open_dir("owners-");
+    let own = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        chown(&path, Some(OWNER), Some(OWNER)).unwrap();
+        path
+    };
+    let (kernel, disk) =
+        (own("kernel", &fs::read(counter_guest()).unwrap()), own("disk", &[7; 4096]));
+    daemon.make(ID);
+    chown(daemon.path("mount").join(ID), Some(OWNER), Some(OWNER)).unwrap();
+    let config = format!(
+        "kernel = {kernel:?}\ninitramfs = {disk:?}\n[[disks]]\npath = {disk:?}\nreadonly = true\n"
+    );
+    daemon.configure(ID, &config).unwrap();
+    for _ in 0..2 {
+        succeed(&daemon, ID, "wake");
+        wait_for_lines(&daemon, 2);
+        assert!((70_000..80_000).contains(&user(&daemon)), "{}", daemon.log());
+        succeed(&daemon, ID, "sleep");
+    }
+    // What was loaded at the boot may be somebody else's by the time of a wake, and a disk not.
+    chown(&kernel, Some(0), Some(0)).unwrap();
+    succeed(&daemon, ID, "wake");
+    wait_for_lines(&daemon, 2);
+    assert_whole(&daemon.read(ID, "console"));
+    succeed(&daemon, ID, "sleep");
+    chown(&disk, Some(0), Some(0)).unwrap();
+    let error = daemon.write(ID, "wake").unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied, "{error}");
+    assert_eq!(daemon.state(ID), "snapshotted");
+    assert!(daemon.read(ID, "error").contains("cannot open "), "{}", daemon.read(ID, "error"));
+    let meta = fs::metadata(&disk).unwrap();
+    assert_eq!((meta.uid(), meta.mode() & 0o777), (0, 0o600), "nothing is given away");
 }
 
 #[test]

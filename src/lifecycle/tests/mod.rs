@@ -16,6 +16,7 @@ mod balloon;
 mod copied;
 mod crashes;
 mod failures;
+mod files;
 mod mixed;
 mod network;
 mod roads;

@@ -11,6 +11,7 @@ use super::cancel::CalledOff;
 mod cached;
 mod durable;
 mod flock;
+mod opening;
 mod owner;
 mod socket;
 mod sparse;
@@ -21,6 +22,7 @@ pub use durable::{
     sync_file, write_durably,
 };
 pub use flock::{LockFile, Use, is_image_locked, lock_file, lock_holder};
+pub use opening::{handle_path, open_as};
 pub use owner::{
     Wish, check_plain, give_dir, give_file, let_pass, let_read, may, open_path, take_back,
 };
@@ -46,6 +48,7 @@ impl From<rustix::io::Errno> for PieceError {
         Self::Io(errno.into())
     }
 }
+
 /// Returns what is wrong with a file that a machine needs, if anything.
 #[must_use]
 pub fn why_unusable(path: &Path) -> Option<String> {

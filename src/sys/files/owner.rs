@@ -128,7 +128,7 @@ pub fn may(uid: u32, groups: &[u32], asked: &[(BorrowedFd<'_>, Wish)]) -> io::Re
         let asking = thread::Builder::new().name("dozed-may".to_owned()).spawn_scoped(
             scope,
             || -> io::Result<Vec<bool>> {
-                pretend(uid, groups)?;
+                pretend(uid, uid, groups)?;
                 Ok(asked.iter().map(|(file, wish)| is_granted(*file, *wish)).collect())
             },
         )?;
@@ -137,16 +137,16 @@ pub fn may(uid: u32, groups: &[u32], asked: &[(BorrowedFd<'_>, Wish)]) -> io::Re
 }
 
 /// Makes this thread, for as long as it lives, that user for the file system.
-fn pretend(uid: u32, groups: &[u32]) -> io::Result<()> {
+pub(super) fn pretend(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
     let groups: Vec<_> = groups.iter().map(|group| Gid::from_raw(*group)).collect();
     set_thread_groups(&groups)?;
-    for number in [libc::SYS_setfsgid, libc::SYS_setfsuid] {
+    for (number, id) in [(libc::SYS_setfsgid, gid), (libc::SYS_setfsuid, uid)] {
         // SAFETY: the call takes a number, and changes nothing but this thread's.
-        let _before = unsafe { libc::syscall(number, uid) };
+        let _before = unsafe { libc::syscall(number, id) };
         // It never says whether it was done. Of an id that is none it returns the present.
         // SAFETY: as above.
         let now = unsafe { libc::syscall(number, u32::MAX) };
-        if now != libc::c_long::from(uid) {
+        if now != libc::c_long::from(id) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
     }

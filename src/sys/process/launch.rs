@@ -43,6 +43,8 @@ pub struct Launch<'a> {
     pub stdout: Option<File>,
     /// What it inherits besides, by the numbers that these have here.
     pub inherited: Vec<OwnedFd>,
+    /// The same, of what others have too, and keep open.
+    pub lent: Vec<Arc<OwnedFd>>,
     /// What it inherits by numbers that are the same in every process.
     pub placed: Vec<(Place, OwnedFd)>,
     /// Whether it has our privileges.
@@ -90,6 +92,7 @@ impl<'a> Launch<'a> {
             stdin: None,
             stdout: None,
             inherited: Vec::new(),
+            lent: Vec::new(),
             placed: Vec::new(),
             privileges: Privileges::Ours,
             devices: None,
@@ -125,8 +128,9 @@ impl Process {
         // The steps of the child, in their order.
         close_on_exec(&mut command);
         // Whatever comes of it, our copies are closed when this is over.
-        let (inherited, placed) = (launch.inherited, launch.placed);
+        let (inherited, lent, placed) = (launch.inherited, launch.lent, launch.placed);
         keep_on_exec(&mut command, &inherited);
+        keep_on_exec(&mut command, &lent);
         if !placed.is_empty() {
             reserve_places()?;
             put_in_place(&mut command, &placed);
@@ -190,7 +194,7 @@ fn close_on_exec(command: &mut Command) {
 }
 
 /// Has the child keep these when it becomes its program, by the numbers that they have.
-fn keep_on_exec(command: &mut Command, inherited: &[OwnedFd]) {
+fn keep_on_exec(command: &mut Command, inherited: &[impl AsRawFd]) {
     let numbers: Vec<_> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     before_exec(command, move || {
         for number in &numbers {

@@ -280,6 +280,21 @@ fn a_child_inherits_what_it_is_given_by_its_number_and_no_more() {
 }
 
 #[test]
+fn a_child_has_what_it_is_lent_by_its_number_and_we_keep_it() {
+    let lent = Arc::new(OwnedFd::from(tempfile::tempfile().unwrap()));
+    let path = crate::sys::files::handle_path(&lent);
+    let args = ["-c", &format!("echo said > {}", path.display())].map(OsString::from);
+    let launch = Launch {
+        lent: vec![Arc::clone(&lent)],
+        ..Launch::new(Path::new("/bin/sh"), &args, null())
+    };
+    let child = Child(Process::spawn(launch).unwrap());
+    assert_eq!(child.wait(SOON), Some(Exit::Code(0)));
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "said\n");
+    assert_eq!(Arc::strong_count(&lent), 1);
+}
+
+#[test]
 fn the_memory_of_files_in_memory_is_told_once_for_each_file() {
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     let file = File::from(memfd_create("test", MemfdFlags::CLOEXEC).unwrap());

@@ -111,6 +111,7 @@ impl QemuMachine {
         let process = Process::spawn(Launch {
             stdin,
             inherited: tap.into_iter().collect(),
+            lent: plan.held.clone(),
             namespace,
             ..Launch::new(program, &args, log)
         })

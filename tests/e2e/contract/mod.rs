@@ -7,6 +7,7 @@ mod config;
 mod file;
 mod limit;
 mod name;
+mod owner;
 mod permission;
 mod verb;
 

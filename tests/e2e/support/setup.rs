@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::symlink,
+    os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
 };
 
@@ -47,6 +47,15 @@ impl Setup {
              cmdline = \"{cmdline} {options}\"\n[[template.disks]]\npath = \"{dir}/disk.ext4\"\n"
         );
         Self { template, memory: Some("128MiB"), ..Self::default() }
+    }
+
+    /// Gives a new sandbox a copy of the counter guest in `dir`, that only root may read.
+    pub(crate) fn private_kernel(mut self, dir: &Path) -> Self {
+        let path = dir.join("private");
+        fs::copy(guest::counter_kernel(), &path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        self.template = format!("kernel = \"{}\"\n", path.display());
+        self
     }
 
     /// Gives a new sandbox so much memory.

@@ -44,6 +44,7 @@ fn plan(dir: &TempDir) -> Plan {
         runtime_dir: path("run"),
         console_log: path("console.log"),
         vmm_log: path("vmm.log"),
+        held: Vec::new(),
         cancel: Arc::new(Cancel::default()),
     }
 }
