@@ -14,7 +14,7 @@ use std::{io, path::PathBuf, sync::mpsc, time::Duration};
 
 use super::{Entry, Error, Held, Lifecycle, Wait, chain, undo::Undo};
 use crate::{
-    net::{self, Counters, Known, Ready, Ring, Wanted},
+    net::{self, Counters, Known, Ready, Reconciled, Ring, Wanted},
     sandbox::{
         Cause, NetMode, Period, Record, RowId, State, Timestamp,
         network::{GUEST_MAC, Mac, SandboxAddress, WakeOn},
@@ -114,9 +114,8 @@ impl Lifecycle {
         if entry.record().state != State::Snapshotted {
             return;
         }
-        let heard = self.hear_for(entry);
-        let left = heard.and_then(|()| self.let_linger(entry));
-        if let Err(error) = left {
+        self.let_linger(entry);
+        if let Err(error) = self.hear_for(entry) {
             // It sleeps, and a write wakes it.
             tracing::error!(id = %entry.id(), error = chain(&error), "after a sleep");
         }
@@ -197,17 +196,12 @@ impl Lifecycle {
     }
 
     /// Lets the network of a sandbox that fell asleep stay for a while.
-    pub(super) fn let_linger(&self, entry: &Entry) -> Result<(), Error> {
+    fn let_linger(&self, entry: &Entry) {
         let record = entry.record();
-        match self.settings.linger {
-            _ if self.address(&record).is_none() => Ok(()),
-            Period::Never => Ok(()),
-            Period::After(time) => {
-                let since = record.snapshot.map_or_else(|| self.now(), |snapshot| snapshot.at);
-                self.network.linger(entry.id(), since.after(time));
-                self.bell.ring();
-                Ok(())
-            }
+        if let (Some(_), Period::After(time)) = (self.address(&record), self.settings.linger) {
+            let since = record.snapshot.map_or_else(|| self.now(), |snapshot| snapshot.at);
+            self.network.linger(entry.id(), since.after(time));
+            self.bell.ring();
         }
     }
 
@@ -280,35 +274,28 @@ impl Lifecycle {
                 Some(Known { id, address })
             })
             .collect();
-        let found = match self.network.reconcile(&known) {
-            Ok(found) => found,
-            Err(error) => {
-                tracing::error!(error = chain(&error), "looking for networks of nobody");
-                return;
-            }
-        };
+        let found = self.network.reconcile(&known).unwrap_or_else(|error| {
+            // What stays is nobody's, and the next start looks again.
+            tracing::error!(error = chain(&error), "looking for networks of nobody");
+            Reconciled::default()
+        });
+        for name in found.removed {
+            tracing::info!(name, "removed what is of no sandbox");
+        }
         for entry in &entries {
             if let Err(error) = self.hear_for(entry) {
                 tracing::error!(id = %entry.id(), error = chain(&error), "reconciling");
                 self.note(entry, &error);
             }
-        }
-        for name in found.removed {
-            tracing::info!(name, "removed what is of no sandbox");
-        }
-        for id in found.there {
-            let Some(entry) = self.index.by_id(&id) else { continue };
-            let left = match entry.record().state {
-                State::Snapshotted => self.let_linger(&entry),
-                State::Stopped => self.disconnect(&entry),
+            match entry.record().state {
+                _ if self.network.namespace(entry.id()).is_none() => {}
+                State::Snapshotted => self.let_linger(entry),
+                State::Stopped => self.abandon_network(entry),
                 State::Booting
                 | State::Running
                 | State::Snapshotting
                 | State::Restoring
-                | State::Deleting => Ok(()),
-            };
-            if let Err(error) = left {
-                tracing::error!(%id, error = chain(&error), "leaving a network");
+                | State::Deleting => {}
             }
         }
     }

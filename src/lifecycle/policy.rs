@@ -65,11 +65,6 @@ impl Lifecycle {
                     }
                 })?;
                 self.change_network(held, entry, &before)?;
-                if (after.spec.wake_on, &after.spec.wake_ports)
-                    != (before.spec.wake_on, &before.spec.wake_ports)
-                {
-                    self.hear_for(entry)?;
-                }
                 if after.owner != before.owner {
                     self.give_vsock(entry, after.owner);
                 }
@@ -79,13 +74,20 @@ impl Lifecycle {
         })
     }
 
-    /// Puts a change of what a guest may reach in force, or takes it back.
+    /// Puts a change of what a guest may reach, or of what wakes it, in force, or takes it
+    /// back.
     fn change_network(&self, held: &Held, entry: &Entry, before: &Record) -> Result<(), Error> {
         let after = entry.record();
-        if after.spec.network_policy() == before.spec.network_policy() {
+        let wakes = |spec: &Spec| (spec.wake_on, spec.wake_ports.clone());
+        let is_same = after.spec.network_policy() == before.spec.network_policy()
+            && wakes(&after.spec) == wakes(&before.spec);
+        if is_same {
             return Ok(());
         }
-        let changed = self.give_address(held, entry).and_then(|()| self.apply_network(entry));
+        let changed = self
+            .give_address(held, entry)
+            .and_then(|()| self.apply_network(entry))
+            .and_then(|()| self.hear_for(entry));
         changed.or_else(|cause| {
             // What is in force is what it was.
             self.amend(held, entry, |record| record.spec = Arc::clone(&before.spec))?;

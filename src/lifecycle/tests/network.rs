@@ -8,7 +8,7 @@ use crate::{
     net::{Network, Ring, Wanted, fake::Fault as NetFault},
     sandbox::{
         Cause, NetMode,
-        network::{Destinations, Reach, SandboxAddress, Transport, WakeOn},
+        network::{Destinations, Reach, SandboxAddress, Transport, WakeOn, WakePorts},
     },
 };
 
@@ -335,5 +335,9 @@ fn a_host_that_cannot_hear_has_its_sandboxes_sleep_all_the_same() {
     host.sleep("a").unwrap();
     assert_eq!(host.state("a"), State::Snapshotted);
     assert!(!is_heard(&host));
+    assert!(host.daemon.next_lingered().is_some(), "its network goes all the same");
+    let ports: WakePorts = WakePorts::new(&["tcp/22"]).unwrap();
+    reconfigure(&host, |spec| spec.wake_ports = ports.clone()).unwrap_err();
+    assert_ne!(host.entry("a").record().spec.wake_ports, ports, "nor is it recorded");
     host.wake("a").unwrap();
 }
