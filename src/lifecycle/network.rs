@@ -250,8 +250,9 @@ impl Lifecycle {
     /// # Errors
     /// Where something of it stays. It is due again then.
     pub fn remove_lingered(&self, _: &Held, entry: &Entry) -> Result<super::Outcome, Error> {
-        let due = self.network.lingered(self.now()).contains(entry.id());
-        if !due || entry.record().state != State::Snapshotted {
+        let until = self.network.lingers_until(entry.id());
+        let is_due = until.is_some_and(|until| until <= self.now());
+        if !is_due || entry.record().state != State::Snapshotted {
             return Ok(super::Outcome::Spared);
         }
         self.disconnect(entry).inspect_err(|_| {
@@ -274,23 +275,28 @@ impl Lifecycle {
                 Some(Known { id, address })
             })
             .collect();
+        // What stays is nobody's, and the next start looks again.
         let found = self.network.reconcile(&known).unwrap_or_else(|error| {
-            // What stays is nobody's, and the next start looks again.
             tracing::error!(error = chain(&error), "looking for networks of nobody");
             Reconciled::default()
         });
         for name in found.removed {
             tracing::info!(name, "removed what is of no sandbox");
         }
+        for error in found.left {
+            tracing::error!(error, "removing what is of no sandbox");
+        }
         for entry in &entries {
             if let Err(error) = self.hear_for(entry) {
                 tracing::error!(id = %entry.id(), error = chain(&error), "reconciling");
                 self.note(entry, &error);
             }
+        }
+        for id in found.there {
+            let Some(entry) = self.index.by_id(&id) else { continue };
             match entry.record().state {
-                _ if self.network.namespace(entry.id()).is_none() => {}
-                State::Snapshotted => self.let_linger(entry),
-                State::Stopped => self.abandon_network(entry),
+                State::Snapshotted => self.let_linger(&entry),
+                State::Stopped => self.abandon_network(&entry),
                 State::Booting
                 | State::Running
                 | State::Snapshotting
@@ -303,7 +309,8 @@ impl Lifecycle {
     /// Looks over the networks of all that run: puts back what is missing of them, and
     /// today's policy.
     pub fn renew_networks(&self) {
-        for entry in self.with_addresses() {
+        let runs = |entry: &Entry| entry.record().state == State::Running;
+        for entry in self.with_addresses().into_iter().filter(|entry| runs(entry)) {
             let Ok(held) = self.lock(&entry, Wait::ForIt, Cause::Reconcile) else { continue };
             let record = entry.record();
             let Some(wanted) = self.wanted(&record).filter(|_| record.state == State::Running)

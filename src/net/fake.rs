@@ -169,6 +169,10 @@ impl Network for FakeNetwork {
         self.lingering.due(now)
     }
 
+    fn lingers_until(&self, id: &SandboxId) -> Option<Timestamp> {
+        self.lingering.until(id)
+    }
+
     fn next_lingered(&self) -> Option<Timestamp> {
         self.lingering.next()
     }
@@ -188,6 +192,7 @@ impl Network for FakeNetwork {
         Ok(Reconciled {
             removed: removed.iter().map(SandboxId::to_string).collect(),
             there: there.keys().cloned().collect(),
+            left: Vec::new(),
         })
     }
 

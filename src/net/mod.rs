@@ -116,6 +116,9 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// is to be removed, if it still sleeps when its lock is held.
     fn lingered(&self, now: Timestamp) -> Vec<SandboxId>;
 
+    /// Returns until when the network of a sandbox is kept, of one that fell asleep.
+    fn lingers_until(&self, id: &SandboxId) -> Option<Timestamp>;
+
     /// Returns when the next network has lingered for long enough.
     fn next_lingered(&self) -> Option<Timestamp>;
 
@@ -131,7 +134,7 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// Nobody may ask for anything else meanwhile.
     ///
     /// # Errors
-    /// Where something stays; the rest was removed all the same.
+    /// Where the host does not say what there is.
     fn reconcile(&self, known: &[Known]) -> Result<Reconciled, Error>;
 
     /// Returns what passed of the networks of those that have one that is a sign of use.
@@ -213,6 +216,8 @@ pub struct Reconciled {
     pub removed: Vec<String>,
     /// The known sandboxes whose network is there.
     pub there: Vec<SandboxId>,
+    /// A sentence about each thing that stays although it is of nobody.
+    pub left: Vec<String>,
 }
 
 /// What passed of a network that is a sign of use: not what is ignored, nor what only keeps

@@ -103,7 +103,10 @@ impl RealNetwork {
         drop(lock(&self.doorbell).take());
         let mut prepared = lock(&self.prepared);
         let mut errors: Vec<String> = Vec::new();
-        errors.extend(self.reconcile(&[]).err().map(|error| chain(&error)));
+        match self.reconcile(&[]) {
+            Ok(found) => errors.extend(found.left),
+            Err(error) => errors.push(chain(&error)),
+        }
         errors.extend(host::dismantle(&self.plan).err().map(|error| chain(&error)));
         match mount::detach(&self.pins) {
             Err(error) if !is_absent(&error) => errors.push(format!("unmounting: {error}")),
@@ -325,6 +328,10 @@ impl Network for RealNetwork {
         self.lingering.due(now)
     }
 
+    fn lingers_until(&self, id: &SandboxId) -> Option<Timestamp> {
+        self.lingering.until(id)
+    }
+
     fn next_lingered(&self) -> Option<Timestamp> {
         self.lingering.next()
     }
@@ -339,18 +346,20 @@ impl Network for RealNetwork {
     fn reconcile(&self, known: &[Known]) -> Result<Reconciled, Error> {
         let ids: BTreeSet<&str> = known.iter().map(|known| known.id.as_str()).collect();
         let mut found = Reconciled::default();
-        let mut errors = Vec::new();
-        for name in self.pinned()? {
+        let pinned = self.pinned()?;
+        for name in &pinned {
             if ids.contains(name.as_str()) {
                 continue;
             }
-            match netns::unpin(&self.pins.join(&name)) {
-                Ok(()) => found.removed.push(name),
-                Err(error) => errors.push(format!("removing the namespace {name}: {error}")),
+            match netns::unpin(&self.pins.join(name)) {
+                Ok(()) => found.removed.push(name.clone()),
+                Err(error) => found.left.push(format!("removing the namespace {name}: {error}")),
             }
         }
+        // Most that sleep have none, and are not looked for one by one.
+        let pinned: BTreeSet<&str> = pinned.iter().map(String::as_str).collect();
         let mut kept = BTreeSet::new();
-        for Known { id, address } in known {
+        for Known { id, address } in known.iter().filter(|it| pinned.contains(it.id.as_str())) {
             if self.open(id)?.is_some() {
                 kept.insert(address.host_link());
                 found.there.push(id.clone());
@@ -368,10 +377,10 @@ impl Network for RealNetwork {
             }
             match host::remove_link(&links, &self.plan, &link.name) {
                 Ok(()) => found.removed.push(link.name),
-                Err(error) => errors.push(chain(&error)),
+                Err(error) => found.left.push(chain(&error)),
             }
         }
-        if errors.is_empty() { Ok(found) } else { Err(Error::Several(errors)) }
+        Ok(found)
     }
 
     fn activity(&self, of: &[Known]) -> Result<Vec<(SandboxId, Activity)>, Error> {
