@@ -19,6 +19,7 @@
 //! `sandbox`'s and stored here as absolute times, and what to do then is the reaper's.
 
 use std::{
+    iter,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -59,6 +60,10 @@ use table::Table;
 /// How many activities one transaction writes: some milliseconds of work, during which
 /// a change of state has to wait.
 const FLUSH_MAX: usize = 1000;
+
+/// How many entries are taken out of the table in one go, for which whoever makes or removes
+/// one waits.
+const PAGE: usize = 256;
 
 /// What a change waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -371,6 +376,20 @@ impl Index {
     #[must_use]
     pub fn rows_after(&self, row: RowId, limit: usize) -> Vec<Arc<Entry>> {
         read(&self.table).rows_after(row, limit)
+    }
+
+    /// Walks over all sandboxes with numbers above `row`, ascending. Nobody who makes or
+    /// removes one waits for the end of it: it goes page by page.
+    pub fn entries_after(&self, row: RowId) -> impl Iterator<Item = Arc<Entry>> {
+        let (mut last, mut page) = (row, Vec::new().into_iter());
+        iter::from_fn(move || {
+            let entry = page.next().or_else(|| {
+                page = self.rows_after(last, PAGE).into_iter();
+                page.next()
+            })?;
+            last = entry.row();
+            Some(entry)
+        })
     }
 
     /// Returns how many sandboxes there are.

@@ -259,12 +259,10 @@ impl Lifecycle {
         self.index.by_row(row).filter(|entry| !self.operations.is_doomed(entry.row()))
     }
 
-    /// Returns at most `limit` sandboxes whose rows come after `row`, in their order.
-    #[must_use]
-    pub fn rows_after(&self, row: RowId, limit: usize) -> Vec<Arc<Entry>> {
-        let mut entries = self.index.rows_after(row, limit);
-        entries.retain(|entry| !self.operations.is_doomed(entry.row()));
-        entries
+    /// Walks over all sandboxes whose rows come after `row`, in their order, but for those
+    /// that are being deleted.
+    pub fn entries_after(&self, row: RowId) -> impl Iterator<Item = Arc<Entry>> {
+        self.index.entries_after(row).filter(|entry| !self.operations.is_doomed(entry.row()))
     }
 
     /// Waits for the sandbox's lock, or only looks whether it is free. What is done under

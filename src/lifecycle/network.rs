@@ -26,8 +26,6 @@ use crate::{
 
 /// When to try again to remove a network of which something stayed.
 const REMOVE_AGAIN: Duration = Duration::from_secs(60);
-/// How many rows are looked at in one go at start-up.
-const PAGE: usize = 1024;
 
 impl Lifecycle {
     /// Returns the address of a sandbox; `None` where it has no network.
@@ -341,14 +339,8 @@ impl Lifecycle {
 
     /// Returns all sandboxes that have an address.
     fn with_addresses(&self) -> Vec<Arc<Entry>> {
-        let mut found = Vec::new();
-        let mut last = RowId(0);
-        loop {
-            let page = self.index.rows_after(last, PAGE);
-            let Some(end) = page.last() else { return found };
-            last = end.row();
-            found.extend(page.into_iter().filter(|entry| self.address(&entry.record()).is_some()));
-        }
+        let all = self.index.entries_after(RowId(0));
+        all.filter(|entry| self.address(&entry.record()).is_some()).collect()
     }
 }
 

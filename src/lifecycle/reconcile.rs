@@ -58,8 +58,6 @@ use crate::{
 /// How many sandboxes are settled at once at start-up. A VMM that does not answer takes
 /// its time, and must not take that of all the others.
 const WORKERS: usize = 16;
-/// How many rows are looked at in one go at start-up.
-const PAGE: usize = 1024;
 
 /// What start-up found and did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -78,14 +76,8 @@ impl Lifecycle {
     /// Brings every record to a legal state. Called once, before the mount.
     pub fn reconcile(&self) -> Reconciled {
         self.respect_earlier_holds();
-        let mut unsettled = Vec::new();
-        let mut last = RowId(0);
-        loop {
-            let page = self.index.rows_after(last, PAGE);
-            let Some(end) = page.last() else { break };
-            last = end.row();
-            unsettled.extend(page.into_iter().filter(|entry| self.is_unsettled(entry)));
-        }
+        let all = self.index.entries_after(RowId(0));
+        let unsettled: Vec<_> = all.filter(|entry| self.is_unsettled(entry)).collect();
         let workers = unsettled.len().min(WORKERS);
         let (left, done) = (Mutex::new(unsettled), Mutex::new(Reconciled::default()));
         thread::scope(|scope| {
@@ -126,15 +118,8 @@ impl Lifecycle {
 
     /// Returns the processes of all records that say they have one.
     fn recorded_pids(&self) -> HashSet<u32> {
-        let mut pids = HashSet::new();
-        let mut last = RowId(0);
-        loop {
-            let page = self.index.rows_after(last, PAGE);
-            let Some(end) = page.last() else { return pids };
-            last = end.row();
-            let records = page.iter().map(|entry| entry.record());
-            pids.extend(records.filter_map(|record| Some(record.process.as_ref()?.pid)));
-        }
+        let records = self.index.entries_after(RowId(0)).map(|entry| entry.record());
+        records.filter_map(|record| Some(record.process.as_ref()?.pid)).collect()
     }
 
     /// Kills what has this store's token but belongs to no machine that we know: a VMM

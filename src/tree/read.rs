@@ -12,9 +12,6 @@ use crate::{
     sync::Arc,
 };
 
-/// How many rows are read for `dozed.list` at a time.
-const LIST_PAGE: usize = 1024;
-
 /// What poll(2) is to say of an open file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Readiness {
@@ -233,17 +230,9 @@ impl Tree {
     }
 
     fn daemon_list(&self, caller: Caller) -> String {
-        let mut text = String::new();
-        let mut last = RowId(0);
-        loop {
-            let page = self.lifecycle.rows_after(last, LIST_PAGE);
-            let Some(end) = page.last() else { return text };
-            last = end.row();
-            for entry in page.iter().filter(|entry| self.may_see(entry, caller)) {
-                let record = entry.record();
-                text.push_str(&self.facts_of_line(entry, &record));
-            }
-        }
+        let (all, viewer) = (self.lifecycle.entries_after(RowId(0)), viewer(caller));
+        let seen = all.filter(|entry| viewer.may_see(entry.record().owner));
+        seen.map(|entry| self.facts_of_line(&entry, &entry.record())).collect()
     }
 
     /// The line of one sandbox in `dozed.list`, which needs no look at its disks.

@@ -147,6 +147,21 @@ fn sandboxes_are_listed_page_by_page() {
 }
 
 #[test]
+fn a_walk_goes_over_all_pages_and_sees_what_comes_behind_it() {
+    let host = Host::new();
+    let ids: Vec<_> = (0..PAGE + 2).map(|number| format!("s{number}")).collect();
+    let (last, first) = ids.split_last().unwrap();
+    first.iter().for_each(|id| drop(host.create(id, 0)));
+    let mut walk = host.index.entries_after(RowId(0));
+    let mut seen: Vec<_> = walk.by_ref().take(PAGE).map(|entry| entry.id().to_string()).collect();
+    host.create(last, 0);
+    seen.extend(walk.map(|entry| entry.id().to_string()));
+    assert_eq!(seen, ids);
+    let second = host.get(&ids[1]).unwrap().row();
+    assert_eq!(host.index.entries_after(second).count(), PAGE);
+}
+
+#[test]
 fn a_step_changes_state_time_and_what_goes_with_it() {
     let host = Host::new();
     let entry = host.create("web-1", 0);
