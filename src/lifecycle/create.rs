@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Entry, Error, Held, Lifecycle};
+use super::{Entry, Error, Held, Lifecycle, wake::host_failed};
 use crate::{
     index::{self, NewSandbox},
     sandbox::{Cause, Owner, RowId, SandboxId},
@@ -48,13 +48,11 @@ impl Lifecycle {
                 Error::Index { id, source }
             }
         })?;
-        if let Err(source) = self.keep_strangers_files(entry.row()) {
-            self.index
-                .remove(&held, &entry)
-                .map_err(|source| Error::Index { id: id.clone(), source })?;
-            return Err(Error::Host { doing: "making room for", id: id.clone(), source });
-        }
-        if let Err(error) = self.give_address(&held, &entry) {
+        let made = self
+            .keep_strangers_files(entry.row())
+            .map_err(host_failed(&entry, "making room for"))
+            .and_then(|()| self.give_address(&held, &entry));
+        if let Err(error) = made {
             self.index
                 .remove(&held, &entry)
                 .map_err(|source| Error::Index { id: id.clone(), source })?;

@@ -78,10 +78,9 @@ impl Lifecycle {
     /// back.
     fn change_network(&self, held: &Held, entry: &Entry, before: &Record) -> Result<(), Error> {
         let after = entry.record();
-        let wakes = |spec: &Spec| (spec.wake_on, spec.wake_ports.clone());
-        let is_same = after.spec.network_policy() == before.spec.network_policy()
-            && wakes(&after.spec) == wakes(&before.spec);
-        if is_same {
+        let (now, then) = (&after.spec, &before.spec);
+        let wakes_as_before = (now.wake_on, &now.wake_ports) == (then.wake_on, &then.wake_ports);
+        if wakes_as_before && now.network_policy() == then.network_policy() {
             return Ok(());
         }
         let changed = self

@@ -154,7 +154,7 @@ impl Shared {
         self.hand_out(give, Due::Delete, |after| index.due_to_delete(now, after, PAGE));
         self.hand_out_leftovers(give, now);
         for row in self.lifecycle.lingered() {
-            if lock(&self.in_hand).insert(row) && give.send(Due::Unlink(row)).is_err() {
+            if !self.hand_over(give, Due::Unlink(row)) {
                 return;
             }
         }
@@ -173,7 +173,7 @@ impl Shared {
             retry_at.is_none_or(|at| at <= now)
         };
         for row in rows.into_iter().filter(is_due) {
-            if lock(&self.in_hand).insert(row) && give.send(Due::Settle(row)).is_err() {
+            if !self.hand_over(give, Due::Settle(row)) {
                 return;
             }
         }
@@ -198,11 +198,16 @@ impl Shared {
             let Some(last) = due.last() else { return };
             after = Some(*last);
             for due in due {
-                if lock(&self.in_hand).insert(due.row) && give.send(kind(due.row)).is_err() {
+                if !self.hand_over(give, kind(due.row)) {
                     return;
                 }
             }
         }
+    }
+
+    /// Hands one to the workers, unless they have it already. False: there are none any more.
+    fn hand_over(&self, give: &mpsc::Sender<Due>, due: Due) -> bool {
+        !lock(&self.in_hand).insert(due.row()) || give.send(due).is_ok()
     }
 
     fn act(&self, due: Due) {

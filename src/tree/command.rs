@@ -126,10 +126,7 @@ pub(super) fn switch(bytes: &[u8]) -> Result<Option<bool>, BadCommand> {
 /// # Errors
 /// A sentence that says what is accepted.
 pub(super) fn document(bytes: &[u8]) -> Result<Option<&str>, BadCommand> {
-    if bytes.len() > DOCUMENT_MAX_BYTES {
-        return Err(BadCommand::TooLong { limit: DOCUMENT_MAX_BYTES });
-    }
-    let text = std::str::from_utf8(bytes).map_err(|_| BadCommand::NotText)?;
+    let text = text_of(bytes, DOCUMENT_MAX_BYTES)?;
     if text.trim().is_empty() { Ok(None) } else { Ok(Some(text)) }
 }
 
@@ -141,19 +138,18 @@ pub(super) fn list<T>(
     bytes: &[u8],
     read: impl FnOnce(std::str::Lines<'_>) -> Result<T, PolicyError>,
 ) -> Result<T, BadCommand> {
-    if bytes.len() > DOCUMENT_MAX_BYTES {
-        return Err(BadCommand::TooLong { limit: DOCUMENT_MAX_BYTES });
-    }
-    let text = std::str::from_utf8(bytes).map_err(|_| BadCommand::NotText)?;
-    Ok(read(text.lines())?)
+    Ok(read(text_of(bytes, DOCUMENT_MAX_BYTES)?.lines())?)
 }
 
 fn trimmed(bytes: &[u8], limit: usize) -> Result<&str, BadCommand> {
+    Ok(text_of(bytes, limit)?.trim_matches([' ', '\t', '\r', '\n']))
+}
+
+fn text_of(bytes: &[u8], limit: usize) -> Result<&str, BadCommand> {
     if bytes.len() > limit {
         return Err(BadCommand::TooLong { limit });
     }
-    let text = std::str::from_utf8(bytes).map_err(|_| BadCommand::NotText)?;
-    Ok(text.trim_matches([' ', '\t', '\r', '\n']))
+    std::str::from_utf8(bytes).map_err(|_| BadCommand::NotText)
 }
 
 /// Returns the start of `text`, fit for a message of one line.

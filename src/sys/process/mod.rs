@@ -165,12 +165,7 @@ impl Process {
     /// # Errors
     /// `NotFound` once it has ended.
     pub fn cpu_time(&self) -> io::Result<Duration> {
-        let stat = proc_files::stat(self.identity.pid);
-        // Once it has ended the file may have been another's.
-        if has_ended(self.pidfd.as_fd())? {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
-        }
-        Ok(stat?.cpu_time)
+        Ok(self.unless_ended(proc_files::stat(self.identity.pid))?.cpu_time)
     }
 
     /// Returns what it has read and written, all threads together.
@@ -178,11 +173,7 @@ impl Process {
     /// # Errors
     /// `NotFound` once it has ended; otherwise where the kernel does not let us look.
     pub fn io(&self) -> io::Result<Io> {
-        let io = proc_files::io(self.identity.pid);
-        if has_ended(self.pidfd.as_fd())? {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
-        }
-        io
+        self.unless_ended(proc_files::io(self.identity.pid))
     }
 
     /// Returns what those of its threads have read and written whose names begin with `prefix`.
@@ -190,11 +181,7 @@ impl Process {
     /// # Errors
     /// As [`Process::io`].
     pub fn io_of_threads(&self, prefix: &str) -> io::Result<Io> {
-        let io = proc_files::io_of_threads(self.identity.pid, prefix);
-        if has_ended(self.pidfd.as_fd())? {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
-        }
-        io
+        self.unless_ended(proc_files::io_of_threads(self.identity.pid, prefix))
     }
 
     /// Returns what went through a device of the network namespace that it is in; `None` where
@@ -203,11 +190,7 @@ impl Process {
     /// # Errors
     /// As [`Process::io`].
     pub fn frames(&self, device: &str) -> io::Result<Option<Frames>> {
-        let frames = proc_files::frames(self.identity.pid, device);
-        if has_ended(self.pidfd.as_fd())? {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
-        }
-        frames
+        self.unless_ended(proc_files::frames(self.identity.pid, device))
     }
 
     /// Returns the user that it acts as.
@@ -215,11 +198,7 @@ impl Process {
     /// # Errors
     /// `NotFound` once it has ended; otherwise where the kernel does not let us look.
     pub fn user(&self) -> io::Result<u32> {
-        let user = proc_files::user(self.identity.pid);
-        if has_ended(self.pidfd.as_fd())? {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
-        }
-        user
+        self.unless_ended(proc_files::user(self.identity.pid))
     }
 
     /// Returns how much memory its files in memory (`memfd_create(2)`) take, in bytes.
@@ -227,11 +206,16 @@ impl Process {
     /// # Errors
     /// `NotFound` once it has ended; otherwise where the kernel does not let us look.
     pub fn memfd_bytes(&self) -> io::Result<u64> {
-        let bytes = proc_files::memfd_bytes(self.identity.pid);
+        self.unless_ended(proc_files::memfd_bytes(self.identity.pid))
+    }
+
+    /// Takes what was just seen of it in /proc for its own. Once it has ended that may have
+    /// been another's of the same number.
+    fn unless_ended<T>(&self, seen: io::Result<T>) -> io::Result<T> {
         if has_ended(self.pidfd.as_fd())? {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
         }
-        bytes
+        seen
     }
 }
 
