@@ -1,29 +1,17 @@
 //! A Linux guest, as users have: a shell on its console, and a disk.
 
-use std::{io::Write as _, time::Duration};
+use std::time::Duration;
 
 use dozed::sys::clock::Stopwatch;
 
 use crate::support::{Host, Setup, wait_until};
-
-/// Types a line on the console.
-fn types(host: &Host, id: &str, line: &str) {
-    let line = format!("{line}\n");
-    let mut left = line.as_bytes();
-    let console = host.open(&format!("{id}/console")).unwrap();
-    wait_until("the console takes a line", || {
-        // The guest's UART takes a few bytes at a time.
-        left = &left[(&console).write(left).unwrap()..];
-        left.is_empty()
-    });
-}
 
 /// Types a line, and waits until the guest has printed `answer`.
 #[track_caller]
 fn asks(host: &Host, id: &str, line: &str, answer: &str) {
     assert!(!line.contains(answer), "the guest prints also what is typed");
     let before = host.read(&format!("{id}/console")).len();
-    types(host, id, line);
+    host.types(id, line);
     wait_until(&format!("the guest answers `{answer}` to `{line}`"), || {
         host.read(&format!("{id}/console"))[before..].contains(answer)
     });
@@ -32,7 +20,7 @@ fn asks(host: &Host, id: &str, line: &str, answer: &str) {
 /// Returns how many seconds the guest has been counting.
 fn seconds(host: &Host, id: &str) -> u64 {
     let before = host.read(&format!("{id}/console")).len();
-    types(host, id, "echo at-$(cat /run/count)-");
+    host.types(id, "echo at-$(cat /run/count)-");
     crate::support::wait_for("the guest says its count", || {
         let console = host.read(&format!("{id}/console"));
         let said = console[before..].rsplit_once("\nat-")?.1;
@@ -53,7 +41,7 @@ fn a_linux_guest_keeps_its_files_and_its_time_over_sleeps_and_its_disk_over_a_sh
     let mut last = seconds(&host, "web-1");
     for cycle in 1..=5 {
         let line = format!("echo note-$((10 + {cycle})) | tee /run/note > /data/note; sync");
-        types(&host, "web-1", &line);
+        host.types("web-1", &line);
         asks(
             &host,
             "web-1",
@@ -75,7 +63,7 @@ fn a_linux_guest_keeps_its_files_and_its_time_over_sleeps_and_its_disk_over_a_sh
     }
     assert_eq!(boots(&host, "web-1"), 1);
 
-    types(&host, "web-1", "poweroff");
+    host.types("web-1", "poweroff");
     wait_until("the guest has shut down", || host.state("web-1") == "stopped");
     assert_eq!(host.error("web-1"), "the guest shut down");
     assert_eq!(host.value("web-1/status", "pid"), "none");
@@ -128,7 +116,7 @@ fn a_linux_guest_of_an_owner_who_is_not_root_has_the_files_that_are_theirs() {
 fn pages_in_balloon(host: &Host, id: &str) -> i64 {
     let before = host.read(&format!("{id}/console")).len();
     let count = |word: &str| format!("$(grep balloon_{word}late /proc/vmstat | cut -d' ' -f2)");
-    types(host, id, &format!("echo has-$(({} - {}))-", count("inf"), count("def")));
+    host.types(id, &format!("echo has-$(({} - {}))-", count("inf"), count("def")));
     crate::support::wait_for("the guest says what its balloon has", || {
         let console = host.read(&format!("{id}/console"));
         let said = console[before..].rsplit_once("\nhas-")?.1;
@@ -179,7 +167,7 @@ fn disk_traffic_above_the_threshold_keeps_awake_and_a_line_of_a_log_now_and_then
     host.wake("web-1");
     wait_until("the guest is up", || boots(&host, "web-1") == 1);
     let copies = "while :; do dd if=/dev/zero of=/data/big bs=256k count=4 conv=fsync; done";
-    types(&host, "web-1", &format!("({copies}) 2>/dev/null & echo on-$((1 + 1))"));
+    host.types("web-1", &format!("({copies}) 2>/dev/null & echo on-$((1 + 1))"));
     let activity = |key| host.value("web-1/activity", key);
     wait_until("its disk counts", || activity("disk_age_seconds") != "none");
     host.write("web-1/idle_after", "10s").unwrap();
@@ -193,7 +181,7 @@ fn disk_traffic_above_the_threshold_keeps_awake_and_a_line_of_a_log_now_and_then
 
     host.write("web-1/idle_after", "never").unwrap();
     let logs = "while :; do date; sleep 1; done >>/data/log";
-    types(&host, "web-1", &format!("kill %1; sync; ({logs}) & echo off-$((1 + 1))"));
+    host.types("web-1", &format!("kill %1; sync; ({logs}) & echo off-$((1 + 1))"));
     host.write("web-1/idle_after", "10s").unwrap();
     wait_until("it sleeps", || host.state("web-1") == "snapshotted");
     host.wake("web-1");

@@ -28,17 +28,6 @@ fn address(host: &Host, id: &str) -> Ipv4Addr {
     host.read(&format!("{id}/net/address")).trim().parse().unwrap()
 }
 
-/// Types a line on the console.
-fn types(host: &Host, id: &str, line: &str) {
-    let line = format!("{line}\n");
-    let mut left = line.as_bytes();
-    let console = host.open(&format!("{id}/console")).unwrap();
-    wait_until("the console takes a line", || {
-        left = &left[(&console).write(left).unwrap()..];
-        left.is_empty()
-    });
-}
-
 /// Waits until the guest has printed `text` since its console had `before` bytes.
 #[track_caller]
 fn prints(host: &Host, id: &str, before: usize, text: &str) {
@@ -86,7 +75,7 @@ fn hold_connection(host: &Host, id: &str, listener: &TcpListener) -> TcpStream {
     let line = format!(
         "mkfifo /run/say; exec 4<>/run/say; (nc {server} {port} </run/say; echo 'en''ded') &"
     );
-    types(host, id, &line);
+    host.types(id, &line);
     accept(listener)
 }
 
@@ -100,7 +89,7 @@ fn a_guest_reaches_the_internet_and_nobody_else_and_the_host_reaches_it() {
         let listener = world.tcp_server(World::SERVER, 80);
         let before = printed(&host, "web-1");
         let mut stream = hold_connection(&host, "web-1", &listener);
-        types(&host, "web-1", "echo from the guest >&4");
+        host.types("web-1", "echo from the guest >&4");
         let mut heard = [0; 14];
         stream.read_exact(&mut heard).unwrap();
         assert_eq!(&heard, b"from the guest");
@@ -110,7 +99,7 @@ fn a_guest_reaches_the_internet_and_nobody_else_and_the_host_reaches_it() {
         // Its resolver is its gateway, and who that is the policy says.
         let resolver = world.udp_server(World::RESOLVER, 53);
         host.write("web-1/net/nameservers", World::RESOLVER.to_string()).unwrap();
-        types(&host, "web-1", "nslookup a.example >/dev/null 2>&1 &");
+        host.types("web-1", "nslookup a.example >/dev/null 2>&1 &");
         let mut question = [0; 512];
         let length = wait_for("a question for a name", || resolver.recv(&mut question).ok());
         assert!(question[..length].windows(7).any(|name| name == b"example"));
@@ -123,7 +112,7 @@ fn a_guest_reaches_the_internet_and_nobody_else_and_the_host_reaches_it() {
         let refused = World::PRIVATE.map(|address| (address, 80)).into_iter().chain(others);
         for (address, port) in refused {
             let before = printed(&host, "web-1");
-            types(&host, "web-1", &format!("nc {address} {port}"));
+            host.types("web-1", &format!("nc {address} {port}"));
             let said = format!("can't connect to remote host ({address}): Connection refused");
             prints(&host, "web-1", before, &said);
         }
@@ -150,7 +139,7 @@ fn connections_outlive_a_short_sleep() {
             host.wake("web-1");
             echo(&mut inbound, &format!("after sleep {cycle}"));
             prints(&host, "web-1", before, &format!("said while it sl-ept {cycle}"));
-            types(&host, "web-1", &format!("echo awake {cycle} >&4"));
+            host.types("web-1", &format!("echo awake {cycle} >&4"));
             let mut heard = [0; 8];
             outbound.read_exact(&mut heard).unwrap();
             assert_eq!(String::from_utf8_lossy(&heard), format!("awake {cycle}\n"));
@@ -167,12 +156,12 @@ fn a_change_of_policy_ends_a_connection_that_is_open_and_no_other() {
         let mut inbound = connect(&host, "web-1");
         let listener = world.tcp_server(World::SERVER, 80);
         let mut outbound = hold_connection(&host, "web-1", &listener);
-        types(&host, "web-1", "echo open >&4");
+        host.types("web-1", "echo open >&4");
         let mut heard = [0; 5];
         outbound.read_exact(&mut heard).unwrap();
         let before = printed(&host, "web-1");
         host.write("web-1/net/denied", format!("{}\n", World::SERVER)).unwrap();
-        types(&host, "web-1", "echo closed >&4");
+        host.types("web-1", "echo closed >&4");
         prints(&host, "web-1", before, "ended");
         outbound.set_nonblocking(true).unwrap();
         let passed = outbound.read(&mut heard).map_err(|error| error.kind());
@@ -194,14 +183,14 @@ fn much_passes_in_both_directions_whole_also_after_a_wake() {
         // gives them to it, as they are.
         for _ in 0..2 {
             let line = format!("yes 0123456789abcde | head -c {BYTES} | nc {server} 80 &");
-            types(&host, "web-1", &line);
+            host.types("web-1", &line);
             let mut heard = Vec::new();
             accept(&listener).take(BYTES as u64).read_to_end(&mut heard).unwrap();
             assert!(heard == whole, "{} bytes came", heard.len());
 
             let before = printed(&host, "web-1");
             let count = "grep -c '^0123456789abcde$'";
-            types(&host, "web-1", &format!("echo lines-$(nc {server} 80 </dev/null | {count}) &"));
+            host.types("web-1", &format!("echo lines-$(nc {server} 80 </dev/null | {count}) &"));
             let mut stream = accept(&listener);
             stream.write_all(&whole).unwrap();
             drop(stream);
@@ -279,7 +268,7 @@ fn a_daemon_that_dies_interrupts_no_connection() {
         host.sleep("web-1");
         host.wake("web-1");
         echo(&mut inbound, "and still is");
-        types(&host, "web-1", "echo me too >&4");
+        host.types("web-1", "echo me too >&4");
         let mut heard = [0; 7];
         outbound.read_exact(&mut heard).unwrap();
         assert_eq!(&heard, b"me too\n");
@@ -303,7 +292,7 @@ fn after_a_sleep_that_was_too_long_no_connection_hangs() {
         echo(&mut inbound, "are you there?");
         // Nobody knows any more who a connection of the guest's was translated to.
         let before = printed(&host, "web-1");
-        types(&host, "web-1", "echo are you there >&4");
+        host.types("web-1", "echo are you there >&4");
         prints(&host, "web-1", before, "ended");
         echo(&mut connect(&host, "web-1"), "new ones are as ever");
     });

@@ -187,6 +187,19 @@ impl Host {
         OpenOptions::new().write(true).open(self.path(name)).map_err(|error| errno(&error))
     }
 
+    /// Types a line on the console of a sandbox.
+    #[track_caller]
+    pub(crate) fn types(&self, id: &str, line: &str) {
+        let line = format!("{line}\n");
+        let mut left = line.as_bytes();
+        let console = self.open(&format!("{id}/console")).unwrap();
+        wait_until("the console takes a line", || {
+            // The guest's UART takes a few bytes at a time.
+            left = &left[(&console).write(left).unwrap()..];
+            left.is_empty()
+        });
+    }
+
     /// Writes to a file of the tree, by one write(2).
     pub(crate) fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> Result<(), Errno> {
         write_once(&self.open(name)?, bytes.as_ref())
