@@ -33,6 +33,8 @@ pub(super) struct CtState(u32);
 pub(super) const INVALID: CtState = CtState(1);
 pub(super) const ESTABLISHED_OR_RELATED: CtState = CtState(2 | 4);
 pub(super) const NEW: CtState = CtState(8);
+/// All but invalid and untracked.
+pub(super) const NEW_OR_KNOWN: CtState = CtState(2 | 4 | 8);
 
 /// Facts about a connection (`enum ip_conntrack_status`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -231,6 +233,14 @@ pub(super) fn no_syn() -> Vec<Step> {
         Step::Mask(vec![FIN_SYN_RST_ACK]),
         Step::IsNot(vec![SYN]),
     ];
+    [tcp(), flags.to_vec()].concat()
+}
+
+/// TCP that has SYN or FIN.
+pub(super) fn begins_or_ends() -> Vec<Step> {
+    const FIN_SYN: u8 = 0x03;
+    let flags =
+        [Step::Load(Load::Transport(TCP_FLAGS)), Step::Mask(vec![FIN_SYN]), Step::IsNot(vec![0])];
     [tcp(), flags.to_vec()].concat()
 }
 

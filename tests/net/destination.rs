@@ -188,3 +188,20 @@ fn a_guest_that_opens_too_many_connections_is_held_back() {
         }
     });
 }
+
+#[test]
+fn what_is_refused_takes_nothing_from_the_connections_that_may_be_opened() {
+    on_a_host(|host| {
+        let sandbox = host.sandbox("a", 0);
+        for port in 0..1000 {
+            sandbox.guest.udp(10_000 + port, (Ipv4Addr::new(10, 1, 2, 3), 4000), b"!");
+            sandbox.guest.udp(10_000 + port, (OTHER, 53), b"!");
+        }
+        for port in 0..300 {
+            sandbox.guest.udp(20_000 + port, (SERVER, 4000), b"!");
+        }
+        let counters = host.network.counters(sandbox.id()).unwrap().unwrap();
+        assert_eq!((counters.guest_out.packets, counters.excess.packets), (300, 0));
+        assert_eq!(counters.refused.packets, 2000);
+    });
+}

@@ -140,6 +140,47 @@ fn the_host_refuses_what_gets_out_of_a_namespace_to_it_or_to_a_sibling() {
 }
 
 #[test]
+fn the_host_lets_nothing_pass_of_which_it_keeps_no_connection() {
+    on_a_host(|host| {
+        let sandbox = host.sandbox("a", 0);
+        let sibling = host.sandbox("b", 1);
+        let service = bound(HOST);
+        let service_at = service.local_addr().unwrap().port();
+        let server = host.udp_server(SERVER, 4000);
+        // As if the rules of the namespaces had holes, on a host that tracks nothing.
+        for of in [&sandbox, &sibling] {
+            let hole = [
+                "flush ruleset".to_owned(),
+                "add table ip hole".to_owned(),
+                "add chain ip hole out { type nat hook postrouting priority 100; }".to_owned(),
+                format!("add rule ip hole out oifname eth0 snat to {}", of.address()),
+                "add chain ip hole in { type nat hook prerouting priority -100; }".to_owned(),
+                format!("add rule ip hole in iifname eth0 dnat to {GUEST_ADDRESS}"),
+            ];
+            of.namespace().run(move |_| hole.map(|line| nft(&line))).unwrap();
+        }
+        nft("add table ip untracked");
+        nft("add chain ip untracked first { type filter hook prerouting priority -300; }");
+        nft("add rule ip untracked first notrack");
+        sandbox.guest.udp(5000, (HOST, service_at), b"hello host");
+        assert_silent(&service);
+        sandbox.guest.udp(5001, (sibling.address().ip(), 8080), b"hello you");
+        sandbox.guest.udp(5002, (SERVER, 4000), b"hello");
+        let range = host.plan.range();
+        host.internet(move || ip(&format!("route add {range} via {HOST}")));
+        server.send_to(b"outside", (sibling.address().ip(), 8080)).unwrap();
+        assert_silent(&server);
+        assert_nothing_comes(&sibling.guest);
+        // The holes are there: with a connection it gets to the internet, and is answered.
+        nft("delete table ip untracked");
+        sandbox.guest.udp(5003, (SERVER, 4000), b"hello");
+        let (_, from) = heard(&server);
+        server.send_to(b"welcome", from).unwrap();
+        expect(&sandbox.guest, b"welcome");
+    });
+}
+
+#[test]
 fn an_error_passes_if_it_is_about_what_the_host_opened_and_is_dropped_if_it_is_made_up() {
     on_a_host(|host| {
         let sandbox = host.sandbox("a", 0);

@@ -144,6 +144,32 @@ fn a_short_sleep_keeps_a_connection_and_after_a_long_one_it_is_reset() {
 }
 
 #[test]
+fn a_server_that_speaks_or_ends_after_a_long_sleep_is_reset() {
+    on_a_host(|host| {
+        let listener = host.tcp_server(SERVER, 443);
+        let Sandbox { wanted, guest, .. } = host.sandbox("a", 0);
+        let mut streams = [6000, 6001].map(|port| {
+            guest.connect(port, (SERVER, 443));
+            let stream =
+                eventually("the connection", || listener.accept().ok().map(|(stream, _)| stream));
+            stream.set_nonblocking(false).unwrap();
+            stream.set_read_timeout(Some(SOON)).unwrap();
+            stream
+        });
+        // Its network goes, and it wakes in another.
+        drop(guest);
+        host.network.remove(&wanted.id, wanted.address).unwrap();
+        let _awake = host.sandbox_with(wanted);
+        streams[0].write_all(b"are you there?").unwrap();
+        streams[1].shutdown(std::net::Shutdown::Write).unwrap();
+        for stream in &mut streams {
+            let error = stream.read(&mut [0; 8]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        }
+    });
+}
+
+#[test]
 fn the_first_packet_after_a_wake_meets_the_policy_of_the_day() {
     on_a_host(|host| {
         let server = host.udp_server(SERVER, 4000);

@@ -14,12 +14,12 @@ use std::net::Ipv4Addr;
 
 use super::{
     condition::{
-        CONFIRMED, DNAT, ESTABLISHED_OR_RELATED, INVALID, NEW, accept, after_ethernet,
-        answered_by_any_of, as_destination, as_source, count, direction, drop_it, ether_type,
-        flows_over, from_address, from_device, from_group, from_network, from_port, goto, limited,
-        masquerade, no_status, no_syn, not_from_mac, not_from_network, not_ipv4, not_to_group,
-        one_in, opened_to, opened_to_any_of, prohibit, reset, state, tcp, to_address, to_any_of,
-        to_device, to_group, to_mac, to_port,
+        CONFIRMED, DNAT, ESTABLISHED_OR_RELATED, INVALID, NEW, NEW_OR_KNOWN, accept,
+        after_ethernet, answered_by_any_of, as_destination, as_source, begins_or_ends, count,
+        direction, drop_it, ether_type, flows_over, from_address, from_device, from_group,
+        from_network, from_port, goto, limited, masquerade, no_status, no_syn, not_from_mac,
+        not_from_network, not_ipv4, not_to_group, one_in, opened_to, opened_to_any_of, prohibit,
+        reset, state, tcp, to_address, to_any_of, to_device, to_group, to_mac, to_port,
     },
     ruleset::{
         At, Chain, Direction, Family, Fate, Field, Hook, Kind, Limit, Rule, Ruleset, Set, Table,
@@ -107,6 +107,7 @@ const FROM_GUEST: &str = "from_guest";
 const FROM_UPLINK: &str = "from_uplink";
 const BY_DESTINATION: &str = "by_destination";
 const TO_RESOLVER: &str = "to_resolver";
+const OPEN_OUT: &str = "open_out";
 const PASS_OUT: &str = "pass_out";
 const PASS_IN: &str = "pass_in";
 const PASS_HOST_IN: &str = "pass_host_in";
@@ -152,6 +153,7 @@ pub(super) fn of_sandbox(
             .into_iter()
             .chain(activity::chains(ignored))
             .chain([
+                open_out(),
                 to_resolver(),
                 by_destination(!nameservers.is_empty()),
                 from_guest(),
@@ -259,7 +261,7 @@ fn by_destination(has_nameservers: bool) -> Chain {
     let mut rules: Vec<Rule> = Vec::new();
     for transport in transports {
         let dns = || to_port(transport, PORT_DNS);
-        rules.push(rule([to_any_of(NAMESERVERS), dns(), goto(PASS_OUT)]));
+        rules.push(rule([to_any_of(NAMESERVERS), dns(), goto(OPEN_OUT)]));
         if has_nameservers {
             rules.push(rule([to_address(GATEWAY_ADDRESS), dns(), goto(TO_RESOLVER)]));
         }
@@ -270,8 +272,8 @@ fn by_destination(has_nameservers: bool) -> Chain {
         }
     }
     rules.push(rule([to_any_of(DENIED), goto(REFUSE)]));
-    rules.push(rule([to_any_of(ALLOWED), goto(PASS_OUT)]));
-    rules.push(rule([to_any_of(PUBLIC), goto(PASS_OUT)]));
+    rules.push(rule([to_any_of(ALLOWED), goto(OPEN_OUT)]));
+    rules.push(rule([to_any_of(PUBLIC), goto(OPEN_OUT)]));
     rules.push(rule([goto(REFUSE)]));
     Chain { name: BY_DESTINATION, hook: None, rules }
 }
@@ -282,16 +284,29 @@ fn to_resolver() -> Chain {
     Chain::inner(
         TO_RESOLVER,
         [
-            rule([no_status(DNAT), goto(PASS_OUT)]),
-            rule([answered_by_any_of(NAMESERVERS), goto(PASS_OUT)]),
+            rule([no_status(DNAT), goto(OPEN_OUT)]),
+            rule([answered_by_any_of(NAMESERVERS), goto(OPEN_OUT)]),
             rule([goto(REFUSE)]),
         ],
     )
 }
 
-fn from_guest() -> Chain {
+/// Limits the connections that a guest opens. Only those count whose destination is allowed:
+/// what is refused takes nothing from what is not.
+fn open_out() -> Chain {
     // A connection is new until it is answered, and only its first packet opens it.
     let opens = || [state(NEW), no_status(CONFIRMED)].concat();
+    Chain::inner(
+        OPEN_OUT,
+        [
+            rule([opens(), limited(NEW_FLOWS), count(EXCESS), drop_it()]),
+            rule([opens(), flows_over(FLOWS_MAX), count(EXCESS), goto(REFUSE)]),
+            rule([goto(PASS_OUT)]),
+        ],
+    )
+}
+
+fn from_guest() -> Chain {
     Chain::inner(
         FROM_GUEST,
         [
@@ -302,18 +317,20 @@ fn from_guest() -> Chain {
             // is better than to repeat the segment for a quarter of an hour.
             rule([state(NEW), no_syn(), count(INVALID_STATE), reset()]),
             rule([direction(Direction::Reply), state(ESTABLISHED_OR_RELATED), goto(PASS_HOST_OUT)]),
-            rule([opens(), limited(NEW_FLOWS), count(EXCESS), drop_it()]),
-            rule([opens(), flows_over(FLOWS_MAX), count(EXCESS), goto(REFUSE)]),
             rule([goto(BY_DESTINATION)]),
         ],
     )
 }
 
 /// Lets in what the host opens from its own address, and answers to what the guest may
-/// still send.
+/// still send. A segment of a connection that is not known here, as after a long sleep, is
+/// reset, so that its sender does not wait for an answer.
 fn from_uplink(host: Ipv4Addr, own: Ipv4Addr) -> Chain {
     let mut rules = vec![
         rule([not_ipv4(), count(UNASKED), drop_it()]),
+        // Without its connection the kernel calls the end of one invalid, and the answer to
+        // its beginning. Others may be late segments of a connection that goes on.
+        rule([state(INVALID), begins_or_ends(), count(UNASKED), reset()]),
         rule([state(INVALID), count(UNASKED), drop_it()]),
         rule([
             direction(Direction::Original),
@@ -321,6 +338,7 @@ fn from_uplink(host: Ipv4Addr, own: Ipv4Addr) -> Chain {
             to_address(own),
             goto(PASS_HOST_IN),
         ]),
+        rule([state(NEW), no_syn(), count(UNASKED), reset()]),
         rule([direction(Direction::Original), count(UNASKED), drop_it()]),
     ];
     for transport in [Transport::Udp, Transport::Tcp] {
@@ -398,17 +416,23 @@ pub(super) fn host_table(plan: &AddressPlan) -> String {
 /// What is in force on the host for all sandboxes of `plan`, whose sleepers' packets come to
 /// and from the device `doorbell`; it is the same however many there are. A second guard,
 /// should the first have a hole: nothing opens a connection to the host, no sandbox reaches
-/// another, and nothing but the host reaches a sandbox.
+/// another, and nothing but the host reaches a sandbox. It names what passes, so that packets
+/// of which the kernel keeps no connection (`notrack`) do not.
 pub(super) fn of_host(plan: &AddressPlan, doorbell: &str) -> Ruleset {
     let group = plan.link_group();
     let hook = |kind, at, priority| Hook { kind, at, priority, otherwise: Fate::Accept };
     let sandboxes = || from_group(group);
+    let is_reply = || [direction(Direction::Reply), state(ESTABLISHED_OR_RELATED)].concat();
     let chains = vec![
         refuse(None),
         Chain::base(
             "input",
             hook(Kind::Filter, At::Input, FILTER),
-            [rule([sandboxes(), direction(Direction::Original), goto(REFUSE)])],
+            [
+                rule([sandboxes(), state(INVALID), drop_it()]),
+                rule([sandboxes(), is_reply(), accept()]),
+                rule([sandboxes(), goto(REFUSE)]),
+            ],
         ),
         Chain::base(
             "forward",
@@ -419,7 +443,12 @@ pub(super) fn of_host(plan: &AddressPlan, doorbell: &str) -> Ruleset {
                 rule([sandboxes(), to_group(group), goto(REFUSE)]),
                 rule([sandboxes(), not_ipv4(), drop_it()]),
                 rule([sandboxes(), not_from_network(plan.range()), drop_it()]),
-                rule([to_group(group), direction(Direction::Original), drop_it()]),
+                // Only what is tracked is masqueraded.
+                rule([sandboxes(), state(INVALID), drop_it()]),
+                rule([sandboxes(), state(NEW_OR_KNOWN), accept()]),
+                rule([sandboxes(), goto(REFUSE)]),
+                rule([to_group(group), is_reply(), accept()]),
+                rule([to_group(group), drop_it()]),
             ],
         ),
         Chain::base(

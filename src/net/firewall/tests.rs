@@ -60,8 +60,8 @@ fn the_lists_are_looked_at_in_the_order_denied_allowed_public_and_no_list_is_ref
         lists,
         [
             (DENIED, Step::Goto(REFUSE)),
-            (ALLOWED, Step::Goto(PASS_OUT)),
-            (PUBLIC, Step::Goto(PASS_OUT)),
+            (ALLOWED, Step::Goto(OPEN_OUT)),
+            (PUBLIC, Step::Goto(OPEN_OUT)),
         ]
     );
     assert_eq!(chain.rules.last().unwrap(), &[Step::Goto(REFUSE)]);
