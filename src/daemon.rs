@@ -23,7 +23,7 @@ use crate::{
     config::{self, Config, Verify},
     fuse::{FS_NAME, Mounted},
     index::{self, Index},
-    lifecycle::{Lifecycle, Parts, Settings, chain},
+    lifecycle::{Contradicted, Lifecycle, Parts, Settings, chain, check_index_file},
     net::RealNetwork,
     notify::{self, Program},
     reaper::Reaper,
@@ -102,6 +102,9 @@ pub enum Error {
         /// What is wrong with it.
         source: index::Error,
     },
+    /// The store shows more than the index knows.
+    #[error(transparent)]
+    Contradicted(#[from] Contradicted),
     /// Somebody took the tree away.
     #[error("{} was unmounted by somebody else; the guests run on", .dir.display())]
     Unmounted {
@@ -131,8 +134,10 @@ pub fn run(config: Config) -> Result<(), Error> {
     clear_mount_point(&config.mount)?;
 
     let index_path = config.store.join("index.db");
+    check_index_file(&config.store, &index_path)?;
     let bad_index = |source| Error::Index { path: index_path.clone(), source };
     let index = Index::open(&index_path).map_err(bad_index)?;
+    tell_malformed(&index, &config.store);
     let clock = start_clock(&index)?;
     let pool = Arc::new(Pool::new().map_err(host("making a pool of threads"))?);
     let vmms = find_vmms(&config.vmm);
@@ -154,6 +159,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     };
     let lifecycle = Lifecycle::new(parts, settings(&config))
         .map_err(host(format!("opening the store {}", config.store.display())))?;
+    lifecycle.check_index()?;
     lifecycle.attend_rings(rings).map_err(host("hearing of packets"))?;
     let found = lifecycle.reconcile();
     tracing::info!(
@@ -258,6 +264,21 @@ fn announcer() -> Program {
 /// Where it was not started by a daemon, or that does not know it.
 pub fn announce(mount: PathBuf, device: Device) -> io::Result<()> {
     notify::announce(mount, device)
+}
+
+/// Tells of the rows of the index that make no sense. Their files and VMMs are left alone.
+fn tell_malformed(index: &Index, store: &Path) {
+    for row in index.malformed() {
+        let id = row.id.as_ref().map(|id| format!(" ({id})")).unwrap_or_default();
+        let (number, path) = (row.row, index.path().display());
+        let dir = store.join("sandboxes").join(number.to_string());
+        tracing::error!(
+            "row {number}{id} of the index {path} makes no sense and is left out: {}; its VMM and \
+             its files in {} stay as they are; mend the row and start dozed anew",
+            row.why,
+            dir.display()
+        );
+    }
 }
 
 /// Goes on with the time line of the index.

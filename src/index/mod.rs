@@ -54,6 +54,7 @@ pub use entry::Entry;
 pub use error::Error;
 pub use log::Commit;
 use log::Log;
+pub use row::MalformedRow;
 use spec::Specs;
 use table::Table;
 
@@ -88,6 +89,8 @@ pub struct Index {
     dirty: Arc<Dirty>,
     /// Equal specs, once each. Has a leaf.
     specs: Specs,
+    /// The rows that make no sense. They stay as they are, and what they have is nobody else's.
+    malformed: Vec<MalformedRow>,
     /// What a new entry's count of activity starts at: above all that were counted to under a
     /// name that is free again.
     first_count: AtomicU64,
@@ -107,7 +110,8 @@ pub struct NewSandbox {
 }
 
 impl Index {
-    /// Opens the index in the file `path`, which is made if need be, and loads every row.
+    /// Opens the index in the file `path`, which is made if need be, and loads every row. One
+    /// that makes no sense is left out, see [`Index::malformed`].
     ///
     /// # Errors
     /// `Damaged`, `Foreign` or `Newer`: the file is then left as it is.
@@ -117,10 +121,16 @@ impl Index {
         let log = Log::open(path).map_err(|source| Error::Unsynced { source })?;
         let specs = Specs::default();
         let dirty = Arc::new(Dirty::default());
-        let mut table = Table::default();
-        row::load(&connection, path, &specs, |record, last_activity| {
-            let entry = Entry::new(record, last_activity, first_count, &dirty);
-            table.insert(Arc::new(entry));
+        let (mut table, mut malformed) = (Table::default(), Vec::new());
+        row::load(&connection, path, &specs, |row| match row {
+            Ok((record, last_activity)) => {
+                let entry = Entry::new(record, last_activity, first_count, &dirty);
+                table.insert(Arc::new(entry));
+            }
+            Err(row) => {
+                table.reserve(&row);
+                malformed.push(row);
+            }
         })?;
         Ok(Self {
             path: path.to_owned(),
@@ -129,6 +139,7 @@ impl Index {
             table: RwLock::new(table),
             dirty,
             specs,
+            malformed,
             first_count: AtomicU64::new(first_count),
         })
     }
@@ -146,7 +157,7 @@ impl Index {
         let id = held.id();
         let connection = lock(&self.connection);
         let open = self.writable(&connection)?;
-        if self.by_id(id).is_some() {
+        if self.by_id(id).is_some() || self.is_name_of_malformed(id) {
             return Err(Error::Exists { id: id.clone() });
         }
         let mut record = Record {
@@ -354,6 +365,23 @@ impl Index {
         Ok(())
     }
 
+    /// Returns the file that it is in.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns the rows that make no sense. Their sandboxes are not seen, and everything that
+    /// they have has to be left as it is.
+    #[must_use]
+    pub fn malformed(&self) -> &[MalformedRow] {
+        &self.malformed
+    }
+
+    fn is_name_of_malformed(&self, id: &SandboxId) -> bool {
+        self.malformed.iter().any(|row| row.id.as_ref() == Some(id))
+    }
+
     /// Returns the sandbox of this name.
     #[must_use]
     pub fn by_id(&self, id: &SandboxId) -> Option<Arc<Entry>> {
@@ -533,6 +561,15 @@ impl Index {
     #[cfg(test)]
     pub(crate) fn fail_syncs(&self) {
         self.log.fail();
+    }
+
+    /// Spoils a row of the copy of an index.
+    #[cfg(test)]
+    #[allow(clippy::unused_self, reason = "only an index knows SQL")]
+    pub(crate) fn break_row(&self, copy: &Path, row: RowId) {
+        let copy = Connection::open(copy).unwrap();
+        let spec = "UPDATE sandbox SET spec = 'vcpus = 0' WHERE row = ?";
+        copy.execute(spec, [row.0.cast_signed()]).unwrap();
     }
 
     /// Makes at `to` what a power cut leaves of this index in the worst case, seen after

@@ -104,12 +104,42 @@ pub(super) fn update_activity(
     Ok(())
 }
 
-/// Hands over every record, with its last activity, by ascending number.
+/// A row of which no record can be made. It stays in the file as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MalformedRow {
+    /// Its number.
+    pub row: RowId,
+    /// Its name, if that can be read.
+    pub id: Option<SandboxId>,
+    /// The user id that it has, if that can be read.
+    pub user: Option<u32>,
+    /// The slot that it has, if that can be read.
+    pub slot: Option<u32>,
+    /// What is wrong with it.
+    pub why: String,
+}
+
+impl MalformedRow {
+    fn of(row: &Row<'_>, why: String) -> Self {
+        let number = row.get::<_, i64>("row").unwrap_or_default();
+        let name = row.get::<_, String>("id").ok();
+        Self {
+            row: RowId(number.cast_unsigned()),
+            id: name.and_then(|name| name.parse().ok()),
+            user: row.get("vmm_uid").ok().flatten(),
+            slot: row.get("slot").ok().flatten(),
+            why,
+        }
+    }
+}
+
+/// Hands over every row by ascending number: as a record with its last activity, or as one
+/// that is malformed.
 pub(super) fn load(
     connection: &Connection,
     path: &Path,
     specs: &Specs,
-    mut each: impl FnMut(Record, Timestamp),
+    mut each: impl FnMut(Result<(Record, Timestamp), MalformedRow>),
 ) -> Result<(), Error> {
     let reading = || Error::sql(path, || format!("reading the index {}", path.display()));
     // Most rows have the same text, and to parse it takes longer than all the rest.
@@ -130,11 +160,7 @@ pub(super) fn load(
             parsed.insert(text, Arc::clone(&spec));
             Ok(spec)
         };
-        let (record, last_activity) = read(row, spec).map_err(|Senseless(why)| {
-            let number = row.get::<_, i64>(0).unwrap_or_default();
-            Error::Damaged { path: path.to_owned(), why: format!("row {number}: {why}") }
-        })?;
-        each(record, last_activity);
+        each(read(row, spec).map_err(|Senseless(why)| MalformedRow::of(row, why)));
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use super::Entry;
+use super::{Entry, MalformedRow};
 use crate::sandbox::{Record, RowId, SandboxId, State};
 
 /// The entries.
@@ -69,6 +69,14 @@ impl Table {
             let record = entry.record();
             *self.count(record.state) -= 1;
             self.give_back(&record);
+        }
+    }
+
+    /// Gives nobody else the user id and the slot of a row that makes no sense.
+    pub(super) fn reserve(&mut self, row: &MalformedRow) {
+        self.users.extend(row.user);
+        if let Some(slot) = row.slot {
+            self.slots.take(slot, row.row);
         }
     }
 

@@ -59,6 +59,9 @@ impl Lifecycle {
     pub fn destroy_stale(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
         let due = entry.record().delete_at();
         let is_due = due.is_some_and(|due| due <= self.now()) && !self.is_held(entry.row());
+        if is_due {
+            self.check_sleeps_as_recorded(entry)?;
+        }
         if !is_due || self.doom(entry).is_err() {
             return Ok(Outcome::Spared);
         }

@@ -188,6 +188,17 @@ pub enum Error {
         /// What differs, and what to do.
         why: String,
     },
+    /// The files of the sandbox say more than its record.
+    #[error(
+        "the index does not know what became of {id}: {why}; nothing was changed; restore the \
+         index (index.db and index.db-wal) that was last in use, or delete the sandbox"
+    )]
+    Unrecorded {
+        /// The sandbox.
+        id: SandboxId,
+        /// What its files show.
+        why: String,
+    },
     /// A wake failed so late that its snapshot may be used up.
     #[error("the guest of {id} may have run, so it cannot be woken from its snapshot again")]
     MayHaveRun {
@@ -330,6 +341,7 @@ impl Error {
             | Self::ShuttingDown
             | Self::NoVmm { .. }
             | Self::MayHaveRun { .. }
+            | Self::Unrecorded { .. }
             | Self::Foreign { .. }
             | Self::Index { .. }
             | Self::Panicked { .. } => Fault::Other,

@@ -266,13 +266,16 @@ impl Lifecycle {
     /// [`Lifecycle::renew_networks`].
     pub(super) fn reconcile_networks(&self) {
         let entries = self.with_addresses();
-        let known: Vec<_> = entries
-            .iter()
-            .filter_map(|entry| {
-                let (id, address) = (entry.id().clone(), self.address(&entry.record())?);
-                Some(Known { id, address })
-            })
-            .collect();
+        let seen = entries.iter().filter_map(|entry| {
+            let (id, address) = (entry.id().clone(), self.address(&entry.record())?);
+            Some(Known { id, address })
+        });
+        // The guest of a row that makes no sense may run.
+        let left_out = self.index.malformed().iter().filter_map(|row| {
+            let address = self.settings.addresses.address(row.slot?)?;
+            Some(Known { id: row.id.clone()?, address })
+        });
+        let known: Vec<_> = seen.chain(left_out).collect();
         // What stays is nobody's, and the next start looks again.
         let found = self.network.reconcile(&known).unwrap_or_else(|error| {
             tracing::error!(error = chain(&error), "looking for networks of nobody");

@@ -19,7 +19,8 @@
 //! | `booting` | | alive and running | `running` |
 //! | `booting` | | inert or dead | killed; `stopped` |
 //! | `deleting` | any | any | killed, removed |
-//! | `snapshotted`, `stopped` | | alive, by its token | killed |
+//! | `snapshotted` | committed, as recorded | alive, by its token | killed |
+//! | `stopped` | no memory | alive, by its token | killed |
 
 //! A record may be behind after a power cut, though never after a kill of the daemon: its
 //! last changes may be missing. Each operation brings its intent to the disk before its
@@ -36,10 +37,11 @@
 //! And the memory file proves nothing then: what the guest wrote to it may never have left
 //! the page cache, so it may be as it was though the guest ran.
 
-use std::{collections::HashSet, thread};
+use std::thread;
 
 use super::{
     Entry, Error, Lifecycle, Outcome, Signal, chain,
+    evidence::Tokened,
     exits::end,
     files::Files,
     machines::Live,
@@ -116,35 +118,28 @@ impl Lifecycle {
         }
     }
 
-    /// Returns the processes of all records that say they have one.
-    fn recorded_pids(&self) -> HashSet<u32> {
-        let records = self.index.entries_after(RowId(0)).map(|entry| entry.record());
-        records.filter_map(|record| Some(record.process.as_ref()?.pid)).collect()
-    }
-
-    /// Kills what has this store's token but belongs to no machine that we know: a VMM
-    /// that a crash left inert, or beside its committed snapshot.
+    /// Kills what has this store's token but belongs to no machine that we know, if it is
+    /// proven to be of no use: a VMM that a crash left inert, or beside its committed snapshot.
     fn kill_orphans(&self) -> usize {
-        let found = Process::find(&self.token_prefix()).unwrap_or_else(|error| {
-            tracing::warn!(%error, "looking for leftover VMMs");
-            Vec::new()
-        });
-        let known: Vec<_> =
-            self.machines.all().iter().map(|(_, live)| live.process.identity().pid).collect();
-        // A machine that could not be adopted lives on; its record says that it runs.
-        let recorded = self.recorded_pids();
-        let orphans: Vec<_> = found
-            .into_iter()
-            .filter(|process| {
-                let pid = process.identity().pid;
-                !known.contains(&pid) && !recorded.contains(&pid)
-            })
-            .collect();
-        for orphan in &orphans {
-            tracing::warn!(pid = orphan.identity().pid, "killing a leftover VMM");
-            orphan.kill();
+        let mut killed = 0;
+        for Tokened { process, row } in self.tokened() {
+            let pid = process.identity().pid;
+            let is_known =
+                self.machines.all().iter().any(|(_, live)| live.process.identity().pid == pid);
+            let entry = row.and_then(|row| self.by_row(row));
+            // Whoever has the lock is about to know it.
+            let held = entry.as_ref().and_then(|entry| self.locks.try_lock(entry.id()));
+            let (Some(entry), Some(_held), false) = (entry, held, is_known) else { continue };
+            if self.is_leftover(&entry) {
+                tracing::warn!(id = %entry.id(), pid, "killing a leftover VMM");
+                process.kill();
+                killed += 1;
+            } else if entry.record().process.as_ref().is_none_or(|known| known.pid != pid) {
+                // One that could not be adopted is told of by its sandbox.
+                tracing::warn!(id = %entry.id(), pid, "leaving a VMM whose guest may be wanted");
+            }
         }
-        orphans.len()
+        killed
     }
 
     /// Says whether a record is as it says: nothing was cut off, nothing got lost.

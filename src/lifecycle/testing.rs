@@ -125,6 +125,7 @@ impl Host {
         self.network.forget_lingering();
         self.daemon =
             start_on(dir, &index, &self.vmm, &self.network, &self.clock, self.budget_bytes);
+        self.daemon.check_index().unwrap();
         let found = self.daemon.reconcile();
         assert_eq!(found.failed, 0, "{found:?}");
     }
@@ -146,7 +147,37 @@ impl Host {
         self.network.forget_lingering();
         self.daemon =
             start_on(dir, &index, &self.vmm, &self.network, &self.clock, self.budget_bytes);
+        self.daemon.check_index().unwrap();
         self.daemon.reconcile();
+    }
+
+    /// Copies the index as it is now, to be set back to it later. Nobody changes it meanwhile.
+    pub(crate) fn copy_index(&mut self) -> String {
+        self.cuts += 1;
+        let store = self.dir.path().join("store");
+        let (now, copy) = (self.daemon.index.path(), store.join(index_name(self.cuts)));
+        for suffix in ["", "-wal"] {
+            let named = |path: &Path| format!("{}{suffix}", path.display());
+            std::fs::copy(named(now), named(&copy)).unwrap();
+        }
+        index_name(self.cuts)
+    }
+
+    /// The daemon is killed, and another starts on `index` instead of its own. Nothing is
+    /// checked or settled yet.
+    pub(crate) fn start_on_index(&mut self, index: &str) {
+        for (row, _) in self.daemon.machines.all() {
+            self.daemon.machines.strike(row);
+        }
+        self.network.forget_lingering();
+        self.daemon = start_on(
+            self.dir.path(),
+            index,
+            &self.vmm,
+            &self.network,
+            &self.clock,
+            self.budget_bytes,
+        );
     }
 
     /// Does what crashes at `arrow`, if it gets there. Says whether it did.

@@ -276,6 +276,7 @@ impl Lifecycle {
         undo: &mut Undo<'a>,
         intended: &mut bool,
     ) -> Result<(), Error> {
+        self.check_nothing_sleeps(entry)?;
         let record = entry.record();
         let home = self.home(&record);
         let vmm = self.vmm_to_boot(&record)?;

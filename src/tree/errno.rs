@@ -104,6 +104,7 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         E::NoVmm { .. }
         | E::Foreign { .. }
         | E::MayHaveRun { .. }
+        | E::Unrecorded { .. }
         | E::Index { .. }
         | E::Panicked { .. } => Errno::Io,
         E::Vmm { .. }

@@ -12,6 +12,7 @@ mod contract;
 mod crash;
 mod damage;
 mod hold;
+mod index;
 mod linux;
 mod looking;
 mod loss;

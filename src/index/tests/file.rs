@@ -91,20 +91,53 @@ fn a_damaged_file_is_refused_and_left() {
 }
 
 #[test]
-fn a_row_that_makes_no_sense_is_told_by_its_number() {
+fn a_row_that_makes_no_sense_is_left_out_and_stays_as_it_is() {
     for (sql, says) in [
-        ("UPDATE sandbox SET id = 'Web.1'", "row 1: `Web.1`: an id is lower-case"),
-        ("UPDATE sandbox SET spec = 'vcpus = 0'", "row 1: its spec: line 1: `vcpus`"),
-        ("UPDATE sandbox SET pid = 7", "row 1: half a process"),
-        ("UPDATE sandbox SET snapshot_bytes = 7", "row 1: half a snapshot"),
+        ("UPDATE sandbox SET id = 'Web.1' WHERE row = 1", "`Web.1`: an id is lower-case"),
+        ("UPDATE sandbox SET spec = 'vcpus = 0' WHERE row = 1", "its spec: line 1: `vcpus`"),
+        ("UPDATE sandbox SET pid = 7 WHERE row = 1", "half a process"),
+        ("UPDATE sandbox SET snapshot_bytes = 7 WHERE row = 1", "half a snapshot"),
     ] {
         let host = Host::new();
         host.create("web-1", 0);
+        host.create("web-2", 0);
         host.index.close().unwrap();
         host.meddle(sql);
-        let error = Index::open(&host.path()).unwrap_err().to_string();
-        assert!(error.contains(says), "{error}");
+        let rows = "SELECT group_concat(id || spec || ifnull(pid, '') || ifnull(snapshot_bytes, \
+                    '')) FROM sandbox";
+        let before = host.ask(rows);
+        let index = Index::open(&host.path()).unwrap();
+        let [malformed] = index.malformed() else { panic!("{:?}", index.malformed()) };
+        assert_eq!(malformed.row, RowId(1));
+        assert!(malformed.why.contains(says), "{}", malformed.why);
+        assert!(index.by_id(&"web-1".parse().unwrap()).is_none());
+        assert!(index.by_id(&"web-2".parse().unwrap()).is_some());
+        assert_eq!((index.len(), host.ask(rows)), (1, before));
     }
+}
+
+#[test]
+fn what_a_row_that_makes_no_sense_has_is_given_to_nobody_else() {
+    let mut host = Host::new();
+    let users: Users = "70000-70001".parse().unwrap();
+    let first = host.create("web-1", 0);
+    host.index.give_slot(&host.held("web-1"), &first, 9).unwrap();
+    let user = host.index.give_user(&host.held("web-1"), &first, users).unwrap();
+    host.index.close().unwrap();
+    host.meddle("UPDATE sandbox SET spec = 'vcpus = 0'");
+    host.index = Index::open(&host.path()).unwrap();
+    let new = NewSandbox {
+        owner: OWNER,
+        spec: Arc::new(Spec::default()),
+        idle_after: minutes(5),
+        delete_after: minutes(60),
+    };
+    let again = host.index.create(&host.held("web-1"), new, at(0));
+    assert!(matches!(again, Err(Error::Exists { .. })), "{again:?}");
+    let second = host.create("web-2", 0);
+    assert_eq!(host.index.give_slot(&host.held("web-2"), &second, 9).unwrap(), Some(1));
+    let other = host.index.give_user(&host.held("web-2"), &second, users).unwrap();
+    assert!(other.is_some() && other != user, "{user:?} {other:?}");
 }
 
 #[test]

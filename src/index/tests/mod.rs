@@ -103,6 +103,11 @@ impl Host {
         let connection = Connection::open(self.path()).unwrap();
         connection.execute_batch(sql).unwrap();
     }
+
+    /// Asks the file behind the index's back.
+    fn ask(&self, sql: &str) -> String {
+        Connection::open(self.path()).unwrap().query_row(sql, [], |row| row.get(0)).unwrap()
+    }
 }
 
 #[test]

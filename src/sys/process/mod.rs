@@ -193,6 +193,14 @@ impl Process {
         self.unless_ended(proc_files::frames(self.identity.pid, device))
     }
 
+    /// Returns what follows `prefix` in the first of its arguments that contains it.
+    ///
+    /// # Errors
+    /// As [`Process::io`].
+    pub fn argument_after(&self, prefix: &str) -> io::Result<Option<String>> {
+        self.unless_ended(proc_files::argument_after(self.identity.pid, prefix))
+    }
+
     /// Returns the user that it acts as.
     ///
     /// # Errors

@@ -148,6 +148,16 @@ pub(super) fn has_argument(pid: u32, token: &str) -> io::Result<bool> {
     }
 }
 
+/// Returns what follows `prefix` in the first argument of the process that contains it.
+pub(super) fn argument_after(pid: u32, prefix: &str) -> io::Result<Option<String>> {
+    let cmdline = fs::read(format!("/proc/{pid}/cmdline"))?;
+    let after = |argument: &[u8]| {
+        let at = argument.windows(prefix.len()).position(|part| part == prefix.as_bytes())?;
+        Some(String::from_utf8_lossy(&argument[at + prefix.len()..]).into_owned())
+    };
+    Ok(cmdline.split(|byte| *byte == 0).find_map(after))
+}
+
 fn contains(argument: &[u8], token: &[u8]) -> bool {
     !token.is_empty() && argument.windows(token.len()).any(|part| part == token)
 }
