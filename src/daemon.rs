@@ -23,7 +23,7 @@ use crate::{
     config::{self, Config, Verify},
     fuse::{FS_NAME, Mounted},
     index::{self, Index},
-    lifecycle::{Contradicted, Lifecycle, Parts, Settings, chain, check_index_file},
+    lifecycle::{CLOCK_KEY, Contradicted, Lifecycle, Parts, Settings, chain, check_index_file},
     net::RealNetwork,
     notify::{self, Program},
     reaper::Reaper,
@@ -47,8 +47,6 @@ use crate::{
 const CLOSE_LIMIT: Duration = Duration::from_secs(60);
 /// How often we look whether somebody has unmounted the tree.
 const SERVING_LOOK: Duration = Duration::from_secs(1);
-/// Where the index keeps the basis of its time line.
-const CLOCK_KEY: &str = "clock";
 /// The subcommand by which we start ourselves as the announcer.
 const ANNOUNCE: &str = "announce";
 

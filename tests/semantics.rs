@@ -132,6 +132,7 @@ fn each_key_of_the_tables_is_listed_in_order() {
         disk_bytes: 0,
         cached_bytes: None,
         lacks: Vec::new(),
+        stale: None,
         spared_until: None,
         today: 0,
         holders: Vec::new(),

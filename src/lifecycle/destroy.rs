@@ -5,10 +5,22 @@ use std::{io, time::Duration};
 use super::{Arrow, Entry, Error, Lifecycle, Outcome, exits::end};
 use crate::{
     lifecycle::Held,
-    sandbox::{Cause, RowId, State, Step},
+    sandbox::{Cause, Record, RowId, State, Step, Timestamp},
     sync::Arc,
     sys::files::{remove_tree, rename, sync_dir},
 };
+
+/// Where the index keeps the basis of the time line.
+pub const CLOCK_KEY: &str = "clock";
+
+/// When a sandbox has slept for too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stale {
+    /// From then on it may be deleted.
+    pub at: Timestamp,
+    /// Whether it may be earlier, once the wall clock of this boot is synchronised.
+    pub waits_for_clock: bool,
+}
 
 impl Lifecycle {
     /// Begins to delete a sandbox: from now on nobody sees it, what is under way on it
@@ -57,15 +69,56 @@ impl Lifecycle {
     /// # Errors
     /// As `finish_destroy`.
     pub fn destroy_stale(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
-        let due = entry.record().delete_at();
-        let is_due = due.is_some_and(|due| due <= self.now()) && !self.is_held(entry.row());
-        if is_due {
-            self.check_sleeps_as_recorded(entry)?;
+        let (record, now) = (entry.record(), self.now());
+        let due = self.stale_at(&record);
+        let is_due = due.is_some_and(|due| due.at <= now) && !self.is_held(entry.row());
+        if !is_due {
+            // The index does not know that it is younger than it seems.
+            let seems_due = record.delete_at().is_some_and(|at| at <= now);
+            if let Some(later) = due.filter(|due| seems_due && !due.waits_for_clock && due.at > now)
+            {
+                self.postpone(held, entry, later.at)?;
+            }
+            return Ok(Outcome::Spared);
         }
-        if !is_due || self.doom(entry).is_err() {
+        self.check_sleeps_as_recorded(entry)?;
+        if self.doom(entry).is_err() {
             return Ok(Outcome::Spared);
         }
         self.destroy(held, entry).map(|()| Outcome::Done)
+    }
+
+    /// Returns when the reaper is to delete a sandbox if nothing more happens; `None` where
+    /// it is not. Time of before a boot counts only where it is certain to have passed.
+    #[must_use]
+    pub fn stale_at(&self, record: &Record) -> Option<Stale> {
+        let excess = self.clock.excess(record.asleep_since());
+        let at = record.delete_at_without(excess.certain)?;
+        let waits = excess.unknown_until.filter(|until| *until > at);
+        Some(Stale { at: waits.unwrap_or(at), waits_for_clock: waits.is_some() })
+    }
+
+    /// Says whether a sandbox that the index has as stale waits for the wall clock of this
+    /// boot to be synchronised.
+    #[must_use]
+    pub fn waits_for_clock(&self, row: RowId) -> bool {
+        let entry = self.by_row(row);
+        entry.and_then(|entry| self.stale_at(&entry.record())).is_some_and(|due| {
+            // What is due without it need not wait.
+            due.waits_for_clock && due.at > self.now()
+        })
+    }
+
+    /// Believes the wall clock once it is synchronised. Called at each look of the reaper.
+    ///
+    /// # Errors
+    /// Where the index cannot be written; what was learnt is kept in memory, and by the end
+    /// of the daemon.
+    pub fn confirm_clock(&self) -> Result<(), crate::index::Error> {
+        match self.clock.confirm() {
+            Some(basis) => self.index.set_meta(CLOCK_KEY, &basis.to_text()),
+            None => Ok(()),
+        }
     }
 
     /// Does the deleting, or goes on with it after a crash.

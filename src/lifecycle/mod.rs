@@ -64,6 +64,7 @@ pub use activity::Signals;
 use admission::Admission;
 pub use console::ConsoleLog;
 use cooling::Cooling;
+pub use destroy::{CLOCK_KEY, Stale};
 pub use error::{Error, Fault, chain};
 pub use evidence::{Contradicted, check_index_file};
 pub use files::Unusable;

@@ -2,9 +2,10 @@
 //!
 //! A sandbox is put to sleep exactly if it is `running`, nobody holds it, its last activity
 //! is longer ago than its `idle_after`, and the minimum that it stays awake after a wake is
-//! over; it is deleted exactly if it is `snapshotted`, not pinned, and has slept for longer
-//! than its `delete_after`. Both are looked at again under the sandbox's lock, so that a
-//! touch that came meanwhile wins.
+//! over; it is deleted exactly if it is `snapshotted`, not pinned, and is certain to have
+//! slept for longer than its `delete_after`: after a boot the time of before is believed
+//! when the wall clock is synchronised, or an hour later. Both are looked at again under the
+//! sandbox's lock, so that a touch that came meanwhile wins.
 //!
 //! Besides, what an operation left in the middle, as its VMM did not answer, is brought to an
 //! end once that is possible; and the networks of sleepers go when they have lingered.
@@ -148,6 +149,9 @@ impl Shared {
         if let Err(error) = self.lifecycle.forget_holds() {
             tracing::error!(error = chain(&error), "forgetting holds that have ended");
         }
+        if let Err(error) = self.lifecycle.confirm_clock() {
+            tracing::warn!(error = chain(&error), "keeping that the wall clock is synchronised");
+        }
         let now = self.lifecycle.clock().now();
         let index = self.lifecycle.index();
         self.hand_out(give, Due::Sleep, |after| index.due_to_sleep(now, after, PAGE));
@@ -197,12 +201,18 @@ impl Shared {
             };
             let Some(last) = due.last() else { return };
             after = Some(*last);
-            for due in due {
-                if !self.hand_over(give, kind(due.row)) {
+            let due = due.into_iter().map(|due| kind(due.row));
+            for due in due.filter(|due| !self.waits_for_clock(*due)) {
+                if !self.hand_over(give, due) {
                     return;
                 }
             }
         }
+    }
+
+    /// Says whether one is only to be deleted if the wall clock proves to be right.
+    fn waits_for_clock(&self, due: Due) -> bool {
+        matches!(due, Due::Delete(row) if self.lifecycle.waits_for_clock(row))
     }
 
     /// Hands one to the workers, unless they have it already. False: there are none any more.

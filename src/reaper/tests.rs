@@ -10,6 +10,7 @@ use crate::{
     },
     net::{Activity, Count, fake::Fault as NetworkFault},
     sandbox::{NetMode, Period, Signal, Spec, State},
+    sys::clock::{Clock, boots::SYNC_GRACE},
     vmm::fake::{Call, Fault},
 };
 
@@ -330,6 +331,61 @@ fn a_step_of_the_wall_clock_neither_puts_to_sleep_nor_deletes() {
     host.clock.advance(Duration::from_secs(540));
     look(&host);
     wait_for("b to go", || host.daemon.by_id(&"b".parse().unwrap()).is_none());
+    reaper.stop();
+}
+
+#[test]
+fn a_boot_with_the_wall_clock_ahead_deletes_nothing_that_is_not_stale() {
+    const DAY: Duration = Duration::from_secs(86_400);
+    let mut host = awake("a");
+    host.create("b");
+    host.wake("b").unwrap();
+    for id in ["a", "b"] {
+        host.set(id, Policy::DeleteAfter(Period::After(2 * DAY))).unwrap();
+    }
+    host.sleep("a").unwrap();
+    // It was off for a day, and its clock is ahead by thirty.
+    host.clock.boot(31 * DAY);
+    let until = host.clock.now().after(SYNC_GRACE);
+    host.restart();
+    host.wake("b").unwrap();
+    host.sleep("b").unwrap();
+    let is_there = |id: &str| host.daemon.by_id(&id.parse().unwrap()).is_some();
+    let stale = |id: &str| host.daemon.stale_at(&host.entry(id).record()).unwrap();
+    let reaper = reap(&host);
+    look(&host);
+    let waits = stale("a");
+    assert!(waits.waits_for_clock && waits.at == until, "{waits:?}");
+    assert!(!stale("b").waits_for_clock, "it has slept in this boot only");
+    host.clock.set(Timestamp::from_millis(until.as_millis() - 10));
+    look(&host);
+    assert!(is_there("a") && is_there("b"));
+    host.clock.synchronise(30 * DAY);
+    look(&host);
+    let due = stale("a");
+    assert!(!due.waits_for_clock && due.at > host.clock.now(), "{due:?}");
+    wait_for("it to be put off", || host.entry("a").record().delete_at() == Some(due.at));
+    host.clock.set(Timestamp::from_millis(due.at.as_millis() - 10));
+    look(&host);
+    assert!(is_there("a"));
+    host.clock.set(due.at);
+    look(&host);
+    wait_for("a to go", || !is_there("a"));
+    assert!(is_there("b"));
+    reaper.stop();
+}
+
+#[test]
+fn a_host_that_is_never_synchronised_deletes_after_the_grace() {
+    let mut host = awake("a");
+    host.set("a", Policy::DeleteAfter(Period::After(Duration::from_secs(600)))).unwrap();
+    host.sleep("a").unwrap();
+    host.clock.boot(Duration::from_secs(86_400));
+    host.restart();
+    let reaper = reap(&host);
+    host.clock.advance(SYNC_GRACE);
+    look(&host);
+    wait_for("a to go", || host.daemon.by_id(&"a".parse().unwrap()).is_none());
     reaper.stop();
 }
 

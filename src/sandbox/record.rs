@@ -128,11 +128,22 @@ impl Record {
     /// is not.
     #[must_use]
     pub fn delete_at(&self) -> Option<Timestamp> {
+        self.delete_at_without(Duration::ZERO)
+    }
+
+    /// Returns when it has been asleep since, if it sleeps.
+    #[must_use]
+    pub fn asleep_since(&self) -> Timestamp {
+        self.snapshot.map_or(self.since, |snapshot| snapshot.at)
+    }
+
+    /// As `delete_at`, where `excess` of the time that it seems to have slept did not pass.
+    #[must_use]
+    pub fn delete_at_without(&self, excess: Duration) -> Option<Timestamp> {
         match self.state {
             State::Snapshotted if !self.pinned => {
-                let asleep_since = self.snapshot.map_or(self.since, |snapshot| snapshot.at);
-                let at = asleep_since.after(self.delete_after.duration()?);
-                Some(self.not_before_retry(at))
+                let at = self.asleep_since().after(self.delete_after.duration()?);
+                Some(self.not_before_retry(at.after(excess)))
             }
             State::Snapshotted
             | State::Stopped

@@ -3,7 +3,7 @@
 
 use super::view::{Facts, NONE, line, or_none, tenths};
 use crate::{
-    lifecycle::Holder,
+    lifecycle::{Holder, Stale},
     sandbox::{Period, Signal, State, Timestamp},
 };
 
@@ -34,7 +34,7 @@ impl Facts<'_> {
 
     /// Returns when the reaper is to delete it; what is held has no time for that either.
     fn deletes_at(&self) -> Option<Timestamp> {
-        let due = self.record.delete_at().filter(|_| self.holders.is_empty())?;
+        let due = self.stale.filter(|_| self.holders.is_empty())?.at;
         Some(self.spared_until.map_or(due, |until| due.max(until)))
     }
 
@@ -84,8 +84,16 @@ impl Facts<'_> {
     fn asleep(&self) -> String {
         let record = self.record;
         let pinned = if record.pinned { ", and it is pinned" } else { "" };
-        let since = self.time(record.since);
-        format!("it sleeps since {since}; delete_after is {}{pinned}", record.delete_after)
+        let (since, delete_after) = (self.time(record.since), record.delete_after);
+        let text = format!("it sleeps since {since}; delete_after is {delete_after}{pinned}");
+        match self.stale.filter(|stale| stale.waits_for_clock) {
+            Some(Stale { at, .. }) => {
+                let why = "but the host's clock has not been synchronised since it booted, so it \
+                           is not deleted until that is done or it is";
+                format!("{text}, {why} {}", self.time(at))
+            }
+            None => text,
+        }
     }
 
     fn just_woken(&self, until: Timestamp) -> String {

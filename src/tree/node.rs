@@ -161,14 +161,14 @@ impl File {
     #[must_use]
     pub fn mode(self) -> u16 {
         match self {
-            Self::State
-            | Self::Awake
-            | Self::Activity
-            | Self::IdleAfter
-            | Self::DeleteAfter
+            Self::State | Self::Awake | Self::Activity | Self::IdleAfter | Self::Console => 0o660,
+            // What deletes, or says what a guest is and reaches, is the owner's.
+            Self::DeleteAfter
             | Self::Pinned
-            | Self::Console => 0o660,
-            Self::Config | Self::Nameservers | Self::Denied | Self::Allowed => 0o640,
+            | Self::Config
+            | Self::Nameservers
+            | Self::Denied
+            | Self::Allowed => 0o640,
             Self::Status
             | Self::Error
             | Self::Idle

@@ -6,7 +6,7 @@
 use std::{borrow::Cow, fmt::Write, path::PathBuf, time::Duration};
 
 use crate::{
-    lifecycle::{Busyness, Counters, Holder, Signals},
+    lifecycle::{Busyness, Counters, Holder, Signals, Stale},
     sandbox::{Activity, Record, Signal, State, Timestamp},
 };
 
@@ -35,6 +35,8 @@ pub struct Facts<'a> {
     pub cached_bytes: Option<u64>,
     /// A sentence for each thing that its VMM lacks.
     pub lacks: Vec<Cow<'static, str>>,
+    /// When the reaper is to delete it.
+    pub stale: Option<Stale>,
     /// Until when the reaper leaves it alone, as an earlier daemon's holders may be back.
     pub spared_until: Option<Timestamp>,
     /// The day of the wall clock.

@@ -1,8 +1,11 @@
 //! The reaper: who is put to sleep and who is deleted by itself, and who is not.
 
-use std::{thread, time::Duration};
+use std::{path::Path, thread, time::Duration};
 
-use dozed::sys::clock::Stopwatch;
+use dozed::{
+    sandbox::Timestamp,
+    sys::clock::{ClockBasis, Stopwatch, is_synchronised},
+};
 
 use crate::support::{Host, Setup, wait_until};
 
@@ -135,4 +138,49 @@ fn a_touch_that_returned_before_the_sleep_began_wins() {
     });
     println!("{won} of 32 touches came in time");
     assert!(won > 0);
+}
+
+/// Has an index believe that all in it happened so long before, in another boot.
+fn age(index: &Path, by: Duration) {
+    let millis = i64::try_from(by.as_millis()).unwrap();
+    let open = rusqlite::Connection::open(index).unwrap();
+    let earlier = "UPDATE sandbox SET since = since - ?1, created_at = created_at - ?1, \
+         snapshotted_at = snapshotted_at - ?1, last_activity_at = last_activity_at - ?1, \
+         delete_at = delete_at - ?1";
+    assert_eq!(open.execute(earlier, [millis]).unwrap(), 1);
+    let key = "clock";
+    let text: String =
+        open.query_row("SELECT value FROM meta WHERE key = ?1", [key], |row| row.get(0)).unwrap();
+    let mut basis = ClockBasis::from_text(&text).unwrap();
+    basis.boot_id = "another".to_owned();
+    basis.last_seen = Timestamp::from_millis(basis.last_seen.as_millis() - millis);
+    let set = "UPDATE meta SET value = ?1 WHERE key = ?2";
+    assert_eq!(open.execute(set, [&basis.to_text(), key]).unwrap(), 1);
+}
+
+#[test]
+fn a_boot_with_the_wall_clock_ahead_deletes_nothing_before_the_clock_is_synchronised() {
+    let mut host = Setup::counter("").config(TICK).start();
+    host.boot("sleeper");
+    host.write("sleeper/delete_after", "7d").unwrap();
+    host.sleep("sleeper");
+    host.terminate();
+    age(&host.store().join("index.db"), Duration::from_secs(30 * 86_400));
+    host.restart();
+    // One that is deleted by its age shows that the reaper has looked, and that what slept
+    // in this boot only need not wait.
+    host.boot("stale");
+    host.write("stale/delete_after", "1s").unwrap();
+    host.sleep("stale");
+    wait_until("the stale one is gone", || !host.list().contains(&"stale".to_owned()));
+    if is_synchronised() {
+        // Then it is as old as it seems.
+        wait_until("the sleeper is gone", || host.list().is_empty());
+        return;
+    }
+    assert_eq!(host.state("sleeper"), "snapshotted");
+    let because = host.value("sleeper/idle", "because");
+    assert!(because.contains("the host's clock has not been synchronised"), "{because}");
+    assert!(because.ends_with(&host.value("sleeper/idle", "deletes_at")), "{because}");
+    host.wake("sleeper");
 }

@@ -175,3 +175,22 @@ fn one_that_an_earlier_daemon_held_says_how_long_it_is_spared() {
     host.clock.advance(seconds(50));
     assert_eq!(idle(&tree, "verdict"), "idle");
 }
+
+#[test]
+fn idle_says_that_a_deletion_waits_for_the_clock_of_this_boot() {
+    let (host, tree) = awake();
+    host.set("a", Policy::DeleteAfter(Period::After(seconds(600)))).unwrap();
+    host.sleep("a").unwrap();
+    let day = seconds(86_400);
+    let before = idle(&tree, "deletes_at");
+    host.clock.boot(day);
+    let because = idle(&tree, "because");
+    assert!(because.contains("the host's clock has not been synchronised since"), "{because}");
+    let deletes_at = idle(&tree, "deletes_at");
+    assert!(because.ends_with(&deletes_at) && deletes_at != before, "{because} {deletes_at}");
+    host.clock.synchronise(day);
+    host.daemon.confirm_clock().unwrap();
+    let because = idle(&tree, "because");
+    assert!(because.ends_with("; delete_after is 10m"), "{because}");
+    assert_eq!(idle(&tree, "deletes_at"), before, "by the wall clock it is when it was");
+}

@@ -115,6 +115,8 @@ fn a_files_attributes_are_those_of_the_contract() {
         ("web-1/state", 0o100_660),
         ("web-1/activity", 0o100_660),
         ("web-1/config", 0o100_640),
+        ("web-1/delete_after", 0o100_640),
+        ("web-1/pinned", 0o100_640),
         ("web-1/status", 0o100_440),
         ("web-1/error", 0o100_440),
         ("web-1/idle", 0o100_440),

@@ -10,8 +10,12 @@ use crate::support::{Host, Setup, command};
 const NOBODY: u32 = 65534;
 
 fn as_nobody(host: &Host, script: &str) -> Output {
+    as_user(host, NOBODY, NOBODY, script)
+}
+
+fn as_user(host: &Host, uid: u32, gid: u32, script: &str) -> Output {
     let mut bash = command("/bin/bash");
-    bash.args(["-c", script]).current_dir(host.mount()).uid(NOBODY).gid(NOBODY);
+    bash.args(["-c", script]).current_dir(host.mount()).uid(uid).gid(gid);
     bash.output().unwrap()
 }
 
@@ -81,4 +85,41 @@ fn who_may_make_sandboxes_is_the_mode_of_the_root() {
     host.mkdir("roots").unwrap();
     assert!(!as_nobody(&host, "rmdir roots").status.success());
     assert!(as_nobody(&host, "rmdir mine").status.success());
+}
+
+#[test]
+fn a_member_of_the_group_operates_and_does_not_delete() {
+    const OWNER: u32 = 4_000_001;
+    const MEMBER: u32 = 4_000_002;
+    const GROUP: u32 = 4_000_003;
+    let host = Setup::counter("").config("[reaper]\ntick = \"1s\"").start();
+    host.bash_ok("chmod 1777 .");
+    assert!(as_user(&host, OWNER, GROUP, "mkdir web-1").status.success());
+    let member = |script: &str| as_user(&host, MEMBER, GROUP, script);
+    for script in [
+        "echo wake > web-1/state",
+        "test $(cat web-1/state) = running",
+        "cat web-1/config web-1/delete_after web-1/pinned",
+        "touch web-1/activity",
+        "echo 5m > web-1/idle_after",
+        ": > web-1/awake",
+    ] {
+        let output = member(script);
+        assert!(output.status.success(), "{script} {}", String::from_utf8_lossy(&output.stderr));
+    }
+    // Each of these deletes, or has it deleted, or lets it be.
+    for script in [
+        "echo 1s > web-1/delete_after",
+        "echo 0 > web-1/pinned",
+        "echo 1 > web-1/pinned",
+        "echo 'kernel = \"/dev/null\"' > web-1/config",
+        "chmod 666 web-1/delete_after",
+        "rmdir web-1",
+    ] {
+        assert!(!member(script).status.success(), "{script}");
+    }
+    assert!(member("echo sleep > web-1/state").status.success());
+    assert_eq!(host.read("web-1/delete_after"), "never\n");
+    assert!(as_user(&host, OWNER, GROUP, "echo 7d > web-1/delete_after").status.success());
+    assert_eq!(host.state("web-1"), "snapshotted");
 }

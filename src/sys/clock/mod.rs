@@ -3,19 +3,26 @@
 //! Three clocks, each with one job. What a sandbox's age is measured by is the steady
 //! line ([`Clock`]): it goes on as `CLOCK_BOOTTIME` does, across restarts of the daemon
 //! and reboots of the host, and a step of the wall clock does not move it. The wall
-//! clock only starts the line and is shown to people. How long we wait for something is
-//! `CLOCK_MONOTONIC` ([`Deadline`], [`Stopwatch`]), which a suspend stops.
+//! clock only starts the line, also after a boot ([`boots`]), and is shown to people. How
+//! long we wait for something is `CLOCK_MONOTONIC` ([`Deadline`], [`Stopwatch`]), which a
+//! suspend stops.
+
+pub mod boots;
 
 use std::{
     fmt, fs, io,
-    sync::atomic::{AtomicI64, Ordering},
+    sync::atomic::{AtomicBool, AtomicI64, Ordering},
     time::{Duration, Instant},
 };
 
+use boots::{Boots, Excess};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use crate::sandbox::Timestamp;
+use crate::{
+    sandbox::Timestamp,
+    sync::{Mutex, lock},
+};
 
 /// Where the kernel tells which boot this is.
 const BOOT_ID_FILE: &str = "/proc/sys/kernel/random/boot_id";
@@ -35,6 +42,14 @@ pub trait Clock: fmt::Debug + Send + Sync {
 
     /// Returns what the wall clock would have shown at `at`, as it is set today.
     fn wall(&self, at: Timestamp) -> jiff::Timestamp;
+
+    /// Returns by how much `moment` may be younger than it seems, as the wall clock was
+    /// ahead at a boot since, or may have been.
+    fn excess(&self, moment: Timestamp) -> Excess;
+
+    /// Looks whether the wall clock is synchronised by now, where that is waited for.
+    /// Returns the basis that is to be kept if anything changed.
+    fn confirm(&self) -> Option<ClockBasis>;
 }
 
 /// What a daemon must know of its predecessor's time line to go on with it.
@@ -47,6 +62,9 @@ pub struct ClockBasis {
     /// The latest moment that was seen; the line never goes back behind it.
     #[serde(with = "millis")]
     pub last_seen: Timestamp,
+    /// What is known of the boots before; an earlier version knew nothing.
+    #[serde(default)]
+    pub boots: Boots,
 }
 
 /// The steady time line of this host.
@@ -54,6 +72,8 @@ pub struct ClockBasis {
 pub struct HostClock {
     boot_id: String,
     offset_millis: i64,
+    /// A leaf lock.
+    boots: Mutex<Boots>,
     /// The wall clock minus the steady line, as last displayed, in milliseconds.
     wall_offset_millis: AtomicI64,
 }
@@ -82,7 +102,15 @@ impl HostClock {
         let since_boot = millis_of(ClockId::Boottime);
         let wall = millis_of(ClockId::Realtime);
         let offset_millis = continued_offset(stored, &boot_id, since_boot, wall);
-        Ok(Self { boot_id, offset_millis, wall_offset_millis: AtomicI64::new(i64::MIN) })
+        let began = Timestamp::from_millis(since_boot.saturating_add(offset_millis));
+        let mut boots = stored.map(|stored| stored.boots.clone()).unwrap_or_default();
+        if let Some(stored) = stored.filter(|stored| stored.boot_id != boot_id) {
+            boots.begin(began, began.as_millis().saturating_sub(stored.last_seen.as_millis()));
+        }
+        let wall_offset_millis = AtomicI64::new(i64::MIN);
+        let clock = Self { boot_id, offset_millis, boots: Mutex::new(boots), wall_offset_millis };
+        clock.confirm();
+        Ok(clock)
     }
 
     /// Returns what the next daemon must know to go on with this line.
@@ -92,6 +120,7 @@ impl HostClock {
             boot_id: self.boot_id.clone(),
             offset_millis: self.offset_millis,
             last_seen: self.now(),
+            boots: lock(&self.boots).clone(),
         }
     }
 }
@@ -116,6 +145,31 @@ impl Clock for HostClock {
         };
         displayed(at.as_millis().saturating_add(kept))
     }
+
+    fn excess(&self, moment: Timestamp) -> Excess {
+        lock(&self.boots).excess(moment)
+    }
+
+    fn confirm(&self) -> Option<ClockBasis> {
+        let is_confirmed = {
+            let mut boots = lock(&self.boots);
+            let by_wall = millis_of(ClockId::Realtime) - millis_of(ClockId::Boottime);
+            boots.is_unconfirmed()
+                && boots.confirm(is_synchronised(), self.now(), by_wall, self.offset_millis)
+        };
+        is_confirmed.then(|| self.basis())
+    }
+}
+
+/// Says whether the kernel's wall clock is synchronised to another, as NTP does it. One
+/// that cannot be asked is not.
+#[must_use]
+pub fn is_synchronised() -> bool {
+    // SAFETY: all of it is numbers, for which nought is a value.
+    let mut query: libc::timex = unsafe { std::mem::zeroed() };
+    // SAFETY: `query` outlives the call, and with `modes` nought nothing is set.
+    let state = unsafe { libc::adjtimex(&raw mut query) };
+    state != -1 && state != libc::TIME_ERROR && query.status & libc::STA_UNSYNC == 0
 }
 
 /// A clock that moves only when it is told to, for tests.
@@ -124,6 +178,9 @@ pub struct ManualClock {
     millis: AtomicI64,
     /// The wall clock minus the steady line, in milliseconds.
     wall_offset_millis: AtomicI64,
+    /// A leaf lock.
+    boots: Mutex<Boots>,
+    is_synchronised: AtomicBool,
 }
 
 impl ManualClock {
@@ -143,6 +200,21 @@ impl ManualClock {
         self.wall_offset_millis.fetch_add(by_millis, Ordering::SeqCst);
     }
 
+    /// Boots the host, which was off for `off` as its wall clock has it, and is synchronised
+    /// to no other so far.
+    pub fn boot(&self, off: Duration) {
+        self.advance(off);
+        self.is_synchronised.store(false, Ordering::SeqCst);
+        lock(&self.boots).begin(self.now(), i64::try_from(off.as_millis()).unwrap_or(i64::MAX));
+    }
+
+    /// Synchronises the wall clock, which was `ahead`.
+    pub fn synchronise(&self, ahead: Duration) {
+        let millis = i64::try_from(ahead.as_millis()).unwrap_or(i64::MAX);
+        self.step_wall(-millis);
+        self.is_synchronised.store(true, Ordering::SeqCst);
+    }
+
     /// Moves the clock on.
     pub fn advance(&self, by: Duration) {
         self.set(self.now().after(by));
@@ -156,6 +228,22 @@ impl Clock for ManualClock {
 
     fn wall(&self, at: Timestamp) -> jiff::Timestamp {
         displayed(at.as_millis().saturating_add(self.wall_offset_millis.load(Ordering::SeqCst)))
+    }
+
+    fn excess(&self, moment: Timestamp) -> Excess {
+        lock(&self.boots).excess(moment)
+    }
+
+    fn confirm(&self) -> Option<ClockBasis> {
+        let is_synchronised = self.is_synchronised.load(Ordering::SeqCst);
+        let by_wall = self.wall_offset_millis.load(Ordering::SeqCst);
+        let mut boots = lock(&self.boots);
+        boots.confirm(is_synchronised, self.now(), by_wall, 0).then(|| ClockBasis {
+            boot_id: String::new(),
+            offset_millis: 0,
+            last_seen: self.now(),
+            boots: boots.clone(),
+        })
     }
 }
 
@@ -276,6 +364,7 @@ mod tests {
             boot_id: boot.to_owned(),
             offset_millis,
             last_seen: Timestamp::from_millis(last_seen),
+            boots: Boots::default(),
         }
     }
 
@@ -316,6 +405,26 @@ mod tests {
         assert!(second.now() >= stored.last_seen);
         let wall = first.wall(first.now()).as_millisecond();
         assert!((wall - millis_of(ClockId::Realtime)).abs() < 5_000);
+    }
+
+    #[test]
+    fn a_clock_of_another_boot_is_believed_only_if_it_is_synchronised() {
+        const DAY_MILLIS: i64 = 86_400_000;
+        let now = HostClock::start(None).unwrap();
+        let month_ago = now.now().as_millis() - 30 * DAY_MILLIS;
+        let stored = basis("another", 0, month_ago);
+        let clock = HostClock::start(Some(&stored)).unwrap();
+        let of_before = Timestamp::from_millis(month_ago - 1);
+        let unknown = clock.excess(of_before).unknown_until;
+        assert_eq!(unknown.is_none(), is_synchronised(), "{unknown:?}");
+        assert_eq!(clock.excess(clock.now()), Excess::default());
+        // A restart in the same boot goes on waiting; one of an earlier version did not know.
+        let again = HostClock::start(Some(&clock.basis())).unwrap();
+        assert_eq!(again.excess(of_before), clock.excess(of_before));
+        let text = now.basis().to_text();
+        let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        json.as_object_mut().unwrap().remove("boots").unwrap();
+        assert_eq!(ClockBasis::from_text(&json.to_string()).unwrap().boots, Boots::default());
     }
 
     #[test]
