@@ -59,7 +59,7 @@ impl CrashPlan {
 }
 
 /// How long a condition may take to come true on a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// How long the network of a sleeper stays.
 pub(crate) const LINGER: Duration = Duration::from_secs(600);

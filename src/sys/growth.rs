@@ -124,7 +124,7 @@ mod tests {
 
     use super::*;
 
-    const SOON: Duration = Duration::from_secs(30);
+    const SOON: Duration = Duration::from_secs(180);
 
     #[test]
     fn a_file_that_grows_is_told_of_once_for_each_time_that_it_is_watched() {

@@ -15,7 +15,7 @@ use crate::support::{Host, Setup, World, in_a_world, wait_for, wait_until};
 /// What the guest is told: the address that every guest has, and to say what it hears.
 const OPTIONS: &str = "dozed.quiet dozed.net=169.254.0.21/30,169.254.0.22 dozed.serve=7";
 /// No answer takes as long on any machine.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 
 /// Boots a sandbox with a Linux guest, and waits until it has a shell.
 #[track_caller]

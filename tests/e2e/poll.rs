@@ -17,7 +17,7 @@ use crate::support::{Host, Setup};
 
 const TICK: &str = "[reaper]\ntick = \"1s\"\n[defaults]\nidle_after = \"never\"";
 /// How long any news may take.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 const NEWS: PollFlags = PollFlags::PRI.union(PollFlags::ERR);
 
 /// Waits for `wanted`, for at most `limit`, and returns what there was.

@@ -28,7 +28,7 @@ use tempfile::TempDir;
 use crate::guest::Guest;
 
 /// No wait of these tests is as long on any machine.
-pub(crate) const SOON: Duration = Duration::from_secs(30);
+pub(crate) const SOON: Duration = Duration::from_secs(180);
 /// How long nothing has to come before nothing is said to come. Everything is on one machine,
 /// where what comes takes less than a millisecond.
 pub(crate) const SILENCE: Duration = Duration::from_millis(150);

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     os::unix::net::{UnixListener, UnixStream},
     path::PathBuf,
     sync::Arc,
@@ -103,8 +103,12 @@ impl Running {
         let mut answer = String::new();
         let mut piece = [0; 4096];
         while !is_whole(&answer) {
-            let Ok(count @ 1..) = stream.read(&mut piece) else {
-                break;
+            let count = match stream.read(&mut piece) {
+                Ok(0) => break,
+                Ok(count) => count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => break,
+                Err(error) => panic!("after `{answer}`: {error}"),
             };
             answer.push_str(std::str::from_utf8(&piece[..count]).unwrap());
         }

@@ -52,7 +52,7 @@ impl Sleeper {
 #[test]
 fn a_sleep_waits_until_all_of_the_memory_is_there_and_saves_all_of_it() {
     let sleeper = Sleeper::new();
-    sleeper.set(&[("loading_millis", json!(1500))]);
+    sleeper.set(&[("loading_millis", json!(3000))]);
     let mut machine = sleeper.wake("first").unwrap();
     let asked = sleeper.standin.calls();
     let asked = asked.iter().rfind(|call| call.contains("vm.restore")).unwrap();
@@ -66,11 +66,11 @@ fn a_sleep_waits_until_all_of_the_memory_is_there_and_saves_all_of_it() {
     assert_eq!(machine.save_bytes(), sleeper.host.plan.memory_bytes);
     machine.pause().unwrap();
     machine.save(&sleeper.host.snapshot_dir("second")).unwrap();
-    assert!(loading.elapsed() > Duration::from_millis(1400), "{:?}", loading.elapsed());
+    assert!(loading.elapsed() > Duration::from_millis(2900), "{:?}", loading.elapsed());
     end(&*machine);
     let snapshots = sleeper.standin.calls();
     let tries = snapshots.iter().filter(|call| call.contains("vm.snapshot")).count();
-    assert!((3..40).contains(&tries), "{tries}");
+    assert!((3..80).contains(&tries), "{tries}");
     sleeper.set(&[]);
     let mut machine = sleeper.wake("second").unwrap();
     machine.resume().unwrap();

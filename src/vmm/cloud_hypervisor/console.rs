@@ -103,7 +103,7 @@ mod tests {
         sys::process::{Launch, Process},
     };
 
-    const SOON: Duration = Duration::from_secs(20);
+    const SOON: Duration = Duration::from_secs(180);
 
     /// A process that does nothing but hold the other end, as a VMM does.
     fn holder(terminal: OwnedFd) -> Arc<Process> {

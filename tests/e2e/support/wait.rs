@@ -6,7 +6,7 @@ use dozed::sys::clock::{Deadline, pause_for};
 
 /// How long anything may take. Nothing here measures speed, and a machine that builds
 /// something else at the same time is slow.
-pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(180);
 /// How long to rest between two looks.
 const REST: Duration = Duration::from_millis(5);
 

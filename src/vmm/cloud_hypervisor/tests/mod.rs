@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// No wait of these tests is as long on any machine.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 
 /// Returns a plan for a sandbox whose files are in `dir`, with two disks.
 fn plan(dir: &TempDir) -> Plan {

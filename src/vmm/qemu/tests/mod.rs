@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// No wait of these tests is as long on any machine.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 
 /// Waits for `found`, which looks at the world again each time.
 fn eventually<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
