@@ -137,7 +137,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     let index = Index::open(&index_path).map_err(bad_index)?;
     tell_malformed(&index, &config.store);
     let clock = start_clock(&index)?;
-    let pool = Arc::new(Pool::new().map_err(host("making a pool of threads"))?);
+    let pool = Arc::new(Pool::new());
     let vmms = find_vmms(&config.vmm);
     let (ring, rings) = mpsc::channel();
     let listener = move |address, what| {

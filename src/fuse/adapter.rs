@@ -19,8 +19,8 @@ use super::{
     ghosts,
     polls::{self, Polls},
     translate::{
-        BLOCK_BYTES, attr_ttl, caller, caught, file_attr, give, is_nonblocking, node, number,
-        reply_attr, reply_data, reply_entry, reply_opened, reply_written,
+        BLOCK_BYTES, attr_ttl, caller, caught, file_attr, give, is_nonblocking, node, not_taken,
+        number, reply_attr, reply_data, reply_entry, reply_opened, reply_written,
     },
     waiting::{AnnouncedWrite, Once, Waiting},
 };
@@ -29,7 +29,7 @@ use crate::{
     sandbox::RowId,
     sync::Arc,
     sys::{growth::GrowthWatch, pool::Pool},
-    tree::{Access, AttrChange, Errno, File, Job, Node, Opened, Tree, Written},
+    tree::{Access, AttrChange, Errno, File, Job, Node, Opened, Removal, Tree, Written},
 };
 
 /// The largest write. A document is smaller; a larger one arrives whole, to be refused.
@@ -82,9 +82,8 @@ impl Adapter {
             let result = caught(job).map_err(number);
             give(&mine, &by_job, result);
         });
-        if let Err(full) = queued {
-            tracing::warn!("{full}; one more is refused");
-            give(&reply, &answer, Err(Number::EBUSY));
+        if let Err(error) = queued {
+            give(&reply, &answer, Err(not_taken(&error)));
         }
     }
 }
@@ -130,11 +129,10 @@ impl Adapter {
                 (None, Err(_)) => {}
             }
         });
-        if let Err(full) = queued {
-            tracing::warn!("{full}; one more is refused");
+        if let Err(error) = queued {
             self.waiting.leave(place);
             if let Some(reply) = reply.take() {
-                answer(reply, Err(Number::EBUSY));
+                answer(reply, Err(not_taken(&error)));
             }
         }
     }
@@ -260,13 +258,18 @@ impl Filesystem for Adapter {
             if !finished {
                 // What it called off is slow to end. Nobody sees the sandbox any more,
                 // so the caller need not wait; the rest goes on behind its back.
-                drop(std::thread::Builder::new().name("dozed-removal".to_owned()).spawn(
-                    move || {
-                        if let Err(errno) = removal.finish(None) {
-                            tracing::error!(?errno, "finishing a removal");
-                        }
-                    },
-                ));
+                let removal = Arc::new(removal);
+                let finish = |removal: &Removal| {
+                    if let Err(errno) = removal.finish(None) {
+                        tracing::error!(?errno, "finishing a removal");
+                    }
+                };
+                let apart = Arc::clone(&removal);
+                let thread = std::thread::Builder::new().name("dozed-removal".to_owned());
+                if thread.spawn(move || finish(&apart)).is_err() {
+                    // No thread is to be had, so the caller waits.
+                    finish(&removal);
+                }
             }
             Ok(())
         });
@@ -296,7 +299,7 @@ impl Filesystem for Adapter {
                 if started.is_err() {
                     self.tree.close(handle);
                 }
-                reply_opened(reply, started.map(|()| handle).map_err(|_| Number::EBUSY));
+                reply_opened(reply, started.map(|()| handle).map_err(|error| not_taken(&error)));
             }
             Err(errno) => reply.error(errno),
         }
@@ -351,7 +354,7 @@ impl Filesystem for Adapter {
                     // Nobody waits for the result; `error` has it.
                     caught(job).ok();
                 });
-                let started = started.map_err(|_| Number::EBUSY);
+                let started = started.map_err(|error| not_taken(&error));
                 reply_written(reply, started.map(|()| len));
             }
             Err(errno) => reply.error(errno),

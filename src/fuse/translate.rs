@@ -12,7 +12,10 @@ use fuser::{
 use rustix::fs::OFlags;
 
 use super::waiting::Once;
-use crate::tree::{Attr, Caller, Errno, Node};
+use crate::{
+    sys::pool::PoolError,
+    tree::{Attr, Caller, Errno, Node},
+};
 
 /// How long the kernel may remember a name. All names come and go through the mount,
 /// but for those that the reaper deletes, which it forgets after this.
@@ -41,6 +44,20 @@ pub(super) fn caught<T>(work: impl FnOnce() -> Result<T, Errno>) -> Result<T, Er
 
 pub(super) fn number(errno: Errno) -> Number {
     Number::from_i32(errno.number())
+}
+
+/// Logs why a job was not taken, and returns what its caller is answered.
+pub(super) fn not_taken(error: &PoolError) -> Number {
+    match error {
+        PoolError::Full => {
+            tracing::warn!("{error}; one more is refused");
+            Number::EBUSY
+        }
+        PoolError::NoThread { source } => {
+            tracing::warn!(error = %source, "{error}; it is refused");
+            Number::ENOMEM
+        }
+    }
 }
 
 pub(super) fn caller(request: &Request) -> Caller {

@@ -82,16 +82,23 @@ impl Lifecycle {
         let unsettled: Vec<_> = all.filter(|entry| self.is_unsettled(entry)).collect();
         let workers = unsettled.len().min(WORKERS);
         let (left, done) = (Mutex::new(unsettled), Mutex::new(Reconciled::default()));
-        thread::scope(|scope| {
-            for _ in 0..workers {
-                scope.spawn(|| {
-                    loop {
-                        let entry = lock(&left).pop();
-                        let Some(entry) = entry else { break };
-                        self.reconcile_one(&entry, &done);
-                    }
-                });
+        let work = || {
+            loop {
+                let entry = lock(&left).pop();
+                let Some(entry) = entry else { break };
+                self.reconcile_one(&entry, &done);
             }
+        };
+        thread::scope(|scope| {
+            // This thread is one of them.
+            for _ in 1..workers {
+                let beside = thread::Builder::new().name("dozed-settle".to_owned());
+                if let Err(error) = beside.spawn_scoped(scope, work) {
+                    tracing::warn!(%error, "settling with fewer threads");
+                    break;
+                }
+            }
+            work();
         });
         let mut done = *lock(&done);
         done.orphans = self.kill_orphans();

@@ -386,7 +386,7 @@ fn start_on(
         auto: VmmChoice::Qemu,
         network: Arc::clone(network) as Arc<dyn Network>,
         clock: Arc::clone(clock) as Arc<dyn Clock>,
-        pool: Arc::new(Pool::new().unwrap()),
+        pool: Arc::new(Pool::new()),
     };
     let template = Spec { kernel: Some("/k".into()), memory_bytes: 16 << 20, ..Spec::default() };
     let settings = Settings {

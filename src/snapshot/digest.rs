@@ -69,7 +69,10 @@ pub(super) fn of_blocks(
     };
     let others = threads.min(spans.len()).saturating_sub(1);
     let mut blocks = thread::scope(|scope| {
-        let others: Vec<_> = (0..others).map(|_| scope.spawn(work)).collect();
+        // With fewer threads it takes longer.
+        let begin =
+            |_| thread::Builder::new().name("memory-digest".to_owned()).spawn_scoped(scope, work);
+        let others: Vec<_> = (0..others).map_while(|number| begin(number).ok()).collect();
         let mut blocks = work()?;
         for other in others {
             blocks.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);

@@ -1,12 +1,17 @@
 //! Threads for work that blocks: kept warm for a while, bounded in number.
+//!
+//! Where the system gives no more threads (memory, the unit's `TasksMax`) only the caller
+//! whose job it was is refused. The pool of tokio panics there, and offers no other way.
 
 use std::{
-    fmt, io,
-    sync::atomic::{AtomicUsize, Ordering},
+    collections::VecDeque,
+    io, mem,
+    panic::{AssertUnwindSafe, catch_unwind},
+    thread,
     time::Duration,
 };
 
-use crate::sync::Arc;
+use crate::sync::{Arc, Condvar, Mutex, lock, wait_while_within};
 
 /// How many jobs there may be at once. Each blocked writer has one, so it bounds the
 /// writers that wait; a thread that waits takes some ten KiB.
@@ -14,78 +19,130 @@ const JOBS_MAX: usize = 1024;
 /// How long an idle thread is kept for the next job.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
-/// A pool of threads for operations that block.
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A pool of threads for operations that block. Jobs that are under way when it is dropped
+/// go on, so that one that waits for a stuck VMM does not keep the daemon from ending.
+#[derive(Debug)]
 pub struct Pool {
-    runtime: Option<tokio::runtime::Runtime>,
-    jobs: Arc<AtomicUsize>,
+    shared: Arc<Shared>,
 }
 
-/// There are as many jobs as there may be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{JOBS_MAX} operations are under way or waiting, which is the limit")]
-pub struct PoolFull;
+/// Why a job was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum PoolError {
+    /// There are as many jobs as there may be.
+    #[error("{JOBS_MAX} operations are under way or waiting, which is the limit")]
+    Full,
+    /// The system gave no thread for it.
+    #[error("the system gives no thread for one more operation")]
+    NoThread {
+        /// What it said.
+        source: io::Error,
+    },
+}
 
-/// Counts one job less when the job ends, also by a panic.
-struct Counted(Arc<AtomicUsize>);
+#[derive(Debug, Default)]
+struct Shared {
+    /// A leaf.
+    state: Mutex<State>,
+    /// A job waits for an idle thread, or it is over.
+    wanted: Condvar,
+}
 
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
+#[derive(Default)]
+struct State {
+    /// Jobs that an idle thread is about to take; never more than there are idle threads.
+    waiting: VecDeque<Job>,
+    /// Threads that have no job.
+    idle: usize,
+    /// Jobs that wait or are under way.
+    jobs: usize,
+    is_over: bool,
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State").field("jobs", &self.jobs).finish_non_exhaustive()
     }
 }
 
 impl Pool {
     /// Makes an empty pool.
-    ///
-    /// # Errors
-    /// Where the system gives no resources for one.
-    pub fn new() -> io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .max_blocking_threads(JOBS_MAX)
-            .thread_keep_alive(KEEP_ALIVE)
-            .thread_name("dozed-op")
-            .build()?;
-        Ok(Self { runtime: Some(runtime), jobs: Arc::new(AtomicUsize::new(0)) })
+    #[must_use]
+    pub fn new() -> Self {
+        Self { shared: Arc::default() }
     }
 
     /// Runs `job` on a thread of its own. A panic in it ends the job, not the thread.
     ///
     /// # Errors
-    /// `PoolFull` when too many are under way; `job` was dropped.
-    pub fn run(&self, job: impl FnOnce() + Send + 'static) -> Result<(), PoolFull> {
-        if self.jobs.fetch_add(1, Ordering::SeqCst) >= JOBS_MAX {
-            self.jobs.fetch_sub(1, Ordering::SeqCst);
-            return Err(PoolFull);
+    /// Where too many are under way, or the system gives no thread; `job` was dropped.
+    pub fn run(&self, job: impl FnOnce() + Send + 'static) -> Result<(), PoolError> {
+        let job: Job = Box::new(job);
+        {
+            let mut state = lock(&self.shared.state);
+            if state.jobs >= JOBS_MAX {
+                return Err(PoolError::Full);
+            }
+            state.jobs += 1;
+            if state.waiting.len() < state.idle {
+                state.waiting.push_back(job);
+                self.shared.wanted.notify_one();
+                return Ok(());
+            }
         }
-        let counted = Counted(Arc::clone(&self.jobs));
-        let runtime =
-            self.runtime.as_ref().expect("the runtime is there until the pool is dropped");
-        drop(runtime.spawn_blocking(move || {
-            let _counted = counted;
-            job();
-        }));
-        Ok(())
+        let shared = Arc::clone(&self.shared);
+        let started = thread::Builder::new()
+            .name("dozed-op".to_owned())
+            .spawn(move || shared.work(job))
+            .map(drop);
+        started.map_err(|source| {
+            lock(&self.shared.state).jobs -= 1;
+            PoolError::NoThread { source }
+        })
     }
 
     /// Returns how many jobs are under way or waiting.
     #[must_use]
     pub fn jobs(&self) -> usize {
-        self.jobs.load(Ordering::SeqCst)
+        lock(&self.shared.state).jobs
+    }
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        // Jobs that still wait for a stuck VMM must not keep the daemon from ending.
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
+        let mut state = lock(&self.shared.state);
+        state.is_over = true;
+        // What no thread has begun with is not begun.
+        let waiting = mem::take(&mut state.waiting);
+        state.jobs -= waiting.len();
+        drop(state);
+        self.shared.wanted.notify_all();
     }
 }
 
-impl fmt::Debug for Pool {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").field("jobs", &self.jobs()).finish_non_exhaustive()
+impl Shared {
+    /// Does jobs until none comes for a while.
+    fn work(&self, first: Job) {
+        let mut next = Some(first);
+        while let Some(job) = next {
+            // The hook of the process has told of a panic.
+            drop(catch_unwind(AssertUnwindSafe(job)));
+            let mut state = lock(&self.state);
+            state.jobs -= 1;
+            state.idle += 1;
+            let has_none = |state: &mut State| state.waiting.is_empty() && !state.is_over;
+            let mut state = wait_while_within(&self.wanted, state, KEEP_ALIVE, has_none);
+            state.idle -= 1;
+            next = state.waiting.pop_front();
+        }
     }
 }
 
@@ -97,7 +154,7 @@ mod tests {
 
     #[test]
     fn a_job_that_panics_is_counted_out_and_the_next_one_runs() {
-        let pool = Pool::new().unwrap();
+        let pool = Pool::new();
         let (done, wait) = mpsc::channel();
         let told = done.clone();
         pool.run(move || {
@@ -113,7 +170,7 @@ mod tests {
 
     #[test]
     fn one_job_too_many_is_refused_at_once() {
-        let pool = Pool::new().unwrap();
+        let pool = Pool::new();
         let (release, wait) = mpsc::channel::<()>();
         let wait = Arc::new(crate::sync::Mutex::new(wait));
         for _ in 0..JOBS_MAX {
@@ -123,7 +180,55 @@ mod tests {
             })
             .unwrap();
         }
-        assert_eq!(pool.run(|| ()), Err(PoolFull));
+        assert!(matches!(pool.run(|| ()), Err(PoolError::Full)));
         drop(release);
+    }
+
+    #[test]
+    fn a_thread_is_used_again() {
+        let pool = Pool::new();
+        let (done, wait) = mpsc::channel();
+        let mut threads = std::collections::HashSet::new();
+        for _ in 0..50 {
+            let done = done.clone();
+            pool.run(move || done.send(thread::current().id()).unwrap()).unwrap();
+            threads.insert(wait.recv_timeout(Duration::from_secs(60)).unwrap());
+            let idle = || lock(&pool.shared.state).idle > 0;
+            let deadline = crate::sys::clock::Deadline::after(Duration::from_secs(60));
+            while !idle() {
+                assert!(!deadline.passed());
+                thread::yield_now();
+            }
+        }
+        assert_eq!(threads.len(), 1);
+    }
+
+    /// From now on this thread can start no others.
+    fn forbid_threads() {
+        use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
+        let refused = [libc::SYS_clone, libc::SYS_clone3].map(|call| (call, Vec::new()));
+        let filter = SeccompFilter::new(
+            refused.into_iter().collect(),
+            SeccompAction::Allow,
+            SeccompAction::Errno(libc::EAGAIN.unsigned_abs()),
+            std::env::consts::ARCH.try_into().unwrap(),
+        );
+        apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn where_the_system_gives_no_thread_only_the_job_is_refused() {
+        let pool = Arc::new(Pool::new());
+        let refused = Arc::clone(&pool);
+        let asking = thread::Builder::new().spawn(move || {
+            forbid_threads();
+            refused.run(|| ())
+        });
+        let refused = asking.unwrap().join().unwrap();
+        assert!(matches!(refused, Err(PoolError::NoThread { .. })), "{refused:?}");
+        assert_eq!(pool.jobs(), 0);
+        let (done, wait) = mpsc::channel();
+        pool.run(move || done.send(()).unwrap()).unwrap();
+        assert_eq!(wait.recv_timeout(Duration::from_secs(60)), Ok(()));
     }
 }

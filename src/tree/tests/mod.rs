@@ -351,7 +351,7 @@ fn a_panic_in_one_operation_is_an_eio_and_never_hangs_the_mount() {
     host.create("a");
     host.create("b");
     let dir = tempfile::tempdir().unwrap();
-    let pool = Arc::new(Pool::new().unwrap());
+    let pool = Arc::new(Pool::new());
     let mounted = Mounted::mount(tree(&host), dir.path(), pool, None).unwrap();
     let write = |path: &str, text: &str| {
         let mut file = fs::File::options().write(true).open(dir.path().join(path)).unwrap();

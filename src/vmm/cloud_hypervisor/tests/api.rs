@@ -173,7 +173,7 @@ fn a_vmm_that_ends_is_told_with_its_last_words_and_whether_it_was_asked() {
 #[test]
 fn a_call_can_be_made_from_a_thread_of_the_pool() {
     let mut vmm = Scripted::new();
-    let pool = crate::sys::pool::Pool::new().unwrap();
+    let pool = crate::sys::pool::Pool::new();
     let (tell, told) = std::sync::mpsc::channel();
     let (_, ()) = vmm.answer(b"HTTP/1.1 204 \r\n\r\n", |peer| {
         let peer = Peer {
