@@ -24,7 +24,7 @@ use crate::{
     fuse::{FS_NAME, Mounted},
     index::{self, Index},
     lifecycle::{CLOCK_KEY, Contradicted, Lifecycle, Parts, Settings, chain, check_index_file},
-    net::RealNetwork,
+    net::{self, RealNetwork},
     notify::{self, Program},
     reaper::Reaper,
     sandbox::VmmChoice,
@@ -103,6 +103,9 @@ pub enum Error {
     /// The store shows more than the index knows.
     #[error(transparent)]
     Contradicted(#[from] Contradicted),
+    /// Another daemon on this host has the addresses that this one's sandboxes have.
+    #[error("taking the addresses of sandboxes")]
+    Range(#[source] net::Error),
     /// Somebody took the tree away.
     #[error("{} was unmounted by somebody else; the guests run on", .dir.display())]
     Unmounted {
@@ -145,6 +148,7 @@ pub fn run(config: Config) -> Result<(), Error> {
         ring.send((address, what)).ok();
     };
     let network = RealNetwork::new(config.network.range, &config.runtime)
+        .of_store(&config.store)
         .ignoring(config.network.ignore.clone())
         .ringing(Arc::new(listener));
     let parts = Parts {
@@ -159,6 +163,8 @@ pub fn run(config: Config) -> Result<(), Error> {
         .map_err(host(format!("opening the store {}", config.store.display())))?;
     lifecycle.check_index()?;
     lifecycle.attend_rings(rings).map_err(host("hearing of packets"))?;
+    // Before anything is taken for what a crash left.
+    lifecycle.claim_addresses().map_err(Error::Range)?;
     let found = lifecycle.reconcile();
     tracing::info!(
         sandboxes = lifecycle.index().len(),

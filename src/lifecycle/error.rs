@@ -317,6 +317,7 @@ impl Error {
                 net::Error::Host { source, .. } => fault_of_io(source),
                 net::Error::Lacking { .. }
                 | net::Error::NotOurs { .. }
+                | net::Error::RangeInUse { .. }
                 | net::Error::NotThere
                 | net::Error::Several(_) => Fault::Other,
             },

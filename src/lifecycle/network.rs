@@ -259,6 +259,19 @@ impl Lifecycle {
         Ok(super::Outcome::Done)
     }
 
+    /// Takes the range of addresses for this daemon, if it may have use for it: if a sandbox
+    /// has a network, or a new one will. One that needs none may run beside another daemon
+    /// with the same range.
+    ///
+    /// # Errors
+    /// Where another daemon on this host has it, or a part of it.
+    pub fn claim_addresses(&self) -> Result<(), net::Error> {
+        let has_address = |entry: &Arc<Entry>| self.address(&entry.record()).is_some();
+        let is_used = self.settings.template.net != NetMode::None
+            || self.index.entries_after(RowId(0)).any(|entry| has_address(&entry));
+        if is_used { self.network.claim() } else { Ok(()) }
+    }
+
     /// Removes the networks that are of no sandbox, has those of sleepers linger, and
     /// removes those of what is stopped. Called once, before anybody else asks for any.
     ///

@@ -88,6 +88,10 @@ impl FakeNetwork {
 }
 
 impl Network for FakeNetwork {
+    fn claim(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn ensure(&self, wanted: &Wanted) -> Result<Ready, Error> {
         self.check(Fault::Ensure)?;
         let next = {

@@ -9,6 +9,8 @@ use super::{
     link::{self, Link},
     netlink::{Answers, Kernel},
     nftables::{self, Mode},
+    range::{Range, Whose},
+    route,
     ruleset::Family,
 };
 use crate::{
@@ -25,8 +27,16 @@ const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 /// range, an answer for addresses that nobody has, and the second guard.
 ///
 /// # Errors
-/// Where something cannot be made. Doing it again is no error.
-pub(super) fn prepare(plan: &AddressPlan, pins: &Path) -> Result<(), Error> {
+/// Where something cannot be made, or is somebody else's. Doing it again is no error.
+pub(super) fn prepare(range: &Range, pins: &Path) -> Result<(), Error> {
+    let plan = &range.plan;
+    let links = link::here()?;
+    let name = device(plan);
+    // Before anything is made. It stands for all that is the host's.
+    let there = own_device(&links, range)?;
+    if there.is_none() {
+        route::is_free(&links, plan.range())?;
+    }
     netns::make_pin_dir(pins).map_err(Error::host("making the directory of namespaces"))?;
     let wall = nftables::here()?;
     let table = firewall::host_table(plan);
@@ -35,25 +45,19 @@ pub(super) fn prepare(plan: &AddressPlan, pins: &Path) -> Result<(), Error> {
         Ok(false) => Mode::First,
         Err(error) => return Err(without_nftables(error)),
     };
-    nftables::apply(&wall, &firewall::of_host(plan, &device(plan)), mode)?;
-    let links = link::here()?;
-    let name = device(plan);
-    if let Some(there) = link::find(&links, &name)?
-        && there.kind != Some(InfoKind::Tun)
-    {
-        return Err(Error::NotOurs { name: format!("the link {name}") });
-    }
+    nftables::apply(&wall, &firewall::of_host(plan, &name), mode)?;
     tun::make(&name, tun::Device::Tun, 0).map_err(without_tun)?;
     let index = link::find(&links, &name)?.ok_or(Error::NotThere)?.index;
     let requests = vec![
         // A daemon that was killed may have left it; nobody listens there now.
-        link::no_route(plan.range()),
+        route::remove(plan.range()),
         link::group(index, plan.link_group()),
+        link::alias(index, range.mark()),
         link::without_ipv6(index),
         link::forwarding_own(index),
         link::address(index, plan.host_address(), 32, AddressScope::Universe),
         link::up(index),
-        link::unreachable(plan.range()),
+        route::unreachable(plan.range()),
     ];
     links.apply(requests, Answers::Each)
 }
@@ -62,13 +66,32 @@ pub(super) fn prepare(plan: &AddressPlan, pins: &Path) -> Result<(), Error> {
 ///
 /// # Errors
 /// Where something stays.
-pub(super) fn dismantle(plan: &AddressPlan) -> Result<(), Error> {
+pub(super) fn dismantle(range: &Range) -> Result<(), Error> {
+    let plan = &range.plan;
     let links = link::here()?;
-    let mut requests = vec![link::no_route(plan.range()), link::no_unreachable(plan.range())];
-    let device = link::find(&links, &device(plan))?.filter(|it| it.kind == Some(InfoKind::Tun));
+    let device = own_device(&links, range)?;
+    let mut requests = vec![route::remove(plan.range()), route::remove_unreachable(plan.range())];
     requests.extend(device.map(|device| link::remove(device.index)));
     links.apply(requests, Answers::Each)?;
     nftables::remove(&nftables::here()?, Family::Inet, &firewall::host_table(plan))
+}
+
+/// Returns the host's device, if it is there.
+///
+/// # Errors
+/// Where one of its name is not ours.
+pub(super) fn own_device(links: &Kernel, range: &Range) -> Result<Option<Link>, Error> {
+    let found = link::find(links, &device(&range.plan))?;
+    let is_others = |it: &Link| it.kind != Some(InfoKind::Tun) || range.whose(it) == Whose::Others;
+    match found {
+        Some(found) if is_others(&found) => Err(not_ours(&found)),
+        found => Ok(found),
+    }
+}
+
+fn not_ours(link: &Link) -> Error {
+    let mark = link.alias.as_ref().map(|mark| format!(" (`{mark}`)")).unwrap_or_default();
+    Error::NotOurs { name: format!("the link {}{mark}", link.name) }
 }
 
 /// Returns the name of the device that has the host's own address.
@@ -96,8 +119,8 @@ pub(super) fn forwards() -> Result<(), Error> {
 ///
 /// # Errors
 /// Where one of that name is not ours, or it stays.
-pub(super) fn remove_link(links: &Kernel, plan: &AddressPlan, name: &str) -> Result<(), Error> {
-    let Some(found) = own_link(links, plan, name)? else { return Ok(()) };
+pub(super) fn remove_link(links: &Kernel, range: &Range, name: &str) -> Result<(), Error> {
+    let Some(found) = own_link(links, range, name)? else { return Ok(()) };
     links.apply(vec![link::remove(found.index)], Answers::Each)
 }
 
@@ -106,9 +129,9 @@ pub(super) fn remove_link(links: &Kernel, plan: &AddressPlan, name: &str) -> Res
 ///
 /// # Errors
 /// Where one of that name is not ours, or it stays.
-pub(super) fn set_aside(plan: &AddressPlan, name: &str) -> Result<(), Error> {
+pub(super) fn set_aside(range: &Range, name: &str) -> Result<(), Error> {
     let links = link::here()?;
-    let Some(Link { index, .. }) = own_link(&links, plan, name)? else { return Ok(()) };
+    let Some(Link { index, .. }) = own_link(&links, range, name)? else { return Ok(()) };
     let aside = format!("{ASIDE}{index:08x}");
     links.apply(vec![link::down(index), link::rename(index, &aside)], Answers::Each)?;
     let remove = move || {
@@ -124,19 +147,25 @@ pub(super) fn set_aside(plan: &AddressPlan, name: &str) -> Result<(), Error> {
         .map_err(Error::host("starting to remove a link"))
 }
 
-fn own_link(links: &Kernel, plan: &AddressPlan, name: &str) -> Result<Option<Link>, Error> {
-    let found = link::find(links, name)?;
-    if found.as_ref().is_some_and(|found| !is_of_a_sandbox(plan, found)) {
-        return Err(Error::NotOurs { name: format!("the link {name}") });
+/// Returns the link of the host that is called `name`, if it is there.
+///
+/// # Errors
+/// Where one of that name is not ours.
+pub(super) fn own_link(links: &Kernel, range: &Range, name: &str) -> Result<Option<Link>, Error> {
+    match link::find(links, name)? {
+        Some(found) if !is_of_a_sandbox(range, &found) => Err(not_ours(&found)),
+        found => Ok(found),
     }
-    Ok(found)
 }
 
-/// Says whether a link is, or was, the host's end of a sandbox of this range.
-pub(super) fn is_of_a_sandbox(plan: &AddressPlan, link: &Link) -> bool {
+/// Says whether a link is, or was, the host's end of a sandbox of this range, and not of
+/// another daemon's.
+pub(super) fn is_of_a_sandbox(range: &Range, link: &Link) -> bool {
+    let plan = &range.plan;
     let address = SandboxAddress::of_host_link(&link.name);
     let is_aside = || link.name.strip_prefix(ASIDE).is_some_and(|rest| rest.len() == 8);
-    link.group == plan.link_group()
+    range.whose(link) != Whose::Others
+        && link.group == plan.link_group()
         && link.kind == Some(InfoKind::Veth)
         && address.map_or_else(is_aside, |address| plan.sandbox(address).is_some())
 }

@@ -1,14 +1,12 @@
-//! Links, addresses, neighbours and routes, as requests to the kernel.
+//! Links, addresses and neighbours, as requests to the kernel. Routes are in `route`.
 
 use std::{
     borrow::Cow,
-    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr},
     os::fd::RawFd,
     time::Duration,
 };
 
-use ipnet::Ipv4Net;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkMessage};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -18,10 +16,7 @@ use netlink_packet_route::{
         InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
     },
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
-    route::{
-        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol,
-        RouteScope, RouteType,
-    },
+    route::RouteType,
 };
 
 use super::{
@@ -36,10 +31,6 @@ use crate::{
     },
 };
 
-/// Who made a route, in the words of the kernel: none of the protocols that have a number.
-const OURS: RouteProtocol = RouteProtocol::Other(213);
-/// What the answer for addresses that nobody has comes after: any other route of ours.
-const UNREACHABLE_METRIC: u32 = 213;
 /// The kernel tells a link that somebody is at its other end within a millisecond or two,
 /// and where it is in no hurry once a second.
 const UP_LIMIT: Duration = Duration::from_secs(2);
@@ -111,42 +102,6 @@ pub(super) fn addresses(kernel: &Kernel) -> Result<Vec<Ipv4Addr>, Error> {
         })
     };
     Ok(found.into_iter().filter_map(local).collect())
-}
-
-/// A route that is there, whoever made it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Found {
-    /// Where to.
-    pub(super) network: Ipv4Net,
-    /// The device that it goes by, if it goes by one.
-    pub(super) device: Option<String>,
-    /// Whether a daemon of ours made it.
-    pub(super) is_ours: bool,
-}
-
-/// Returns all IPv4 routes of this namespace, those to its own addresses included.
-pub(super) fn routes(kernel: &Kernel) -> Result<Vec<Found>, Error> {
-    let names: BTreeMap<u32, String> =
-        list(kernel)?.into_iter().map(|link| (link.index, link.name)).collect();
-    let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet;
-    let message = NetlinkMessage::from(RouteNetlinkMessage::GetRoute(message));
-    let found = kernel.list("listing the routes", message)?;
-    Ok(found.into_iter().filter_map(|message| as_route(message, &names)).collect())
-}
-
-fn as_route(message: RouteNetlinkMessage, names: &BTreeMap<u32, String>) -> Option<Found> {
-    let RouteNetlinkMessage::NewRoute(message) = message else { return None };
-    let (mut address, mut device) = (Ipv4Addr::UNSPECIFIED, None);
-    for attribute in message.attributes {
-        if let RouteAttribute::Destination(RouteAddress::Inet(destination)) = attribute {
-            address = destination;
-        } else if let RouteAttribute::Oif(index) = attribute {
-            device = names.get(&index).cloned();
-        }
-    }
-    let network = Ipv4Net::new(address, message.header.destination_prefix_length).ok()?;
-    Some(Found { network, device, is_ours: message.header.protocol == OURS })
 }
 
 fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
@@ -341,73 +296,8 @@ pub(super) fn neighbour(index: u32, address: Ipv4Addr, mac: Mac) -> Request<Rout
     put(format!("adding the neighbour {address}"), RouteNetlinkMessage::NewNeighbour(message))
 }
 
-/// Sends what is for `network`, or an address, to a link, from `source`.
-pub(super) fn route(
-    index: u32,
-    network: impl Into<Ipv4Net>,
-    source: Ipv4Addr,
-) -> Request<RouteNetlinkMessage> {
-    let network = network.into();
-    let mut message = blank_route(network, RouteType::Unicast, RouteScope::Link);
-    message.attributes.extend([
-        RouteAttribute::Oif(index),
-        RouteAttribute::PrefSource(RouteAddress::Inet(source)),
-    ]);
-    put(format!("adding the route to {network}"), RouteNetlinkMessage::NewRoute(message))
-}
-
-/// Sends all else to `gateway`, which is on the link whatever its address.
-pub(super) fn default_route(index: u32, gateway: Ipv4Addr) -> Request<RouteNetlinkMessage> {
-    let everywhere = Ipv4Net::default();
-    let mut message = blank_route(everywhere, RouteType::Unicast, RouteScope::Universe);
-    message.header.flags = RouteFlags::Onlink;
-    message
-        .attributes
-        .extend([RouteAttribute::Oif(index), RouteAttribute::Gateway(RouteAddress::Inet(gateway))]);
-    put("adding the default route", RouteNetlinkMessage::NewRoute(message))
-}
-
-/// Answers at once that nothing is at an address of `network` that has no route of its own.
-pub(super) fn unreachable(network: Ipv4Net) -> Request<RouteNetlinkMessage> {
-    let mut message = blank_route(network, RouteType::Unreachable, RouteScope::Universe);
-    message.attributes.push(RouteAttribute::Priority(UNREACHABLE_METRIC));
-    let doing = format!("adding the route for {network}");
-    put(doing, RouteNetlinkMessage::NewRoute(message))
-}
-
-/// Takes back [`route`].
-pub(super) fn no_route(network: impl Into<Ipv4Net>) -> Request<RouteNetlinkMessage> {
-    remove_route(blank_route(network.into(), RouteType::Unicast, RouteScope::Link))
-}
-
-/// Takes back [`unreachable`].
-pub(super) fn no_unreachable(network: Ipv4Net) -> Request<RouteNetlinkMessage> {
-    remove_route(blank_route(network, RouteType::Unreachable, RouteScope::Universe))
-}
-
-/// Only a route of our protocol is meant.
-fn remove_route(message: RouteMessage) -> Request<RouteNetlinkMessage> {
-    let message = NetlinkMessage::from(RouteNetlinkMessage::DelRoute(message));
-    Request { accepts: Accepts::Missing, ..request("removing a route", message) }
-}
-
-fn blank_route(network: Ipv4Net, kind: RouteType, scope: RouteScope) -> RouteMessage {
-    let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet;
-    message.header.destination_prefix_length = network.prefix_len();
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
-    message.header.protocol = OURS;
-    message.header.scope = scope;
-    message.header.kind = kind;
-    if network.prefix_len() > 0 {
-        let destination = RouteAddress::Inet(network.network());
-        message.attributes.push(RouteAttribute::Destination(destination));
-    }
-    message
-}
-
 /// Adds, or takes the place of what is there.
-fn put(
+pub(super) fn put(
     doing: impl Into<Cow<'static, str>>,
     message: RouteNetlinkMessage,
 ) -> Request<RouteNetlinkMessage> {
@@ -416,7 +306,7 @@ fn put(
     request(doing, message)
 }
 
-fn request(
+pub(super) fn request(
     doing: impl Into<Cow<'static, str>>,
     message: NetlinkMessage<RouteNetlinkMessage>,
 ) -> Request<RouteNetlinkMessage> {

@@ -17,14 +17,14 @@
 //!
 //! What is ours is known by more than its name: namespaces by the directory they are
 //! pinned in and by the mark inside, links by their group, which is the number of the
-//! range of addresses. Nothing else is ever touched.
+//! range of addresses, and by the store that their alias names. Nothing else is ever touched.
 
 use std::{fmt, io, net::Ipv4Addr, os::fd::OwnedFd, path::PathBuf};
 
 use crate::{
     sandbox::{
         SandboxId, Timestamp,
-        network::{Mac, NetworkPolicy, SandboxAddress, WakePorts},
+        network::{AddressPlan, Mac, NetworkPolicy, SandboxAddress, WakePorts},
     },
     sys::netns::Identity,
 };
@@ -41,7 +41,9 @@ mod link;
 mod namespace;
 mod netlink;
 mod nftables;
+mod range;
 mod real;
+mod route;
 mod ruleset;
 mod survey;
 
@@ -55,6 +57,13 @@ pub use survey::{Finding, survey};
 /// # Locking
 /// Whoever asks for something of one sandbox holds its lock.
 pub trait Network: fmt::Debug + Send + Sync {
+    /// Takes the range of addresses for this daemon, until that ends. What comes after this
+    /// does so too where it needs it.
+    ///
+    /// # Errors
+    /// `RangeInUse` where another daemon has it, or a part of it.
+    fn claim(&self) -> Result<(), Error>;
+
     /// Sees to it that the network of a sandbox is there and whole, with the firewall as
     /// its policy is now. Where it is there already nothing of it is interrupted.
     ///
@@ -320,6 +329,20 @@ pub enum Error {
         /// Such as `the link dz0ad50002`.
         name: String,
     },
+    /// Another daemon has the range, or a part of it.
+    #[error(
+        "{range} is in use by another dozed ({}range {theirs}); each needs a `range` of its own \
+         in `[network]`",
+        .pid.map(|pid| format!("process {pid}, ")).unwrap_or_default()
+    )]
+    RangeInUse {
+        /// The range of this daemon.
+        range: AddressPlan,
+        /// The range of the other.
+        theirs: String,
+        /// The other daemon's process, where it can be told.
+        pid: Option<u32>,
+    },
     /// The sandbox has no network.
     #[error("the sandbox has no network")]
     NotThere,
@@ -355,7 +378,13 @@ mod tests {
         }
         let lacking = |lacks, remedy| Error::Lacking { lacks, remedy }.to_string();
         let not_ours = Error::NotOurs { name: "the link dz…".to_owned() };
+        let in_use =
+            Error::RangeInUse {
+                range: AddressPlan::default(), theirs: "…".to_owned(), pid: None
+            };
         for sentence in [
+            in_use.to_string().replace("(range", "(process N, range"),
+            Error::NotOurs { name: "the route to 10.213.…".to_owned() }.to_string(),
             lacking("it does not forward IPv4 packets", "…"),
             lacking("its kernel has no nf_tables", "…"),
             lacking("there is no /dev/net/tun", "…"),

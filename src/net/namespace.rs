@@ -14,6 +14,8 @@ use super::{
     link::{self, End},
     netlink::{Answers, Kernel},
     nftables::{self, Mode},
+    range::Range,
+    route,
     ruleset::{Family, Ruleset},
 };
 use crate::{
@@ -124,7 +126,7 @@ fn put_in_order(links: &Kernel, design: &Design) -> Result<(), Error> {
         link::alias(uplink, &design.mark()),
         link::up(tap),
         link::up(uplink),
-        link::default_route(uplink, NEXT_HOP),
+        route::by_default(uplink, NEXT_HOP),
     ];
     links.apply(requests, Answers::Each)
 }
@@ -233,9 +235,10 @@ pub(super) fn counters(namespace: &Namespace) -> Result<Vec<(String, u64, u64)>,
 ///
 /// # Errors
 /// Where there is none, or the kernel refuses.
-pub(super) fn connect(links: &Kernel, address: SandboxAddress) -> Result<(), Error> {
+pub(super) fn connect(links: &Kernel, range: &Range, address: SandboxAddress) -> Result<(), Error> {
     let outer = link::find(links, &address.host_link())?.ok_or(Error::NotThere)?.index;
     let requests = vec![
+        link::alias(outer, range.mark()),
         link::without_ipv6(outer),
         link::forwarding(outer),
         link::neighbour(outer, address.ip(), address.inner_mac()),
@@ -254,8 +257,7 @@ pub(super) fn route(
     address: SandboxAddress,
 ) -> Result<(), Error> {
     let outer = link::find(links, &address.host_link())?.ok_or(Error::NotThere)?.index;
-    let route = link::route(outer, address.ip(), plan.host_address());
-    links.apply(vec![route], Answers::Each)
+    route::ensure(links, outer, address.ip(), plan.host_address()).map(drop)
 }
 
 /// Waits until a packet to the sandbox gets to whoever has its guest's device open. Returns

@@ -28,6 +28,8 @@ pub(super) enum Accepts {
     Missing,
     /// What was to be switched off may be unknown to the kernel.
     Unsupported,
+    /// What was to be added may be there.
+    Existing,
 }
 
 impl Accepts {
@@ -36,6 +38,7 @@ impl Accepts {
             Self::Success => false,
             Self::Missing => netlink::is_missing(error),
             Self::Unsupported => netlink::is_unsupported(error),
+            Self::Existing => error.kind() == io::ErrorKind::AlreadyExists,
         }
     }
 }

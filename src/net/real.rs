@@ -6,6 +6,7 @@ use std::{
     net::Ipv4Addr,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use super::{
@@ -16,6 +17,8 @@ use super::{
     link,
     namespace::{self, Design, Verdict},
     netlink::Answers,
+    range::{self, Owner, Range, Whose},
+    route,
 };
 use crate::{
     sandbox::{
@@ -29,6 +32,7 @@ use crate::{
     sys::{
         mount,
         netns::{self, Namespace},
+        netns_lock::NetnsLock,
     },
 };
 
@@ -49,10 +53,13 @@ struct Seen {
 ///
 /// # Locking
 /// `prepared` is held while the host is prepared, so that whoever comes second waits for
-/// it. Nothing else is locked meanwhile. `doorbell` is held while the doorbell is hung up,
+/// it, and then `claim` may be locked. `doorbell` is held while the doorbell is hung up,
 /// and then `prepared` may be locked; whoever uses the doorbell holds neither.
 pub struct RealNetwork {
     plan: AddressPlan,
+    store: PathBuf,
+    owner: OnceLock<Owner>,
+    claim: Mutex<Option<NetnsLock>>,
     pins: PathBuf,
     ignored: Ignored,
     lingering: Lingering,
@@ -63,13 +70,17 @@ pub struct RealNetwork {
 }
 
 impl RealNetwork {
-    /// Makes networks with the addresses of `plan`, pinned in the directory `runtime`.
-    /// Nothing of the host is touched before the first one is wanted, so that a host
-    /// without nftables still has sandboxes without a network.
+    /// Makes networks with the addresses of `plan`, pinned in the directory `runtime`, which
+    /// also tells whose they are unless [`Self::of_store`] says it. Nothing of the host is
+    /// touched before the first one is wanted, so that a host without nftables still has
+    /// sandboxes without a network.
     #[must_use]
     pub fn new(plan: AddressPlan, runtime: &Path) -> Self {
         Self {
             plan,
+            store: runtime.to_owned(),
+            owner: OnceLock::new(),
+            claim: Mutex::default(),
             pins: runtime.join(PINS),
             ignored: Ignored::default(),
             lingering: Lingering::default(),
@@ -86,6 +97,12 @@ impl RealNetwork {
     #[must_use]
     pub fn ringing(self, listener: Arc<Listener>) -> Self {
         Self { listener: Some(listener), ..self }
+    }
+
+    /// Has the networks be those of the store in `dir`, as is written on them.
+    #[must_use]
+    pub fn of_store(self, dir: &Path) -> Self {
+        Self { store: dir.to_owned(), ..self }
     }
 
     /// Has packets that are `ignored` pass without being activity.
@@ -107,7 +124,8 @@ impl RealNetwork {
             Ok(found) => errors.extend(found.left),
             Err(error) => errors.push(chain(&error)),
         }
-        errors.extend(host::dismantle(&self.plan).err().map(|error| chain(&error)));
+        let dismantled = self.range().and_then(|range| host::dismantle(&range));
+        errors.extend(dismantled.err().map(|error| chain(&error)));
         match mount::detach(&self.pins) {
             Err(error) if !is_absent(&error) => errors.push(format!("unmounting: {error}")),
             Ok(()) | Err(_) => {}
@@ -119,6 +137,7 @@ impl RealNetwork {
             Ok(()) | Err(_) => {}
         }
         *prepared = false;
+        drop(lock(&self.claim).take());
         if errors.is_empty() { Ok(()) } else { Err(Error::Several(errors)) }
     }
 
@@ -130,10 +149,24 @@ impl RealNetwork {
         Namespace::open(&self.pin(id)).map_err(Error::host("opening the namespace"))
     }
 
+    /// Returns the range, with whose it is.
+    fn range(&self) -> Result<Range, Error> {
+        let owner = match self.owner.get() {
+            Some(owner) => owner,
+            None => {
+                let found = Owner::of(&self.store)
+                    .map_err(Error::host(format!("looking at {}", self.store.display())))?;
+                self.owner.get_or_init(|| found)
+            }
+        };
+        Ok(Range::new(self.plan, owner.clone()))
+    }
+
     fn prepare(&self) -> Result<(), Error> {
         let mut prepared = lock(&self.prepared);
         if !*prepared {
-            host::prepare(&self.plan, &self.pins)?;
+            self.claim()?;
+            host::prepare(&self.range()?, &self.pins)?;
             *prepared = true;
         }
         Ok(())
@@ -171,7 +204,7 @@ impl RealNetwork {
     /// that is still heard for not yet.
     fn connect(&self, address: SandboxAddress) -> Result<(), Error> {
         let links = link::here()?;
-        namespace::connect(&links, address)?;
+        namespace::connect(&links, &self.range()?, address)?;
         if self.is_held(address) {
             return Ok(());
         }
@@ -187,7 +220,7 @@ impl RealNetwork {
     fn make(&self, design: Design) -> Result<Namespace, Error> {
         let Wanted { id, address, .. } = design.wanted.clone();
         // The kernel takes links away some time after their namespace.
-        host::set_aside(&self.plan, &address.host_link())?;
+        host::set_aside(&self.range()?, &address.host_link())?;
         let made = namespace::make(&self.pin(&id), design)?;
         match self.connect(address) {
             Ok(()) => Ok(made),
@@ -203,7 +236,12 @@ impl RealNetwork {
     /// would take ten times as long as all the rest.
     fn take_away(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error> {
         let links = link::here()?;
-        let unrouted = links.apply(vec![link::no_route(address.ip())], Answers::Each);
+        // The route to somebody else's link is theirs too.
+        let unrouted = match host::own_link(&links, &self.range()?, &address.host_link()) {
+            Ok(_) => links.apply(vec![route::remove(address.ip())], Answers::Each),
+            Err(Error::NotOurs { .. }) => Ok(()),
+            Err(error) => Err(error),
+        };
         let unpinned = netns::unpin(&self.pin(id)).map_err(Error::host("removing the namespace"));
         unrouted.and(unpinned)
     }
@@ -235,11 +273,20 @@ impl RealNetwork {
 }
 
 impl Network for RealNetwork {
+    fn claim(&self) -> Result<(), Error> {
+        let mut claim = lock(&self.claim);
+        if claim.is_none() {
+            *claim = Some(range::claim(&self.plan)?);
+        }
+        Ok(())
+    }
+
     fn ensure(&self, wanted: &Wanted) -> Result<Ready, Error> {
         self.prepare()?;
         if wanted.policy.reach == Reach::Internet {
             host::forwards()?;
         }
+        route::is_free(&link::here()?, wanted.address.ip())?;
         let design = self.design(wanted)?;
         let usable = match self.open(&wanted.id)? {
             None => None,
@@ -344,6 +391,10 @@ impl Network for RealNetwork {
     }
 
     fn reconcile(&self, known: &[Known]) -> Result<Reconciled, Error> {
+        if known.is_empty() && !self.has_left_something()? {
+            return Ok(Reconciled::default());
+        }
+        self.claim()?;
         let ids: BTreeSet<&str> = known.iter().map(|known| known.id.as_str()).collect();
         let mut found = Reconciled::default();
         let pinned = self.pinned()?;
@@ -366,16 +417,26 @@ impl Network for RealNetwork {
             }
         }
         let links = link::here()?;
+        let range = self.range()?;
+        if let Err(error) = host::own_device(&links, &range) {
+            // Nor are the links and routes ours, then.
+            found.left.push(chain(&error));
+            return Ok(found);
+        }
         // A daemon that was killed has left its doorbell's route. Whoever calls is not to wait
         // for a daemon that hears for nobody.
         if lock(&self.doorbell).is_none() {
-            links.apply(vec![link::no_route(self.plan.range())], Answers::Each)?;
+            links.apply(vec![route::remove(self.plan.range())], Answers::Each)?;
         }
         for link in link::list(&links)? {
-            if !host::is_of_a_sandbox(&self.plan, &link) || kept.contains(&link.name) {
+            if !host::is_of_a_sandbox(&range, &link) || kept.contains(&link.name) {
                 continue;
             }
-            match host::remove_link(&links, &self.plan, &link.name) {
+            if range.whose(&link) == Whose::Unmarked {
+                found.left.push(format!("the link {} does not say whose it is", link.name));
+                continue;
+            }
+            match host::remove_link(&links, &range, &link.name) {
                 Ok(()) => found.removed.push(link.name),
                 Err(error) => found.left.push(chain(&error)),
             }
@@ -384,9 +445,10 @@ impl Network for RealNetwork {
     }
 
     fn activity(&self, of: &[Known]) -> Result<Vec<(SandboxId, Activity)>, Error> {
+        let range = self.range()?;
         let links: BTreeMap<String, (u32, u64)> = link::list(&link::here()?)?
             .into_iter()
-            .filter(|link| host::is_of_a_sandbox(&self.plan, link))
+            .filter(|link| host::is_of_a_sandbox(&range, link))
             .map(|link| (link.name, (link.index, link.packets)))
             .collect();
         let there = of.iter().filter_map(|known| {
@@ -431,6 +493,19 @@ impl Network for RealNetwork {
 }
 
 impl RealNetwork {
+    /// Says whether an earlier daemon of this store has left anything on this host.
+    fn has_left_something(&self) -> Result<bool, Error> {
+        if self.pins.exists() {
+            return Ok(true);
+        }
+        match host::own_device(&link::here()?, &self.range()?) {
+            Ok(device) => Ok(device.is_some()),
+            // What is somebody else's is none of our business.
+            Err(Error::NotOurs { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Returns the activity of a network whose link has passed `packets` by now.
     fn activity_of(&self, id: &SandboxId, link: u32, packets: u64) -> Result<Activity, Error> {
         let before = lock(&self.seen).get(id).copied();

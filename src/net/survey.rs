@@ -8,9 +8,9 @@ use std::{fs, io, net::Ipv4Addr, path::Path};
 use ipnet::Ipv4Net;
 
 use super::{
-    Error, condition as when, firewall, host,
-    link::{self, Found},
+    Error, condition as when, firewall, host, link,
     nftables::{self, Mode},
+    route::{self, Found},
     ruleset::{At, Chain, Family, Fate, Hook, Kind, Limit, Rule, Ruleset, Set, Table, rule},
 };
 use crate::{
@@ -167,7 +167,7 @@ fn forwarding() -> Finding {
 }
 
 fn range(plan: &AddressPlan) -> Finding {
-    match link::here().and_then(|links| link::routes(&links)) {
+    match link::here().and_then(|links| route::list(&links)) {
         Ok(routes) => judge_range(plan, &routes),
         Err(error) => lacking(
             "range",

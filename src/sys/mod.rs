@@ -15,6 +15,7 @@ pub mod landlock;
 pub mod mount;
 pub mod netlink;
 pub mod netns;
+pub mod netns_lock;
 pub mod outside;
 pub mod pool;
 pub mod process;

@@ -276,6 +276,50 @@ fn a_daemon_that_dies_interrupts_no_connection() {
 }
 
 #[test]
+fn a_second_daemon_with_the_same_addresses_is_refused_and_cuts_nobody_off() {
+    in_a_world(|world| {
+        let mut host = Setup::linux(OPTIONS).net("internet").start();
+        boot(&host, "web-1");
+        let mut inbound = connect(&host, "web-1");
+        let listener = world.tcp_server(World::SERVER, 80);
+        let mut outbound = hold_connection(&host, "web-1", &listener);
+        let dir = tempfile::tempdir().unwrap();
+        let [mount, store, runtime] = ["m", "s", "r"].map(|name| dir.path().join(name));
+        let setup = Setup::linux(OPTIONS).net("internet");
+        let overlapping =
+            Setup::linux(OPTIONS).net("internet").config("[network]\nrange = \"10.208.0.0/12\"");
+        for (setup, range) in [(&setup, "10.213.0.0/16"), (&overlapping, "10.208.0.0/12")] {
+            let output = host.start_another(setup, &mount, &store, &runtime);
+            let said = String::from_utf8(output.stderr).unwrap();
+            let pid = host.daemon_pid();
+            let want = format!(
+                "dozed: taking the addresses of sandboxes: {range} is in use by another dozed \
+                 (process {pid}, range 10.213.0.0/16); each needs a `range` of its own in \
+                 `[network]`\n"
+            );
+            assert_eq!((output.status.code(), said), (Some(1), want));
+        }
+        echo(&mut inbound, "it was refused");
+        // With the first one gone it starts, and leaves what that has made alone.
+        host.kill_daemon();
+        let mut beside = setup.start();
+        beside.mkdir("web-1").unwrap();
+        beside.write("web-1/state", "wake").unwrap_err();
+        let error = beside.error("web-1");
+        assert!(error.contains("is there already and not of this daemon's making"), "{error}");
+        echo(&mut inbound, "its successor is another's");
+        beside.terminate();
+        drop(beside);
+        host.restart();
+        echo(&mut inbound, "and so is its end");
+        host.types("web-1", "echo and both ways >&4");
+        let mut heard = [0; 14];
+        outbound.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"and both ways\n");
+    });
+}
+
+#[test]
 fn after_a_sleep_that_was_too_long_no_connection_hangs() {
     in_a_world(|world| {
         let setup = Setup::linux(OPTIONS).net("internet");

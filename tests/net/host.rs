@@ -283,19 +283,19 @@ pub(crate) fn forwarding(on: bool) {
 
 /// Runs `ip` in the namespace of this thread.
 pub(crate) fn ip(args: &str) -> String {
-    run("ip", args)
+    run("ip", &args.split(' ').collect::<Vec<_>>())
 }
 
 /// Runs `nft` in the namespace of this thread.
 pub(crate) fn nft(args: &str) -> String {
-    run("nft", args)
+    run("nft", &args.split(' ').collect::<Vec<_>>())
 }
 
-fn run(program: &str, args: &str) -> String {
+/// Runs a program in the namespace of this thread.
+pub(crate) fn run(program: &str, args: &[&str]) -> String {
     let path = command::find(program).unwrap_or_else(|| panic!("there is no {program}"));
-    let words: Vec<_> = args.split(' ').collect();
-    let output = command::output(&path, &words, SOON).unwrap();
-    assert!(output.status.success(), "{program} {args}");
+    let output = command::output(&path, args, SOON).unwrap();
+    assert!(output.status.success(), "{program} {args:?}");
     output.stdout
 }
 

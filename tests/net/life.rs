@@ -3,18 +3,19 @@
 use std::{
     fs,
     io::{ErrorKind, Read, Write},
+    os::unix::fs::MetadataExt as _,
 };
 
 use dozed::{
-    net::{Error, Known, Network, RealNetwork},
+    net::{Error, Known, Network, RealNetwork, Wanted},
     sandbox::network::{Destinations, Reach},
 };
 
 use crate::{
     guest::{Arp, Guest, Refusal, SYN, UDP},
     host::{
-        HOST, OTHER, SERVER, SOON, Sandbox, assert_silent, eventually, forwarding, heard, id, ip,
-        nft, on_a_host,
+        HOST, Host, OTHER, SERVER, SOON, Sandbox, assert_silent, eventually, forwarding, heard, id,
+        ip, nft, on_a_host, run,
     },
 };
 
@@ -235,13 +236,17 @@ fn what_the_host_has_for_networks_goes_with_the_last_of_them_and_comes_back_with
         host.network.ensure(&wanted).unwrap();
         host.network.retire().unwrap();
         assert!(has_table(), "a sandbox has a network");
+        host.network.remove(&wanted.id, wanted.address).unwrap();
+        host.network.retire().unwrap();
         // The daemon that ends need not be the one that made it.
-        let next = RealNetwork::new(host.plan, host.runtime());
+        let daemon = || RealNetwork::new(host.plan, host.runtime());
+        daemon().ensure(&wanted).unwrap();
+        let next = daemon();
         next.remove(&wanted.id, wanted.address).unwrap();
         next.retire().unwrap();
         assert!(!has_table());
         assert!(!host.runtime().join("netns").exists());
-        RealNetwork::new(host.plan, host.runtime()).ensure(&wanted).unwrap();
+        daemon().ensure(&wanted).unwrap();
         assert!(has_table());
     });
 }
@@ -256,11 +261,10 @@ fn what_a_crash_left_is_removed_and_what_is_known_stays() {
         // became a pin.
         ip(&format!("link del {}", gone.wanted.address.host_link()));
         let orphan = host.plan.address(9).unwrap().host_link();
-        let group = host.plan.link_group();
-        ip(&format!("link add {orphan} group {group} type veth peer name orphan0 group {group}"));
+        add_link(host, &orphan, "orphan0", &mark(host));
         let file = host.runtime().join("netns/half");
         fs::write(&file, "").unwrap();
-        let known = Known { id: kept.wanted.id.clone(), address: kept.wanted.address };
+        let known = known(&kept.wanted);
         let asleep = Known { id: id("asleep"), address: host.plan.address(2).unwrap() };
         let found = host.network.reconcile(&[known.clone(), asleep]).unwrap();
         let mut removed = found.removed;
@@ -272,6 +276,101 @@ fn what_a_crash_left_is_removed_and_what_is_known_stays() {
         // A second look finds nothing to do. A peer that is not a sandbox's name stays ours
         // to see and nobody's to remove, but it went with its other end.
         assert_eq!(host.network.reconcile(&[known]).unwrap().removed, [""; 0]);
+    });
+}
+
+fn known(wanted: &Wanted) -> Known {
+    Known { id: wanted.id.clone(), address: wanted.address }
+}
+
+/// Returns what this host's daemon writes on what it makes.
+fn mark(host: &Host) -> String {
+    let found = fs::metadata(host.runtime()).unwrap();
+    format!("dozed store {:x}:{}", found.dev(), found.ino())
+}
+
+/// Makes a link in the group of this host's range.
+fn add_link(host: &Host, name: &str, peer: &str, mark: &str) {
+    let group = host.plan.link_group();
+    ip(&format!("link add {name} group {group} type veth peer name {peer} group {group}"));
+    if !mark.is_empty() {
+        run("ip", &["link", "set", name, "alias", mark]);
+    }
+}
+
+#[test]
+fn what_another_daemon_made_for_the_same_range_is_left_alone() {
+    on_a_host(|host| {
+        let theirs = tempfile::tempdir().unwrap();
+        let other = RealNetwork::new(host.plan, theirs.path());
+        let wanted = host.wanted("a", 0);
+        let link = wanted.address.host_link();
+        let ready = other.ensure(&wanted).unwrap();
+        // It runs: nothing of it is touched, and what a crash left is not looked for.
+        for error in [
+            host.network.claim().unwrap_err(),
+            host.network.ensure(&wanted).unwrap_err(),
+            host.network.reconcile(&[known(&wanted)]).unwrap_err(),
+        ] {
+            assert!(matches!(error, Error::RangeInUse { .. }), "{error}");
+        }
+        assert_eq!(host.network.reconcile(&[]).unwrap().removed, [""; 0]);
+        // It is gone, and its guest runs on.
+        drop(other);
+        let error = host.network.ensure(&wanted).unwrap_err();
+        assert!(matches!(&error, Error::NotOurs { name } if name.contains("store")), "{error}");
+        assert_eq!(host.network.reconcile(&[known(&wanted)]).unwrap().removed, [""; 0]);
+        host.network.remove(&wanted.id, wanted.address).unwrap();
+        assert!(ip("-o link").contains(&format!(" {link}@")));
+        assert!(ip("route show proto 213").contains(&format!("{} dev {link}", wanted.address)));
+        host.network.dismantle().unwrap_err();
+        assert!(nft("list tables").contains("dozed"));
+        // Its successor finds all of it.
+        let next = RealNetwork::new(host.plan, theirs.path());
+        assert_eq!(next.ensure(&wanted).unwrap(), ready);
+        next.dismantle().unwrap();
+    });
+}
+
+#[test]
+fn a_link_that_does_not_say_whose_it_is_is_told_of_and_stays() {
+    on_a_host(|host| {
+        drop(host.sandbox("a", 0));
+        let orphan = host.plan.address(9).unwrap().host_link();
+        add_link(host, &orphan, "orphan0", "");
+        let found = host.network.reconcile(&[]).unwrap();
+        assert_eq!(found.left, [format!("the link {orphan} does not say whose it is")]);
+        ip(&format!("link del {orphan}"));
+    });
+}
+
+#[test]
+fn a_route_of_an_administrators_is_refused_and_stays() {
+    on_a_host(|host| {
+        let wanted = host.wanted("a", 0);
+        let refused = |network: &str| {
+            let error = host.network.ensure(&wanted).unwrap_err();
+            let name = format!("the route to {network}");
+            assert!(matches!(&error, Error::NotOurs { name: it } if *it == name), "{error}");
+        };
+        let route = format!("{} via 93.184.216.2", host.plan.range());
+        ip(&format!("route add {route}"));
+        refused("10.213.0.0/16");
+        assert!(ip("route show").contains(&route));
+        assert_eq!(nft("list ruleset"), "", "nothing was made");
+        ip(&format!("route del {route}"));
+        let route = format!("{} via 93.184.216.2", wanted.address);
+        ip(&format!("route add {route}"));
+        refused("10.213.0.2/32");
+        // One that comes later, while the sandbox sleeps.
+        ip(&format!("route del {route}"));
+        drop(host.sandbox_with(wanted.clone()));
+        ip(&format!("route replace {route}"));
+        refused("10.213.0.2/32");
+        host.network.remove(&wanted.id, wanted.address).unwrap();
+        assert!(ip("route show").contains(&route));
+        ip(&format!("route del {route}"));
+        host.network.ensure(&wanted).unwrap();
     });
 }
 
@@ -350,8 +449,7 @@ fn a_network_that_is_made_again_at_once_does_not_wait_for_the_end_of_the_last_on
         });
         // What a daemon that was killed did not get to is removed by the next, and what only
         // looks like it is not.
-        let group = host.plan.link_group();
-        ip(&format!("link add dx00001234 group {group} type veth peer name peer0 group {group}"));
+        add_link(host, "dx00001234", "peer0", &mark(host));
         ip("link add dx00005678 type veth peer name peer1");
         assert_eq!(host.network.reconcile(&[]).unwrap().removed, ["dx00001234"]);
         ip("link del dx00005678");

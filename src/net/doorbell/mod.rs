@@ -38,6 +38,7 @@ use self::{
 use super::{
     Error, host, link,
     netlink::{Answers, Kernel},
+    route,
 };
 use crate::{
     sandbox::network::{AddressPlan, SandboxAddress, Transport, WakePorts},
@@ -140,12 +141,11 @@ impl Doorbell {
     fn route(&self, name: &str) -> Result<(), Error> {
         let links = lock(&self.links);
         let index = link::find(&links, name)?.ok_or(Error::NotThere)?.index;
-        let route = link::route(index, self.plan.range(), self.plan.host_address());
         // A device without a reader drops what it is to send for a moment longer.
         if !link::wait_until_up(&links, name)? {
             tracing::warn!("the doorbell may not hear the first packets");
         }
-        links.apply(vec![route], Answers::Each)
+        route::ensure(&links, index, self.plan.range(), self.plan.host_address()).map(drop)
     }
 
     /// Says whether it hears at all: it does not when somebody has removed its device.
@@ -165,7 +165,7 @@ impl Doorbell {
     /// Where its route stays. It does not ring then.
     pub(super) fn listen(&self, address: SandboxAddress, ports: &WakePorts) -> Result<(), Error> {
         lock(&self.ear.judge).listen(address, ports);
-        let unrouted = lock(&self.links).apply(vec![link::no_route(address.ip())], Answers::Each);
+        let unrouted = lock(&self.links).apply(vec![route::remove(address.ip())], Answers::Each);
         unrouted.inspect_err(|_| self.deafen(address))
     }
 
@@ -276,7 +276,7 @@ impl Drop for Doorbell {
     fn drop(&mut self) {
         // Who calls now is told that nobody is there, by the route of second choice. Where
         // the device is gone its route is too, and one that is there is the successor's.
-        let route = link::no_route(self.plan.range());
+        let route = route::remove(self.plan.range());
         if self.works()
             && let Err(error) = lock(&self.links).apply(vec![route], Answers::Each)
         {

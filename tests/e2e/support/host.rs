@@ -127,8 +127,19 @@ impl Host {
 
     /// Runs a second daemon to its end that has only the mount in common with this one.
     pub(crate) fn start_beside(&self, setup: &Setup, store: &Path, runtime: &Path) -> Output {
+        self.start_another(setup, &self.mount, store, runtime)
+    }
+
+    /// Runs a second daemon to its end that has these directories.
+    pub(crate) fn start_another(
+        &self,
+        setup: &Setup,
+        mount: &Path,
+        store: &Path,
+        runtime: &Path,
+    ) -> Output {
         let file = self.disk.path().join("beside.toml");
-        fs::write(&file, setup.document(&self.mount, store, runtime)).unwrap();
+        fs::write(&file, setup.document(mount, store, runtime)).unwrap();
         let mut run = command(env!("CARGO_BIN_EXE_dozed"));
         run.args(["run", "--log", "error", "--config"]).arg(file);
         run.stdin(std::process::Stdio::null()).output().unwrap()
