@@ -5,6 +5,9 @@
 //! signal: no new operations → reaper ends → those under way end → unmount → index
 //! ```
 //!
+//! Each step of the end is bounded, and so is all of it together: whatever does not end is
+//! left behind, and the process ends.
+//!
 //! Guests are not touched by any of it: they outlive the daemon.
 
 use std::{
@@ -21,7 +24,7 @@ use signal_hook::{
 
 use crate::{
     config::{self, Config, Verify},
-    fuse::{FS_NAME, Mounted},
+    fuse::{self, Mounted, Unfit},
     index::{self, Index},
     lifecycle::{CLOCK_KEY, Contradicted, Lifecycle, Parts, Settings, chain, check_index_file},
     net::{self, RealNetwork},
@@ -30,13 +33,14 @@ use crate::{
     sandbox::VmmChoice,
     sync::Arc,
     sys::{
-        clock::{Clock, ClockBasis, HostClock},
+        clock::{Clock, ClockBasis, Deadline, HostClock},
         files::{LockFile, lock_file, lock_holder, make_private_dir},
         host::is_root,
         kvm,
-        mount::{self, Device},
+        mount::Device,
         pool::Pool,
         process::reserve_places,
+        thread::join_by,
     },
     tree::Tree,
     vmm::{Vmm, cloud_hypervisor::CloudHypervisor, qemu::Qemu},
@@ -45,6 +49,10 @@ use crate::{
 /// How long operations that are under way at the end may still take. A sleep of a large
 /// guest on a slow disk takes a while; what is cut off is finished at the next start.
 const CLOSE_LIMIT: Duration = Duration::from_secs(60);
+/// How long the whole end may take. systemd kills us after 90 s (`TimeoutStopSec` of our unit).
+const END_LIMIT: Duration = Duration::from_secs(80);
+/// How long the reaper may take to end. What it has begun has had [`CLOSE_LIMIT`] by then.
+const REAPER_END_LIMIT: Duration = Duration::from_secs(2);
 /// How often we look whether somebody has unmounted the tree.
 const SERVING_LOOK: Duration = Duration::from_secs(1);
 /// The subcommand by which we start ourselves as the announcer.
@@ -79,7 +87,9 @@ pub enum Error {
         fs_type: String,
     },
     /// The mount point has files, which the tree would hide.
-    #[error("{} is not an empty directory; choose another `mount`", .dir.display())]
+    #[error(
+        "{} has files in it, which the tree would hide; choose another `mount`", .dir.display()
+    )]
     NotEmpty {
         /// The mount point.
         dir: PathBuf,
@@ -132,7 +142,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     // From here on a signal is an orderly end, however early it comes.
     let signals = listen().map_err(host("listening for signals"))?;
     let _locks = take_directories(&config)?;
-    clear_mount_point(&config.mount)?;
+    check_mount_point(&config.mount)?;
 
     let index_path = config.store.join("index.db");
     check_index_file(&config.store, &index_path)?;
@@ -189,7 +199,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     tell_ready(&config);
 
     let serving = serve(&signals, &mounted, &config.mount);
-    shut_down(&lifecycle, reaper, mounted, clock.as_ref());
+    end(move || shut_down(&lifecycle, reaper, mounted, clock.as_ref()));
     serving
 }
 
@@ -228,32 +238,16 @@ fn take_directories(config: &Config) -> Result<Vec<LockFile>, Error> {
     Ok(locks)
 }
 
-/// Makes the mount point, and takes away what a daemon that was killed left mounted.
-fn clear_mount_point(dir: &Path) -> Result<(), Error> {
-    let looking = || format!("looking at the mount point {}", dir.display());
-    if let Some(above) = dir.parent() {
-        std::fs::create_dir_all(above).map_err(host(looking()))?;
-    }
-    let dir = &mount::without_links(dir).map_err(host(looking()))?;
-    while let Some(found) = mount::mounted_at(dir).map_err(host(looking()))? {
-        // The type has no subtype where the mount was made without fusermount.
-        let ours = found.source == FS_NAME && found.fs_type.as_encoded_bytes().starts_with(b"fuse");
-        if ours && !mount::is_dead_fuse(dir) {
-            return Err(Error::InUse { key: "mount", dir: dir.to_owned(), pid: None });
+/// Looks whether the tree can be mounted.
+fn check_mount_point(dir: &Path) -> Result<(), Error> {
+    fuse::check_mount_point(dir).map_err(|unfit| match unfit {
+        Unfit::InUse => Error::InUse { key: "mount", dir: dir.to_owned(), pid: None },
+        Unfit::Mounted(fs_type) => Error::Mounted { dir: dir.to_owned(), fs_type },
+        Unfit::HasFiles => Error::NotEmpty { dir: dir.to_owned() },
+        Unfit::Io(source) => {
+            Error::Host { doing: format!("looking at the mount point {}", dir.display()), source }
         }
-        if !ours {
-            let fs_type = found.fs_type.to_string_lossy().into_owned();
-            return Err(Error::Mounted { dir: dir.to_owned(), fs_type });
-        }
-        tracing::info!(mount = %dir.display(), "taking away the mount of a daemon that is gone");
-        mount::detach(dir).map_err(host(format!("unmounting {}", dir.display())))?;
-    }
-    std::fs::create_dir_all(dir).map_err(host(format!("making {}", dir.display())))?;
-    let mut entries = std::fs::read_dir(dir).map_err(host(looking()))?;
-    if entries.next().is_some() {
-        return Err(Error::NotEmpty { dir: dir.to_owned() });
-    }
-    Ok(())
+    })
 }
 
 /// Returns the program that tells inotify of changes: this one, also after another was
@@ -384,13 +378,22 @@ fn serve(signals: &mpsc::Receiver<i32>, mounted: &Mounted, dir: &Path) -> Result
     }
 }
 
+/// Runs the end of the daemon, for at most [`END_LIMIT`]. What has not ended by then ends with
+/// the process.
+fn end(shut_down: impl FnOnce() + Send + 'static) {
+    match std::thread::Builder::new().name("dozed-end".to_owned()).spawn(shut_down) {
+        Ok(ending) => drop(join_by(ending, &Deadline::after(END_LIMIT), "the end of the daemon")),
+        Err(error) => tracing::error!(%error, "ending without order; the next start finishes it"),
+    }
+}
+
 fn shut_down(lifecycle: &Lifecycle, reaper: Reaper, mounted: Mounted, clock: &HostClock) {
     drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
     let left = lifecycle.close(CLOSE_LIMIT);
     if left > 0 {
         tracing::warn!(left, "operations are still under way; the next start finishes them");
     }
-    reaper.stop();
+    reaper.stop(REAPER_END_LIMIT);
     if let Err(error) = mounted.unmount() {
         tracing::error!(%error, "unmounting");
     }

@@ -16,6 +16,7 @@
 
 mod adapter;
 mod ghosts;
+mod mount_point;
 mod polls;
 mod spots;
 mod translate;
@@ -25,17 +26,25 @@ use std::{
     io,
     path::{Path, PathBuf},
     thread::JoinHandle,
+    time::Duration,
 };
 
 use adapter::Adapter;
-use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
+use fuser::{BackgroundSession, Config, Session, SessionACL};
+pub use mount_point::{Unfit, check_mount_point};
 use polls::Polls;
 use waiting::Waiting;
 
 use crate::{
     notify::{Announcer, Program, Teller},
     sync::Arc,
-    sys::{mount, pool::Pool},
+    sys::{
+        clock::Deadline,
+        fuse_mount::Unmounted,
+        mount::{self, Device, MountWatch},
+        pool::Pool,
+        thread::join_by,
+    },
     tree::{File, Tree},
 };
 
@@ -43,12 +52,18 @@ use crate::{
 /// listing from holding up the rest.
 const SESSION_THREADS: usize = 2;
 /// The name of the file system, in mount tables and in `df`.
-pub const FS_NAME: &str = "dozed";
+const FS_NAME: &str = "dozed";
+/// How long the session may take to end once its connection is cut. It takes milliseconds; a
+/// thread that is at work for somebody ends its work first.
+const SESSION_END_LIMIT: Duration = Duration::from_secs(5);
 
 /// The tree, mounted.
 #[derive(Debug)]
 pub struct Mounted {
+    /// Without symbolic links.
     mount: PathBuf,
+    device: Device,
+    watch: MountWatch,
     session: BackgroundSession,
     waiting: Arc<Waiting>,
     watcher: JoinHandle<()>,
@@ -71,55 +86,70 @@ impl Mounted {
         let mut config = Config::default();
         config.acl = SessionACL::All;
         config.n_threads = Some(SESSION_THREADS);
-        config.mount_options = vec![
-            MountOption::FSName(FS_NAME.to_owned()),
-            MountOption::Subtype(FS_NAME.to_owned()),
-            MountOption::DefaultPermissions,
-            MountOption::NoSuid,
-            MountOption::NoDev,
-            MountOption::NoExec,
-        ];
         let (news, polls) = (Arc::clone(tree.news()), Arc::new(Polls::default()));
         let adapter = Adapter::new(tree, pool, Arc::clone(&waiting), Arc::clone(&polls))?;
-        let session = Session::new(adapter, mount, &config)?.spawn()?;
-        let announcer = announcing.map(|program| announcer(program, mount)).transpose()?;
+        // Without touching the mount: it is ours, and so must not be waited for.
+        let mount = mount::without_links(mount)?;
+        let (connection, unmounted) = Unmounted::create(FS_NAME)?;
+        let device = unmounted.device();
+        let session = Session::from_fd(adapter, connection, SessionACL::All, config)?.spawn()?;
+        let watch = MountWatch::start()?;
+        mount_point::mount_tree(&unmounted, &mount)?;
+        // It would keep others from unmounting the tree.
+        drop(unmounted);
+        let announcer = announcing.map(|program| announcer(program, &mount, device));
         let wake = move |spot| spots::polled(spot).for_each(|node| polls.wake(node));
         let teller = Teller::start(news, announcer, wake, spots::locate)?;
-        Ok(Self { mount: mount.to_owned(), session, waiting, watcher, teller })
+        Ok(Self { mount, device, watch, session, waiting, watcher, teller })
     }
 
-    /// Says whether requests are still served; they are not once somebody unmounted it.
+    /// Says whether the tree is served and where it was mounted; it is not once somebody
+    /// unmounted it, though another mount namespace may still have it.
     #[must_use]
     pub fn is_serving(&self) -> bool {
-        !self.session.guard.is_finished()
+        if self.session.guard.is_finished() {
+            return false;
+        }
+        !self.watch.has_changed() || self.is_mounted()
     }
 
-    /// Takes the tree away, also where somebody still uses it.
+    fn is_mounted(&self) -> bool {
+        // Where the kernel does not list the mounts, we go on.
+        mount::mounts_at(&self.mount)
+            .is_ok_and(|mounts| mounts.iter().any(|found| found.device == self.device))
+    }
+
+    /// Ends the tree and takes it away, also where somebody still uses it, and where other
+    /// mount namespaces or bind mounts have it. Whoever waits for an answer gets an error.
     ///
     /// # Errors
-    /// Where the kernel does not let us.
+    /// Where the kernel does not let us, or another mount covers it. Once this process ends,
+    /// so does the tree.
     pub fn unmount(self) -> io::Result<()> {
-        let serving = self.is_serving();
+        let is_mounted = self.is_mounted();
         // It uses the mount, and what has happened is to be told before that ends.
         self.teller.stop();
-        let unmounted = self.session.umount_and_join().or_else(|error| {
-            // Somebody has a file open in it, or stands in it: it goes when they do.
-            tracing::info!(%error, "the mount is in use; detaching it");
-            if serving { mount::detach(&self.mount) } else { Ok(()) }
-        });
+        let unmounted = if is_mounted { self::unmount(&self.mount, self.device) } else { Ok(()) };
         self.waiting.stop();
-        if self.watcher.join().is_err() {
-            tracing::error!("the thread that looks for signals panicked");
+        let deadline = Deadline::after(SESSION_END_LIMIT);
+        if unmounted.is_ok() {
+            join_by(self.session.guard, &deadline, "the session");
         }
+        join_by(self.watcher, &deadline, "the thread that looks for signals");
         unmounted
     }
 }
 
+/// Cuts the connection of the tree and takes it away, unless something covers it.
+fn unmount(mount: &Path, device: Device) -> io::Result<()> {
+    match mount::mounted_at(mount)? {
+        Some(found) if found.device == device => mount::abort(mount),
+        Some(_) | None => Err(io::Error::other("something else is mounted over the tree")),
+    }
+}
+
 /// Says what the announcer of the tree that was just mounted needs.
-fn announcer(program: Program, mount: &Path) -> io::Result<Announcer> {
-    // Without touching the mount: it is ours, and so must not be waited for.
-    let mount = mount::without_links(mount)?;
-    let mounted = mount::mounted_at(&mount)?.ok_or(io::ErrorKind::NotFound)?;
+fn announcer(program: Program, mount: &Path, device: Device) -> Announcer {
     let files = File::ALL.map(File::name).to_vec();
-    Ok(Announcer { program, mount, device: mounted.device, files })
+    Announcer { program, mount: mount.to_owned(), device, files }
 }

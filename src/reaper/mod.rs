@@ -33,6 +33,7 @@ use crate::{
     },
     sandbox::{Cause, RowId, Timestamp},
     sync::{Arc, Mutex, lock},
+    sys::{clock::Deadline, thread::join_by},
 };
 
 /// How many due sandboxes are read from the index at a time.
@@ -111,13 +112,13 @@ impl Reaper {
         Ok(Self { shared, threads })
     }
 
-    /// Ends the looking, and waits for what is being acted on.
-    pub fn stop(self) {
+    /// Ends the looking, and waits for what is being acted on, for at most `limit`. What takes
+    /// longer is left behind; the next start finishes it.
+    pub fn stop(self, limit: Duration) {
         self.shared.lifecycle.bell().close();
+        let deadline = Deadline::after(limit);
         for thread in self.threads {
-            if thread.join().is_err() {
-                tracing::error!("a thread of the reaper panicked");
-            }
+            join_by(thread, &deadline, "a thread of the reaper");
         }
     }
 }

@@ -14,6 +14,9 @@ use crate::{
     vmm::fake::{Call, Fault},
 };
 
+/// How long the reaper may take to end, on a host that is busy.
+const END_LIMIT: Duration = Duration::from_secs(60);
+
 /// Starts a reaper that only looks when the bell rings.
 fn reap(host: &Host) -> Reaper {
     Reaper::start(Arc::clone(&host.daemon), Duration::from_secs(3600), 2).unwrap()
@@ -48,7 +51,7 @@ fn an_idle_one_is_put_to_sleep_and_an_active_one_is_not() {
     look(&host);
     wait_for("a to sleep", || host.state("a") == State::Snapshotted);
     assert_eq!(host.state("b"), State::Running);
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 #[test]
@@ -58,7 +61,7 @@ fn never_means_never() {
     let reaper = reap(&host);
     host.clock.advance(Duration::from_secs(86_400 * 365));
     look(&host);
-    reaper.stop();
+    reaper.stop(END_LIMIT);
     assert_eq!(host.state("a"), State::Running);
 }
 
@@ -79,7 +82,7 @@ fn a_stale_one_is_deleted_unless_it_is_pinned() {
     host.clock.advance(Duration::from_secs(1));
     look(&host);
     wait_for("a to go", || host.daemon.by_id(&"a".parse().unwrap()).is_none());
-    reaper.stop();
+    reaper.stop(END_LIMIT);
     assert_eq!(host.state("b"), State::Snapshotted);
 }
 
@@ -104,7 +107,7 @@ fn what_a_deaf_vmm_left_in_the_middle_is_settled_once_it_hears_again() {
     assert!(host.guest_runs("a"));
     assert!(why.contains("as planned"), "{why}");
     assert_eq!(host.error("a"), why);
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 #[test]
@@ -126,7 +129,7 @@ fn one_that_fails_is_left_alone_for_a_while_and_does_not_starve_the_others() {
     for id in ["a", "b"] {
         wait_for(id, || host.state(id) == State::Snapshotted);
     }
-    reaper.stop();
+    reaper.stop(END_LIMIT);
     assert_eq!(host.error("a"), "ok");
     assert_eq!(host.entry("a").record().retry_at, None);
 }
@@ -146,7 +149,7 @@ fn one_that_hangs_does_not_hold_up_the_others() {
     wait_for("b to sleep", || host.state("b") == State::Snapshotted);
     assert_eq!(host.state("a"), State::Snapshotting);
     assert!(host.destroy("a").unwrap());
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 #[test]
@@ -161,7 +164,7 @@ fn one_that_is_locked_is_passed_over_until_the_next_look() {
     drop(held);
     look(&host);
     wait_for("a to sleep", || host.state("a") == State::Snapshotted);
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 #[test]
@@ -186,7 +189,7 @@ fn a_panic_in_one_act_ends_neither_the_worker_nor_the_sandbox() {
     for id in ["a", "b"] {
         wait_for(id, || host.state(id) == State::Snapshotted);
     }
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 #[test]
@@ -222,7 +225,7 @@ fn one_that_is_held_is_not_put_to_sleep_and_idles_from_the_end_of_its_hold() {
     host.clock.advance(Duration::from_secs(1));
     look(&host);
     wait_for("a to sleep", || host.state("a") == State::Snapshotted);
-    reaper.stop();
+    reaper.stop(END_LIMIT);
     host.restart();
     host.wake("a").unwrap();
     host.clock.advance(Duration::from_secs(60));
@@ -244,7 +247,7 @@ fn what_an_earlier_daemon_held_is_left_alone_for_a_while() {
     host.clock.advance(Duration::from_secs(2));
     look(&host);
     wait_for("a to sleep", || host.state("a") == State::Snapshotted);
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 /// Moves the clock until the reaper puts `a` to sleep; returns for how many seconds it was awake.
@@ -273,7 +276,7 @@ fn one_that_was_just_woken_stays_awake_for_the_minimum_unless_it_is_asked_to_sle
     host.clock.advance(Duration::from_secs(1));
     look(&host);
     wait_for("a to sleep", || host.state("a") == State::Snapshotted);
-    reaper.stop();
+    reaper.stop(END_LIMIT);
     host.wake("a").unwrap();
     assert_eq!(host.sleep("a").unwrap(), Outcome::Done);
 }
@@ -285,7 +288,7 @@ fn one_that_is_woken_again_and_again_stays_awake_for_longer_also_over_a_restart(
     for minimum in [10, 10, 20, 40] {
         let reaper = reap(&host);
         assert_eq!(awake_for(&host), minimum);
-        reaper.stop();
+        reaper.stop(END_LIMIT);
         host.restart();
         host.clock.advance(Duration::from_secs(5));
         host.wake("a").unwrap();
@@ -295,7 +298,7 @@ fn one_that_is_woken_again_and_again_stays_awake_for_longer_also_over_a_restart(
     host.clock.advance(Duration::from_secs(3600));
     host.wake("a").unwrap();
     assert_eq!(awake_for(&host), 10);
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 #[test]
@@ -314,7 +317,7 @@ fn a_step_of_the_wall_clock_neither_puts_to_sleep_nor_deletes() {
         host.restart();
         let reaper = reap(&host);
         look(&host);
-        reaper.stop();
+        reaper.stop(END_LIMIT);
         assert_eq!(host.state("a"), State::Running, "after a step of {step} ms");
         assert_eq!(host.state("b"), State::Snapshotted, "after a step of {step} ms");
         assert_eq!(host.state("c"), State::Running, "after a step of {step} ms");
@@ -331,7 +334,7 @@ fn a_step_of_the_wall_clock_neither_puts_to_sleep_nor_deletes() {
     host.clock.advance(Duration::from_secs(540));
     look(&host);
     wait_for("b to go", || host.daemon.by_id(&"b".parse().unwrap()).is_none());
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 #[test]
@@ -372,7 +375,7 @@ fn a_boot_with_the_wall_clock_ahead_deletes_nothing_that_is_not_stale() {
     look(&host);
     wait_for("a to go", || !is_there("a"));
     assert!(is_there("b"));
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 #[test]
@@ -386,7 +389,7 @@ fn a_host_that_is_never_synchronised_deletes_after_the_grace() {
     host.clock.advance(SYNC_GRACE);
     look(&host);
     wait_for("a to go", || host.daemon.by_id(&"a".parse().unwrap()).is_none());
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 #[test]
@@ -406,7 +409,7 @@ fn the_network_of_a_sleeper_goes_when_it_has_lingered() {
     look(&host);
     wait_for("the network to go", || !is_there());
     assert_eq!(host.state("a"), State::Snapshotted);
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 #[test]
@@ -434,7 +437,7 @@ fn traffic_of_its_network_keeps_one_awake_unless_that_does_not_count() {
     assert_eq!(host.state("a"), State::Running);
     let rates = host.daemon.busyness(host.entry("a").row());
     assert_eq!(rates.now.network_bytes_per_second, Some(101), "rounded down");
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }
 
 #[test]
@@ -459,5 +462,5 @@ fn where_nobody_says_what_a_network_passed_the_other_signals_are_still_seen() {
         look(&host);
     }
     assert_eq!(rates().network_bytes_per_second, Some(0));
-    reaper.stop();
+    reaper.stop(END_LIMIT);
 }

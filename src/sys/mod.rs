@@ -2,11 +2,13 @@
 //!
 //! Every unsafe block and every raw system call of the project is in here.
 
+pub mod bounded;
 pub mod cancel;
 pub mod clock;
 pub mod command;
 pub mod door;
 pub mod files;
+pub mod fuse_mount;
 pub mod growth;
 pub mod host;
 pub mod idmap;
@@ -21,6 +23,7 @@ pub mod pool;
 pub mod process;
 pub mod socket;
 pub mod task;
+pub mod thread;
 pub mod tsc;
 pub mod tun;
 pub mod userfaultfd;

@@ -5,16 +5,24 @@ use std::{
     fs, io,
     os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     fs::statfs,
     io::Errno,
     mount::{UnmountFlags, unmount},
 };
 
+use super::bounded;
+
 /// Where the kernel lists the mounts that we see, in the order they were made.
 const MOUNTINFO: &str = "/proc/self/mountinfo";
+
+/// How long the server of a FUSE file system may take to say that it is there. One that runs
+/// answers in a millisecond; a busy host delays it.
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// A mount, as the kernel lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,6 +65,14 @@ pub fn mounted_at(path: &Path) -> io::Result<Option<MountInfo>> {
     Ok(topmost(&fs::read(MOUNTINFO)?, path))
 }
 
+/// Returns all that is mounted on `path`, the topmost last.
+///
+/// # Errors
+/// Where the kernel does not list the mounts.
+pub fn mounts_at(path: &Path) -> io::Result<Vec<MountInfo>> {
+    Ok(stack(&fs::read(MOUNTINFO)?, path))
+}
+
 /// Returns what kind of file system `path` is on, which is absolute and free of symbolic
 /// links, by the list of mounts.
 ///
@@ -73,7 +89,8 @@ pub fn mount_of(path: &Path) -> io::Result<Option<MountInfo>> {
 /// Where the kernel does not list the mounts.
 pub fn mounts_of_type(fs_type: &str) -> io::Result<Vec<PathBuf>> {
     let list = fs::read(MOUNTINFO)?;
-    Ok(entries(&list).filter(|(_, info)| info.fs_type == fs_type).map(|(path, _)| path).collect())
+    let is_of_type = |entry: &Entry| entry.info.fs_type == fs_type;
+    Ok(entries(&list).filter(is_of_type).map(|entry| entry.path).collect())
 }
 
 /// Returns the path without links above `path`, as the kernel lists mounts by it. What is at
@@ -95,16 +112,33 @@ pub fn without_links(path: &Path) -> io::Result<PathBuf> {
 /// Where the kernel does not list the mounts.
 pub fn mount_points() -> io::Result<Vec<PathBuf>> {
     let list = fs::read(MOUNTINFO)?;
-    Ok(entries(&list).map(|(path, _)| path).collect())
+    Ok(entries(&list).map(|entry| entry.path).collect())
 }
 
-/// Says whether `path` is a FUSE mount whose server is gone.
+/// The server of a FUSE file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Server {
+    /// It answers.
+    Answers,
+    /// It is there, and does not answer within [`ANSWER_LIMIT`].
+    Silent,
+    /// It is gone.
+    Gone,
+}
+
+/// Asks the server of the FUSE file system that is mounted on `path`.
 ///
-/// It asks for what the kernel never caches, so a server that is there but stuck makes
-/// this wait.
-#[must_use]
-pub fn is_dead_fuse(path: &Path) -> bool {
-    matches!(statfs(path), Err(Errno::NOTCONN))
+/// # Errors
+/// Where the system gives no thread to ask with.
+pub fn server_at(path: &Path) -> io::Result<Server> {
+    let path = path.to_owned();
+    // The kernel never caches the answer to this.
+    match bounded::within(ANSWER_LIMIT, move || statfs(&path)) {
+        Ok(Err(Errno::NOTCONN | Errno::CONNABORTED)) => Ok(Server::Gone),
+        Ok(_) => Ok(Server::Answers),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok(Server::Silent),
+        Err(error) => Err(error),
+    }
 }
 
 /// Takes away the topmost mount on `path`; whoever is still in it keeps it until they leave.
@@ -115,6 +149,41 @@ pub fn detach(path: &Path) -> io::Result<()> {
     Ok(unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
 }
 
+/// Ends the FUSE file system that is mounted topmost on `path`, and takes the mount away.
+/// Whoever waits for an answer of it, in whatever mount namespace, gets an error, and so does
+/// its server at its next look for requests.
+///
+/// # Errors
+/// As [`detach`].
+pub fn abort(path: &Path) -> io::Result<()> {
+    // With FORCE the kernel first cuts the connection to the server, whoever else has the
+    // file system mounted; with DETACH it does not mind that somebody uses it.
+    let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+    Ok(unmount(path, flags)?)
+}
+
+/// Tells when a mount namespace may have changed.
+#[derive(Debug)]
+pub struct MountWatch(fs::File);
+
+impl MountWatch {
+    /// Watches the mounts that we see.
+    ///
+    /// # Errors
+    /// Where the kernel does not list them.
+    pub fn start() -> io::Result<Self> {
+        Ok(Self(fs::File::open(MOUNTINFO)?))
+    }
+
+    /// Says whether there was a change since the last call. Never waits.
+    #[must_use]
+    pub fn has_changed(&self) -> bool {
+        let mut fds = [PollFd::new(&self.0, PollFlags::PRI)];
+        // What cannot be asked is taken for a change.
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0)
+    }
+}
+
 /// Says whether `fs_type` is a network's, where locks and syncs are not what they seem.
 #[must_use]
 pub fn is_network_fs(fs_type: &OsStr) -> bool {
@@ -122,16 +191,45 @@ pub fn is_network_fs(fs_type: &OsStr) -> bool {
     kinds.contains(&fs_type.as_bytes())
 }
 
-/// Returns the last mount on `path`, which covers those before.
+/// Returns the mount on `path` that covers the others.
 fn topmost(list: &[u8], path: &Path) -> Option<MountInfo> {
-    entries(list).filter(|(mounted_on, _)| mounted_on == path).last().map(|(_, info)| info)
+    stack(list, path).pop()
+}
+
+/// Returns the mounts on `path`, the topmost last. The order of the list is not that of the
+/// stack: a mount may have been made beneath an older one. But each names the one below it.
+fn stack(list: &[u8], path: &Path) -> Vec<MountInfo> {
+    let mut left: Vec<_> = entries(list).filter(|entry| entry.path == path).collect();
+    let mut stack = Vec::new();
+    while !left.is_empty() {
+        let is_top = |entry: &Entry| {
+            left.iter().all(|other| other.below != entry.id || other.id == entry.id)
+        };
+        // Where something above the path was mounted over, the later one is seen.
+        let top = left.iter().rposition(is_top).unwrap_or(left.len() - 1);
+        stack.push(left.remove(top).info);
+    }
+    stack.reverse();
+    stack
+}
+
+/// A line of the list.
+#[derive(Debug)]
+struct Entry {
+    id: u64,
+    /// The mount that it is mounted on.
+    below: u64,
+    path: PathBuf,
+    info: MountInfo,
 }
 
 /// Reads lines such as `36 35 98:0 /root /mnt rw,noatime shared:1 - ext4 /dev/sda rw`.
-fn entries(list: &[u8]) -> impl Iterator<Item = (PathBuf, MountInfo)> {
+fn entries(list: &[u8]) -> impl Iterator<Item = Entry> {
     list.split(|byte| *byte == b'\n').filter_map(|line| {
         let mut fields = line.split(|byte| *byte == b' ');
-        let device = std::str::from_utf8(fields.nth(2)?).ok()?;
+        let mut number = || std::str::from_utf8(fields.next()?).ok()?.parse().ok();
+        let (id, below) = (number()?, number()?);
+        let device = std::str::from_utf8(fields.next()?).ok()?;
         let (major, minor) = device.split_once(':')?;
         let path = PathBuf::from(unescaped(fields.nth(1)?));
         // Any number of optional fields ends with a hyphen.
@@ -141,7 +239,7 @@ fn entries(list: &[u8]) -> impl Iterator<Item = (PathBuf, MountInfo)> {
             source: unescaped(fields.next()?),
             device: Device { major: major.parse().ok()?, minor: minor.parse().ok()? },
         };
-        Some((path, info))
+        Some(Entry { id, below, path, info })
     })
 }
 
@@ -189,6 +287,10 @@ mod tests {
         let device = Device { major: 0, minor: 32 };
         assert_eq!(info.device, device);
         assert_eq!(topmost(LIST, Path::new("/run")), None);
+        // The one with the lower number was there first, and then the other came beneath it.
+        let beneath = b"41 42 0:31 / /m rw - fuse old rw\n42 22 0:32 / /m rw - fuse new rw\n";
+        let stack = stack(beneath, Path::new("/m"));
+        assert_eq!(stack.iter().map(|info| info.device.minor).collect::<Vec<_>>(), [32, 31]);
     }
 
     #[test]
@@ -207,10 +309,24 @@ mod tests {
     }
 
     #[test]
+    fn a_mount_that_comes_is_a_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().canonicalize().unwrap();
+        let watch = MountWatch::start().unwrap();
+        mount("none", &path, "tmpfs", MountFlags::empty(), None::<&std::ffi::CStr>).unwrap();
+        let (changed, found) = (watch.has_changed(), mounted_at(&path).unwrap().unwrap());
+        let all = mounts_at(&path);
+        detach(&path).unwrap();
+        assert!(changed);
+        assert_eq!(all.unwrap(), [found]);
+        assert_eq!(mounts_at(&path).unwrap(), []);
+    }
+
+    #[test]
     fn a_dead_mount_is_seen_without_touching_it_and_taken_away() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().canonicalize().unwrap();
-        assert!(!is_dead_fuse(&path));
+        assert_eq!(server_at(&path).unwrap(), Server::Answers);
         let server = OpenOptions::new().read(true).write(true).open("/dev/fuse").unwrap();
         let options = {
             use std::os::fd::AsRawFd;
@@ -221,10 +337,10 @@ mod tests {
         mount("dead", &path, "fuse.test", MountFlags::empty(), options).unwrap();
         drop(server);
         let seen = mounted_at(&path);
-        let dead = is_dead_fuse(&path);
+        let dead = server_at(&path);
         detach(&path).unwrap();
         assert_eq!(seen.unwrap().unwrap().fs_type, "fuse.test");
-        assert!(dead);
+        assert_eq!(dead.unwrap(), Server::Gone);
         assert_eq!(mounted_at(&path).unwrap(), None);
         assert_eq!(detach(&path).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }

@@ -17,6 +17,7 @@ mod linux;
 mod looking;
 mod loss;
 mod mixed;
+mod mounts;
 mod network;
 mod poll;
 mod reaper;

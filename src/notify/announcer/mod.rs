@@ -22,6 +22,7 @@ use crate::{
         mount::Device,
         process::{Launch, Privileges, Process},
         socket::MessageSocket,
+        thread::join_by,
     },
 };
 
@@ -31,6 +32,8 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 const BEGIN_LIMIT: Duration = Duration::from_secs(2);
 /// How long one may take to end once its socket is closed, before it is killed, and then.
 const END_LIMIT: Duration = Duration::from_secs(1);
+/// How long our own threads may take to end: one may just be waiting for [`END_LIMIT`].
+const THREADS_END_LIMIT: Duration = Duration::from_secs(5);
 /// How long the last news may take at the end.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 /// The pause before an announcer that died is started anew, and the longest one; it
@@ -137,10 +140,9 @@ impl Teller {
         if let Some(socket) = lock(&self.shared.socket).as_ref() {
             socket.end();
         }
+        let deadline = Deadline::after(THREADS_END_LIMIT);
         for thread in self.threads {
-            if thread.join().is_err() {
-                tracing::error!("a thread that tells of changes panicked");
-            }
+            join_by(thread, &deadline, "a thread that announces changes");
         }
     }
 }

@@ -195,7 +195,7 @@ fn run(names: usize, lists: Vec<Vec<(usize, Act)>>) {
     for thread in threads.into_iter().chain([looking]) {
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     }
-    reaper.stop();
+    reaper.stop(NO_TICK);
     check(&host);
 }
 

@@ -47,8 +47,9 @@ impl Footprint {
             // A descriptor that is closed meanwhile does not count.
             let Ok(target) = fs::read_link(fd.path()) else { continue };
             let target = target.to_string_lossy();
-            // `socket:[1234]` and `pipe:[1234]` differ at each start.
-            let kind = target.split(":[").next().unwrap().to_owned();
+            // `socket:[1234]`, `pipe:[1234]` and `/proc/1234/mountinfo` differ at each start.
+            let kind = target.split(":[").next().unwrap();
+            let kind = kind.replace(&format!("/proc/{pid}/"), "/proc/self/");
             *footprint.fds.entry(kind).or_default() += 1;
         }
         for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
