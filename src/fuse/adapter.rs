@@ -1,11 +1,6 @@
 //! fuser's requests and replies, translated.
 
-use std::{
-    ffi::OsStr,
-    io,
-    os::unix::ffi::OsStrExt,
-    time::{Duration, SystemTime},
-};
+use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt, time::SystemTime};
 
 use fuser::{
     BsdFileFlags, Errno as Number, FileHandle, Filesystem, Generation, INodeNo, InitFlags,
@@ -29,13 +24,11 @@ use crate::{
     sandbox::RowId,
     sync::Arc,
     sys::{growth::GrowthWatch, pool::Pool},
-    tree::{Access, AttrChange, Errno, File, Job, Node, Opened, Removal, Tree, Written},
+    tree::{Access, AttrChange, Errno, File, Job, Node, Opened, Tree, Written},
 };
 
 /// The largest write. A document is smaller; a larger one arrives whole, to be refused.
 const WRITE_MAX_BYTES: u32 = 128 * 1024;
-/// How long `rmdir` waits for the end of what it called off. It holds its directory.
-const REMOVE_WAIT: Duration = Duration::from_secs(2);
 
 /// The file system that fuser serves.
 #[derive(Debug)]
@@ -150,6 +143,15 @@ impl Adapter {
     }
 }
 
+/// Answers an `rmdir`, unless that has been done.
+fn answer_removal(reply: &Once<ReplyEmpty>, result: Result<(), Number>) {
+    let Some(reply) = reply.take() else { return };
+    match result {
+        Ok(()) => reply.ok(),
+        Err(errno) => reply.error(errno),
+    }
+}
+
 impl Filesystem for Adapter {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let wanted = InitFlags::FUSE_DO_READDIRPLUS
@@ -253,30 +255,21 @@ impl Filesystem for Adapter {
             Ok(removal) => removal,
             Err(errno) => return reply.error(errno),
         };
-        let job: Job<()> = Box::new(move || {
-            let finished = removal.finish(Some(REMOVE_WAIT))?;
-            if !finished {
-                // What it called off is slow to end. Nobody sees the sandbox any more,
-                // so the caller need not wait; the rest goes on behind its back.
-                let removal = Arc::new(removal);
-                let finish = |removal: &Removal| {
-                    if let Err(errno) = removal.finish(None) {
-                        tracing::error!(?errno, "finishing a removal");
-                    }
-                };
-                let apart = Arc::clone(&removal);
-                let thread = std::thread::Builder::new().name("dozed-removal".to_owned());
-                if thread.spawn(move || finish(&apart)).is_err() {
-                    // No thread is to be had, so the caller waits.
-                    finish(&removal);
-                }
-            }
-            Ok(())
+        // First the thread, and then whatever cannot be taken back.
+        let reply = Once::new(reply);
+        let mine = reply.clone();
+        let queued = self.tree.queue_removal(move || {
+            let answered = mine.clone();
+            let removed = caught(move || {
+                removal.run(|result| answer_removal(&answered, result.map_err(number)));
+                Ok(())
+            });
+            // Only after a panic is there nobody who has answered.
+            answer_removal(&mine, removed.map_err(number));
         });
-        self.later(job, reply, |reply, result| match result {
-            Ok(()) => reply.ok(),
-            Err(errno) => reply.error(errno),
-        });
+        if let Err(error) = queued {
+            answer_removal(&reply, Err(not_taken(&error)));
+        }
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {

@@ -49,7 +49,7 @@ pub(super) fn number(errno: Errno) -> Number {
 /// Logs why a job was not taken, and returns what its caller is answered.
 pub(super) fn not_taken(error: &PoolError) -> Number {
     match error {
-        PoolError::Full => {
+        PoolError::Full { .. } => {
             tracing::warn!("{error}; one more is refused");
             Number::EBUSY
         }

@@ -572,6 +572,13 @@ impl Index {
         copy.execute(spec, [row.0.cast_signed()]).unwrap();
     }
 
+    /// Has SQLite do something behind our back.
+    #[cfg(test)]
+    pub(crate) fn run_sql(&self, sql: &str) {
+        let connection = lock(&self.connection);
+        connection.as_ref().expect("it is open").execute_batch(sql).unwrap();
+    }
+
     /// Makes at `to` what a power cut leaves of this index in the worst case, seen after
     /// the next boot.
     #[cfg(test)]

@@ -30,8 +30,12 @@ impl Lifecycle {
         if self.operations.is_closing() {
             return Err(Error::ShuttingDown);
         }
+        let taken = self.index.by_id(id);
+        if taken.as_ref().is_some_and(|entry| self.operations.is_deleting(entry.row())) {
+            return Err(Error::Locked { id: id.clone() });
+        }
         let limit = self.settings.sandboxes_max;
-        if self.index.len() as u64 >= limit && self.index.by_id(id).is_none() {
+        if self.index.len() as u64 >= limit && taken.is_none() {
             return Err(Error::TooMany { limit });
         }
         let new = NewSandbox {

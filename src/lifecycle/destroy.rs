@@ -1,149 +1,248 @@
 //! Deleting, from every state, without ever waking.
+//!
+//! ```text
+//! a place on a thread → claimed → intent RECORDED → out of sight, operation cancelled, VMM killed
+//!   → lock → network removed → files set aside → row removed → told
+//! ```
+//!
+//! Whatever fails before the intent is on the disk changes nothing: the guest runs, the name is
+//! there. Whatever fails after it is tried again until the deletion is finished, by the next
+//! daemon too, and nobody sees the sandbox meanwhile.
+//!
+//! The intent is the state `deleting` where the sandbox's lock is free. Where an operation has
+//! it, which the deletion is to cancel, the intent is a mark of its own in the index, as the
+//! row is that operation's.
 
-use std::{io, time::Duration};
-
-use super::{Arrow, Entry, Error, Lifecycle, Outcome, exits::end};
-use crate::{
-    lifecycle::Held,
-    sandbox::{Cause, Record, RowId, State, Step, Timestamp},
-    sync::Arc,
-    sys::files::{remove_tree, rename, sync_dir},
+use std::{
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Duration,
 };
 
-/// Where the index keeps the basis of the time line.
-pub const CLOCK_KEY: &str = "clock";
+use super::{Arrow, Entry, Error, Lifecycle, Outcome, chain, exits::end, operation::Claim};
+use crate::{
+    lifecycle::Held,
+    sandbox::{Cause, RowId, State, Step},
+    sync::Arc,
+    sys::{
+        files::{remove_tree, rename, sync_dir},
+        pool::PoolError,
+    },
+};
 
-/// When a sandbox has slept for too long.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stale {
-    /// From then on it may be deleted.
-    pub at: Timestamp,
-    /// Whether it may be earlier, once the wall clock of this boot is synchronised.
-    pub waits_for_clock: bool,
-}
+/// How many deletions may have a thread at once. The kernel sends the removals of one mount
+/// one after the other, and a thread stays only with one that is slow to end.
+pub(super) const DELETIONS_MAX: usize = 64;
+/// How long the caller waits for a deletion whose intent is recorded. It holds its directory.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// How long a deletion keeps its thread while it waits for the operation that it cancelled.
+const LOCK_LIMIT: Duration = Duration::from_secs(60);
+/// When to try again to finish a deletion. What fails is a busy index, a full disk or a
+/// process that does not end, and each of these may be over in seconds.
+const AGAIN: Duration = Duration::from_secs(5);
+/// How long to wait while another deletion of the same sandbox records its intent: longer
+/// than the index waits for whoever has it locked.
+const CLAIM_LIMIT: Duration = Duration::from_secs(30);
+/// What the key of a marked deletion begins with, in the index.
+const MARK_KEY: &str = "deleting.";
 
 impl Lifecycle {
-    /// Begins to delete a sandbox: from now on nobody sees it, what is under way on it
-    /// is called off, and its VMM is killed. `finish_destroy` must follow.
+    /// Runs `work`, which deletes, on a thread that other operations cannot take.
     ///
     /// # Errors
-    /// `Pinned`, `Held`; `Gone` where somebody else has begun.
-    pub fn doom(&self, entry: &Entry) -> Result<(), Error> {
-        if entry.record().pinned {
-            return Err(Error::Pinned { id: entry.id().clone() });
+    /// Where there are too many deletions, or no thread; nothing has happened then.
+    pub fn queue_deletion(&self, work: impl FnOnce() + Send + 'static) -> Result<(), PoolError> {
+        self.deletions.run(work)
+    }
+
+    /// Deletes a sandbox. `answer` is called as soon as it is gone, or when finishing takes
+    /// long: the deletion goes on then.
+    ///
+    /// Its error is `Pinned`, `Held`, `Gone`, `ShuttingDown` or the index's, and nothing has
+    /// changed then.
+    pub fn delete(
+        &self,
+        entry: &Arc<Entry>,
+        cause: &Cause,
+        answer: impl FnOnce(Result<(), Error>),
+    ) {
+        if let Err(error) = self.begin_deletion(entry, cause) {
+            return answer(Err(error));
         }
-        self.unless_held(entry, || {
-            let first = self.operations.doom(entry.row());
-            first.then_some(()).ok_or_else(|| Error::Gone { id: entry.id().clone() })
-        })?;
+        if self.finish_deletion(entry, cause, ANSWER_WITHIN) {
+            return answer(Ok(()));
+        }
+        answer(Ok(()));
+        if !self.finish_deletion(entry, cause, LOCK_LIMIT) {
+            self.put_off_deletion(entry.row());
+        }
+    }
+
+    /// Deletes a sandbox whose lock is held, unless it is pinned, held or being deleted.
+    ///
+    /// # Errors
+    /// The index's, and then nothing has changed.
+    pub(super) fn delete_locked(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
+        if !matches!(self.try_claim(entry, held.cause()), Ok(Claim::Taken)) {
+            return Ok(Outcome::Spared);
+        }
+        self.intend_deletion(held, entry)
+            .inspect_err(|_| self.operations.forget_deletion(entry.row()))?;
+        self.operations.mark_deleting(entry.row(), false);
+        self.finish_locked_deletion(held, entry);
+        Ok(Outcome::Done)
+    }
+
+    /// Tries again to finish the deletions that are due for it, each on a thread of its own.
+    pub fn resume_deletions(self: &Arc<Self>) {
+        for row in self.operations.take_due_deletions(self.now()) {
+            let this = Arc::clone(self);
+            let queued = self.queue_deletion(move || {
+                let (entry, deletion) = (this.index.by_row(row), this.operations.deletion(row));
+                let (Some(entry), Some(deletion)) = (entry, deletion) else {
+                    return this.operations.forget_deletion(row);
+                };
+                if !this.finish_deletion(&entry, &deletion.cause, LOCK_LIMIT) {
+                    this.put_off_deletion(row);
+                }
+            });
+            if queued.is_err() {
+                self.put_off_deletion(row);
+            }
+        }
+    }
+
+    /// Enters the deletions that an earlier daemon recorded and did not finish. Called once,
+    /// before anybody sees the sandboxes.
+    pub(super) fn restore_deletions(&self) {
+        let now = self.now();
+        for entry in self.index.entries_after(RowId(0)) {
+            if entry.record().state == State::Deleting {
+                self.operations.restore_deletion(entry.row(), false, now);
+            }
+        }
+        let marks = self.index.metas(MARK_KEY).unwrap_or_else(|error| {
+            tracing::error!(error = chain(&error), "looking for deletions to finish");
+            Vec::new()
+        });
+        for row in marks.iter().filter_map(|(key, _)| row_of(key)) {
+            if self.index.by_row(row).is_some() {
+                self.operations.restore_deletion(row, true, now);
+            } else {
+                self.remove_mark(row);
+            }
+        }
+    }
+
+    /// Claims a deletion, records its intent, and does what makes it certain.
+    fn begin_deletion(&self, entry: &Arc<Entry>, cause: &Cause) -> Result<(), Error> {
+        let claim = match self.try_claim(entry, cause)? {
+            Claim::Pending => {
+                self.operations.wait_for_claim(entry.row(), CLAIM_LIMIT);
+                self.try_claim(entry, cause)?
+            }
+            claim @ (Claim::Taken | Claim::Gone) => claim,
+        };
+        match claim {
+            Claim::Taken => {}
+            Claim::Pending => return Err(Error::Locked { id: entry.id().clone() }),
+            Claim::Gone => return Err(Error::Gone { id: entry.id().clone() }),
+        }
+        let is_marked = self
+            .record_deletion(entry, cause)
+            .inspect_err(|_| self.operations.forget_deletion(entry.row()))?;
+        self.operations.mark_deleting(entry.row(), is_marked);
+        self.reach(Arrow::DeleteIntended);
         if let Some(live) = self.machines.get(entry.row()) {
             live.process.kill();
         }
         Ok(())
     }
 
-    /// Deletes a doomed sandbox as soon as its lock can be had. False if that was not
-    /// within `limit`; without one it waits as long as it takes.
-    ///
-    /// # Errors
-    /// After an error the sandbox is seen again, `deleting`, and can be deleted again.
-    pub fn finish_destroy(
-        &self,
-        entry: &Arc<Entry>,
-        limit: Option<Duration>,
-        cause: Cause,
-    ) -> Result<bool, Error> {
-        let lock = match limit {
-            None => self.locks.lock(entry.id()),
-            Some(limit) => match self.locks.lock_within(entry.id(), limit) {
-                Some(lock) => lock,
-                None => return Ok(false),
-            },
-        };
-        self.destroy(&Held::new(lock, cause), entry).map(|()| true)
-    }
-
-    /// Deletes a sandbox that has slept for longer than its `delete_after`, if that is
-    /// still so and nobody has pinned it, or holds it or did under an earlier daemon.
-    ///
-    /// # Errors
-    /// As `finish_destroy`.
-    pub fn destroy_stale(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
-        let (record, now) = (entry.record(), self.now());
-        let due = self.stale_at(&record);
-        let is_due = due.is_some_and(|due| due.at <= now) && !self.is_held(entry.row());
-        if !is_due {
-            // The index does not know that it is younger than it seems.
-            let seems_due = record.delete_at().is_some_and(|at| at <= now);
-            if let Some(later) = due.filter(|due| seems_due && !due.waits_for_clock && due.at > now)
-            {
-                self.postpone(held, entry, later.at)?;
-            }
-            return Ok(Outcome::Spared);
+    fn try_claim(&self, entry: &Entry, cause: &Cause) -> Result<Claim, Error> {
+        if entry.record().pinned {
+            return Err(Error::Pinned { id: entry.id().clone() });
         }
-        self.check_sleeps_as_recorded(entry)?;
-        if self.doom(entry).is_err() {
-            return Ok(Outcome::Spared);
+        self.unless_held(entry, || self.operations.claim_deletion(entry.row(), cause))
+    }
+
+    /// Brings the intent to the disk. Says whether it is a mark.
+    fn record_deletion(&self, entry: &Arc<Entry>, cause: &Cause) -> Result<bool, Error> {
+        if let Some(lock) = self.locks.try_lock(entry.id()) {
+            self.intend_deletion(&Held::new(lock, cause.clone()), entry)?;
+            return Ok(false);
         }
-        self.destroy(held, entry).map(|()| Outcome::Done)
+        self.index
+            .set_meta(&mark_key(entry.row()), "1")
+            .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
+        Ok(true)
     }
 
-    /// Returns when the reaper is to delete a sandbox if nothing more happens; `None` where
-    /// it is not. Time of before a boot counts only where it is certain to have passed.
-    #[must_use]
-    pub fn stale_at(&self, record: &Record) -> Option<Stale> {
-        let excess = self.clock.excess(record.asleep_since());
-        let at = record.delete_at_without(excess.certain)?;
-        let waits = excess.unknown_until.filter(|until| *until > at);
-        Some(Stale { at: waits.unwrap_or(at), waits_for_clock: waits.is_some() })
+    fn intend_deletion(&self, held: &Held, entry: &Arc<Entry>) -> Result<(), Error> {
+        if self.index.by_row(entry.row()).is_none() {
+            return Err(Error::Gone { id: entry.id().clone() });
+        }
+        // It may have been pinned since the claim.
+        if entry.record().pinned {
+            return Err(Error::Pinned { id: entry.id().clone() });
+        }
+        self.step(held, entry, Step::Delete, |_| ()).map(drop)
     }
 
-    /// Says whether a sandbox that the index has as stale waits for the wall clock of this
-    /// boot to be synchronised.
-    #[must_use]
-    pub fn waits_for_clock(&self, row: RowId) -> bool {
-        let entry = self.by_row(row);
-        entry.and_then(|entry| self.stale_at(&entry.record())).is_some_and(|due| {
-            // What is due without it need not wait.
-            due.waits_for_clock && due.at > self.now()
-        })
+    /// Finishes a deletion as soon as the sandbox's lock is free. False if that was not
+    /// within `limit`.
+    fn finish_deletion(&self, entry: &Arc<Entry>, cause: &Cause, limit: Duration) -> bool {
+        let lock = self.locks.lock_within(entry.id(), limit);
+        let Some(lock) = lock else { return false };
+        self.finish_locked_deletion(&Held::new(lock, cause.clone()), entry);
+        true
     }
 
-    /// Believes the wall clock once it is synchronised. Called at each look of the reaper.
-    ///
-    /// # Errors
-    /// Where the index cannot be written; what was learnt is kept in memory, and by the end
-    /// of the daemon.
-    pub fn confirm_clock(&self) -> Result<(), crate::index::Error> {
-        match self.clock.confirm() {
-            Some(basis) => self.index.set_meta(CLOCK_KEY, &basis.to_text()),
-            None => Ok(()),
+    /// Finishes a deletion; where that fails, has it tried again.
+    fn finish_locked_deletion(&self, held: &Held, entry: &Arc<Entry>) {
+        if let Err(error) = self.destroy(held, entry) {
+            let error = chain(&error);
+            tracing::error!(id = %entry.id(), error, retry_in = ?AGAIN, "finishing a deletion");
         }
     }
 
-    /// Does the deleting, or goes on with it after a crash.
+    fn put_off_deletion(&self, row: RowId) {
+        self.operations.put_off_deletion(row, self.now().after(AGAIN));
+        self.bell.ring(); // It may be earlier than what the reaper waits for.
+    }
+
+    /// Does what comes after the intent.
     pub(super) fn destroy(&self, held: &Held, entry: &Arc<Entry>) -> Result<(), Error> {
-        let result = self.destroy_acts(held, entry);
-        match &result {
-            Ok(()) => {
-                self.activities.forget(entry.row());
-                tracing::info!(id = %entry.id(), "deleted");
-            }
-            Err(error) => self.note(entry, error),
+        if self.index.by_row(entry.row()).is_none() {
+            self.operations.forget_deletion(entry.row());
+            return Ok(());
         }
-        self.operations.pardon(entry.row());
-        if result.is_ok() {
-            self.tell_deleted(held, entry);
+        let acts = || self.destroy_acts(held, entry);
+        let result = catch_unwind(AssertUnwindSafe(acts)).unwrap_or_else(|payload| {
+            #[cfg(test)]
+            let payload = super::testing::CrashPlan::pass_on(payload);
+            drop(payload);
+            Err(Error::Panicked { id: entry.id().clone() })
+        });
+        if result.is_err() {
+            self.put_off_deletion(entry.row());
+            return result;
         }
-        result
+        if self.operations.deletion(entry.row()).is_some_and(|deletion| deletion.is_marked) {
+            self.remove_mark(entry.row());
+        }
+        self.activities.forget(entry.row());
+        tracing::info!(id = %entry.id(), "deleted");
+        self.operations.forget_deletion(entry.row());
+        self.tell_deleted(held, entry);
+        Ok(())
     }
 
     fn destroy_acts(&self, held: &Held, entry: &Arc<Entry>) -> Result<(), Error> {
         if entry.record().state != State::Deleting {
-            // A crash after this line is found at start-up.
+            // The intent was a mark. A crash after this line is found at start-up.
             self.step(held, entry, Step::Delete, |_| ())?;
         }
-        self.reach(Arrow::DeleteIntended);
         if let Some(process) = self.process_of(entry)? {
             end(entry, &process)?;
         }
@@ -161,6 +260,14 @@ impl Lifecycle {
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
         self.empty_trash_later();
         Ok(())
+    }
+
+    /// Removes the mark of a deletion that is done. No row is used twice, so one that stays
+    /// means nothing, and the next start removes it.
+    fn remove_mark(&self, row: RowId) {
+        if let Err(error) = self.index.remove_meta(&mark_key(row)) {
+            tracing::warn!(%row, error = chain(&error), "removing the mark of a deletion");
+        }
     }
 
     /// Moves a sandbox's files to the trash: at once, however many GiB they have.
@@ -192,4 +299,12 @@ impl Lifecycle {
             tracing::debug!("the trash stays until the next delete, as all threads are busy");
         }
     }
+}
+
+fn mark_key(row: RowId) -> String {
+    format!("{MARK_KEY}{row}")
+}
+
+fn row_of(key: &str) -> Option<RowId> {
+    key.strip_prefix(MARK_KEY)?.parse().ok().map(RowId)
 }

@@ -49,7 +49,7 @@ pub struct HoldId {
 /// The holds of all sandboxes. Bounded by `[limits] holds` for each user.
 #[derive(Debug, Default)]
 pub(super) struct Holds {
-    /// Under it only the table of operations is locked, to see who is doomed.
+    /// Under it only the table of operations is locked, to see who is being deleted.
     table: Mutex<Table>,
 }
 
@@ -72,7 +72,7 @@ impl Lifecycle {
     /// `Gone`, and `TooManyHolds`.
     pub fn hold(&self, entry: &Entry, holder: Holder) -> Result<HoldId, Error> {
         let mut table = lock(&self.holds.table);
-        if self.operations.is_doomed(entry.row()) || self.index.by_row(entry.row()).is_none() {
+        if self.operations.is_claimed(entry.row()) || self.index.by_row(entry.row()).is_none() {
             return Err(Error::Gone { id: entry.id().clone() });
         }
         let limit = self.settings.holds_max;

@@ -43,6 +43,7 @@ mod operation;
 mod policy;
 mod reconcile;
 mod sleep;
+mod stale;
 mod telling;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -64,7 +65,6 @@ pub use activity::Signals;
 use admission::Admission;
 pub use console::ConsoleLog;
 use cooling::Cooling;
-pub use destroy::{CLOCK_KEY, Stale};
 pub use error::{Error, Fault, chain};
 pub use evidence::{Contradicted, check_index_file};
 pub use files::Unusable;
@@ -76,6 +76,7 @@ use machines::Machines;
 pub use metrics::{Gauges, Metrics};
 use operation::Operations;
 pub use policy::Policy;
+pub use stale::{CLOCK_KEY, Stale};
 
 pub use crate::{
     index::{Commit, Due, Entry, Error as IndexError, Index},
@@ -172,6 +173,8 @@ pub struct Lifecycle {
     cooling: Cooling,
     /// For the work that nobody waits for: guests that end, trash.
     pool: Arc<Pool>,
+    /// For deletions, which other operations must not keep from having a thread.
+    deletions: Pool,
     /// Rung when something may be due earlier than the reaper thinks.
     bell: Bell,
     /// Where all that happens is told.
@@ -239,6 +242,7 @@ impl Lifecycle {
             holds: Holds::default(),
             cooling: Cooling::default(),
             pool: parts.pool,
+            deletions: Pool::with_limit(destroy::DELETIONS_MAX),
             bell: Bell::default(),
             news: Arc::default(),
             metrics: Metrics::default(),
@@ -253,19 +257,19 @@ impl Lifecycle {
     /// Returns the sandbox of that name, unless it is being deleted.
     #[must_use]
     pub fn by_id(&self, id: &SandboxId) -> Option<Arc<Entry>> {
-        self.index.by_id(id).filter(|entry| !self.operations.is_doomed(entry.row()))
+        self.index.by_id(id).filter(|entry| !self.operations.is_deleting(entry.row()))
     }
 
     /// Returns the sandbox of that row, unless it is being deleted.
     #[must_use]
     pub fn by_row(&self, row: RowId) -> Option<Arc<Entry>> {
-        self.index.by_row(row).filter(|entry| !self.operations.is_doomed(entry.row()))
+        self.index.by_row(row).filter(|entry| !self.operations.is_deleting(entry.row()))
     }
 
     /// Walks over all sandboxes whose rows come after `row`, in their order, but for those
     /// that are being deleted.
     pub fn entries_after(&self, row: RowId) -> impl Iterator<Item = Arc<Entry>> {
-        self.index.entries_after(row).filter(|entry| !self.operations.is_doomed(entry.row()))
+        self.index.entries_after(row).filter(|entry| !self.operations.is_deleting(entry.row()))
     }
 
     /// Waits for the sandbox's lock, or only looks whether it is free. What is done under
@@ -329,6 +333,17 @@ impl Lifecycle {
     #[must_use]
     pub fn home(&self, record: &Record) -> Home {
         Home::new(&self.settings.store, record.row)
+    }
+
+    #[cfg(test)]
+    fn deletions_left(&self) -> usize {
+        self.operations.deletions_left()
+    }
+
+    /// Returns when the next deletion that could not be finished is to be tried again.
+    #[must_use]
+    pub fn next_deletion(&self) -> Option<Timestamp> {
+        self.operations.next_deletion()
     }
 
     /// Returns what wakes the reaper before its next tick.

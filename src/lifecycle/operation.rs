@@ -1,12 +1,12 @@
-//! Which operations are under way, and which sandboxes are doomed.
+//! Which operations are under way, and which sandboxes are being deleted.
 //!
-//! An operation of a sandbox is registered while it acts, so that `destroy` can call
-//! it off. A doomed sandbox is one that `destroy` has begun with: it is no longer
-//! seen, no operation on it starts, and whoever waited for its lock learns that it
-//! is gone.
+//! An operation of a sandbox is registered while it acts, so that a deletion can cancel
+//! it. A deletion is first claimed, while its intent is being recorded and everybody still
+//! sees the sandbox. Once the intent is recorded the sandbox is out of sight, no operation
+//! on it starts, and whoever waited for its lock learns that it is gone.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
     time::Duration,
 };
@@ -14,7 +14,7 @@ use std::{
 use super::{Entry, Error, Lifecycle, chain};
 use crate::{
     lifecycle::Held,
-    sandbox::RowId,
+    sandbox::{Cause, RowId, Timestamp},
     sync::{Arc, Condvar, Mutex, lock, wait_while_within},
     sys::cancel::Cancel,
 };
@@ -30,8 +30,40 @@ pub(super) struct Operations {
 #[derive(Debug, Default)]
 struct Table {
     under_way: HashMap<RowId, Arc<Cancel>>,
-    doomed: HashSet<RowId>,
+    /// Bounded by the count of sandboxes.
+    deletions: HashMap<RowId, Deletion>,
     closing: bool,
+}
+
+/// The deletion of one sandbox.
+#[derive(Debug, Clone)]
+pub(super) struct Deletion {
+    pub(super) cause: Cause,
+    /// Whether its intent is a mark in the index rather than a state.
+    pub(super) is_marked: bool,
+    phase: Phase,
+}
+
+/// How far a deletion is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Its intent is being recorded. The sandbox is still in sight.
+    Claimed,
+    /// Its intent is recorded, and a thread is at it.
+    UnderWay,
+    /// Its intent is recorded. It could not be finished, and is tried again then.
+    PutOff(Timestamp),
+}
+
+/// How an attempt to claim a deletion ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// It is the caller's.
+    Taken,
+    /// Another caller is recording its intent.
+    Pending,
+    /// The sandbox is being deleted.
+    Gone,
 }
 
 /// One operation under way; ended when dropped.
@@ -43,9 +75,15 @@ pub(super) struct Operation<'a> {
 }
 
 impl Operations {
-    /// Says whether `destroy` has begun with this sandbox.
-    pub(super) fn is_doomed(&self, row: RowId) -> bool {
-        lock(&self.table).doomed.contains(&row)
+    /// Says whether the intent to delete this sandbox is recorded.
+    pub(super) fn is_deleting(&self, row: RowId) -> bool {
+        let table = lock(&self.table);
+        table.deletions.get(&row).is_some_and(|deletion| deletion.phase != Phase::Claimed)
+    }
+
+    /// Says whether this sandbox is being deleted, or is about to be.
+    pub(super) fn is_claimed(&self, row: RowId) -> bool {
+        lock(&self.table).deletions.contains_key(&row)
     }
 
     /// Says whether no more operations are taken.
@@ -53,27 +91,104 @@ impl Operations {
         lock(&self.table).closing
     }
 
-    /// Dooms a sandbox and calls off what is under way on it. False if it was already.
-    pub(super) fn doom(&self, row: RowId) -> bool {
+    /// Claims the deletion of a sandbox, before its intent is recorded.
+    pub(super) fn claim_deletion(&self, row: RowId, cause: &Cause) -> Result<Claim, Error> {
         let mut table = lock(&self.table);
-        if !table.doomed.insert(row) {
-            return false;
+        if table.closing {
+            return Err(Error::ShuttingDown);
+        }
+        match table.deletions.get(&row).map(|deletion| deletion.phase) {
+            Some(Phase::Claimed) => return Ok(Claim::Pending),
+            Some(Phase::UnderWay | Phase::PutOff(_)) => return Ok(Claim::Gone),
+            None => {}
+        }
+        let claimed = Deletion { cause: cause.clone(), is_marked: false, phase: Phase::Claimed };
+        table.deletions.insert(row, claimed);
+        Ok(Claim::Taken)
+    }
+
+    /// Waits until a claimed deletion is recorded or given up.
+    pub(super) fn wait_for_claim(&self, row: RowId, limit: Duration) {
+        let pending = |table: &mut Table| {
+            table.deletions.get(&row).is_some_and(|deletion| deletion.phase == Phase::Claimed)
+        };
+        drop(wait_while_within(&self.ended, lock(&self.table), limit, pending));
+    }
+
+    /// Notes that the intent of a claimed deletion is recorded, and cancels what is under way.
+    pub(super) fn mark_deleting(&self, row: RowId, is_marked: bool) {
+        let mut table = lock(&self.table);
+        if let Some(deletion) = table.deletions.get_mut(&row) {
+            (deletion.phase, deletion.is_marked) = (Phase::UnderWay, is_marked);
         }
         if let Some(cancel) = table.under_way.get(&row) {
             cancel.call_off();
         }
-        true
+        self.ended.notify_all();
     }
 
-    /// Takes a doom back: the row is gone for good, or deleting it failed.
-    pub(super) fn pardon(&self, row: RowId) {
-        lock(&self.table).doomed.remove(&row);
+    /// Enters a deletion that an earlier daemon recorded.
+    pub(super) fn restore_deletion(&self, row: RowId, is_marked: bool, now: Timestamp) {
+        let phase = Phase::PutOff(now);
+        let recorded = Deletion { cause: Cause::Reconcile, is_marked, phase };
+        lock(&self.table).deletions.insert(row, recorded);
+    }
+
+    /// Returns the deletion of a sandbox.
+    pub(super) fn deletion(&self, row: RowId) -> Option<Deletion> {
+        lock(&self.table).deletions.get(&row).cloned()
+    }
+
+    /// Has a deletion that could not be finished tried again at `at`.
+    pub(super) fn put_off_deletion(&self, row: RowId, at: Timestamp) {
+        if let Some(deletion) = lock(&self.table).deletions.get_mut(&row) {
+            deletion.phase = Phase::PutOff(at);
+        }
+        self.ended.notify_all();
+    }
+
+    /// Returns when the next deletion is to be tried again.
+    pub(super) fn next_deletion(&self) -> Option<Timestamp> {
+        let table = lock(&self.table);
+        let at = |deletion: &Deletion| match deletion.phase {
+            Phase::PutOff(at) => Some(at),
+            Phase::Claimed | Phase::UnderWay => None,
+        };
+        table.deletions.values().filter_map(at).min()
+    }
+
+    /// Takes the deletions in hand that are to be tried again by `now`.
+    pub(super) fn take_due_deletions(&self, now: Timestamp) -> Vec<RowId> {
+        let mut table = lock(&self.table);
+        if table.closing {
+            return Vec::new();
+        }
+        let mut due = Vec::new();
+        for (row, deletion) in &mut table.deletions {
+            if matches!(deletion.phase, Phase::PutOff(at) if at <= now) {
+                deletion.phase = Phase::UnderWay;
+                due.push(*row);
+            }
+        }
+        due
+    }
+
+    #[cfg(test)]
+    pub(super) fn deletions_left(&self) -> usize {
+        lock(&self.table).deletions.len()
+    }
+
+    /// Forgets a deletion: its sandbox is gone for good, or its intent was not recorded.
+    pub(super) fn forget_deletion(&self, row: RowId) {
+        lock(&self.table).deletions.remove(&row);
+        self.ended.notify_all();
     }
 
     /// Begins an operation. The caller has the sandbox's lock.
     pub(super) fn begin(&self, entry: &Entry) -> Result<Operation<'_>, Error> {
         let mut table = lock(&self.table);
-        if table.doomed.contains(&entry.row()) {
+        let deletion = table.deletions.get(&entry.row());
+        if deletion.is_some_and(|deletion| deletion.phase != Phase::Claimed) {
             return Err(Error::Gone { id: entry.id().clone() });
         }
         if table.closing {
@@ -88,8 +203,16 @@ impl Operations {
     pub(super) fn close(&self, limit: Duration) -> usize {
         let mut table = lock(&self.table);
         table.closing = true;
-        let busy = |table: &mut Table| !table.under_way.is_empty();
-        wait_while_within(&self.ended, table, limit, busy).under_way.len()
+        let table = wait_while_within(&self.ended, table, limit, |table| table.busy() > 0);
+        table.busy()
+    }
+}
+
+impl Table {
+    /// Returns how many operations and deletions have a thread.
+    fn busy(&self) -> usize {
+        let has_thread = |deletion: &&Deletion| !matches!(deletion.phase, Phase::PutOff(_));
+        self.under_way.len() + self.deletions.values().filter(has_thread).count()
     }
 }
 
@@ -135,7 +258,7 @@ impl Lifecycle {
             }
             Err(Error::Panicked { id: entry.id().clone() })
         });
-        if self.operations.is_doomed(entry.row()) {
+        if self.operations.is_deleting(entry.row()) {
             return Err(Error::Gone { id: entry.id().clone() });
         }
         if !result.as_ref().is_ok_and(is_nothing) {

@@ -78,6 +78,7 @@ impl Lifecycle {
     /// Brings every record to a legal state. Called once, before the mount.
     pub fn reconcile(&self) -> Reconciled {
         self.respect_earlier_holds();
+        self.restore_deletions();
         let all = self.index.entries_after(RowId(0));
         let unsettled: Vec<_> = all.filter(|entry| self.is_unsettled(entry)).collect();
         let workers = unsettled.len().min(WORKERS);
@@ -156,6 +157,9 @@ impl Lifecycle {
     }
 
     fn is_unsettled(&self, entry: &Entry) -> bool {
+        if self.operations.is_deleting(entry.row()) {
+            return true;
+        }
         match entry.record().state {
             State::Stopped | State::Snapshotted => false,
             State::Running => self.machines.get(entry.row()).is_none(),
@@ -203,6 +207,9 @@ impl Lifecycle {
         entry: &Arc<Entry>,
         cancel: &Arc<Cancel>,
     ) -> Result<(), Error> {
+        if self.operations.is_deleting(entry.row()) {
+            return self.destroy(held, entry);
+        }
         let process = self.process_of(entry)?;
         let record = entry.record();
         match (record.state, process) {

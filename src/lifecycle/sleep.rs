@@ -269,7 +269,7 @@ impl Lifecycle {
         live: &Live,
         error: &Error,
     ) {
-        if self.operations.is_doomed(entry.row()) {
+        if self.operations.is_deleting(entry.row()) {
             return; // The next to have the lock removes it from whatever state.
         }
         let ended = match live.process.exited() {

@@ -221,6 +221,18 @@ impl Host {
         self.daemon.index.fail_syncs();
     }
 
+    /// The index refuses writes such as `UPDATE ON sandbox`, as it does while another process
+    /// has it locked or the disk is full, until [`Host::accept_writes`].
+    pub(crate) fn refuse_writes(&self, of: &str) {
+        self.daemon.index.run_sql(&format!(
+            "CREATE TRIGGER refused BEFORE {of} BEGIN SELECT RAISE(ABORT, 'as planned'); END"
+        ));
+    }
+
+    pub(crate) fn accept_writes(&self) {
+        self.daemon.index.run_sql("DROP TRIGGER refused");
+    }
+
     pub(crate) fn create(&self, id: &str) -> Arc<Entry> {
         self.daemon.create(&name(id), Owner { uid: 1, gid: 2 }, Cause::Mkdir(actor())).unwrap()
     }
@@ -255,10 +267,24 @@ impl Host {
         self.daemon.set(&held, &entry, policy)
     }
 
+    /// Deletes a sandbox. Says whether it is gone already.
     pub(crate) fn destroy(&self, id: &str) -> Result<bool, Error> {
         let entry = self.entry(id);
-        self.daemon.doom(&entry)?;
-        self.daemon.finish_destroy(&entry, None, Cause::Rmdir(actor()))
+        let mut deleted = Ok(());
+        self.daemon.delete(&entry, &Cause::Rmdir(actor()), |result| deleted = result);
+        deleted.map(|()| self.daemon.index.by_row(entry.row()).is_none())
+    }
+
+    /// Has the deletions finished that could not be, and waits until they are.
+    pub(crate) fn finish_deletions(&self) {
+        wait_for("the deletions to be finished", || {
+            let next = self.daemon.next_deletion();
+            if let Some(next) = next {
+                self.clock.advance(next.since(self.clock.now()));
+            }
+            self.daemon.resume_deletions();
+            self.daemon.deletions_left() == 0
+        });
     }
 
     /// What `error` reads as.

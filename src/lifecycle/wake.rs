@@ -465,7 +465,7 @@ impl Lifecycle {
         operation: &Operation<'_>,
         error: &Error,
     ) {
-        if self.operations.is_doomed(entry.row()) {
+        if self.operations.is_deleting(entry.row()) {
             return; // The next to have the lock removes it from whatever state.
         }
         let ended = if matches!(error, Error::Undo { .. }) {

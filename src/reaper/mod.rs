@@ -130,7 +130,8 @@ impl Shared {
             let now = self.lifecycle.clock().now();
             let next = self.lifecycle.index().next_due(now).ok().flatten();
             let lingered = self.lifecycle.next_lingered().filter(|at| *at > now);
-            let next = next.into_iter().chain(lingered).min();
+            let deletion = self.lifecycle.next_deletion();
+            let next = next.into_iter().chain(lingered).chain(deletion).min();
             let wait = next.map_or(tick, |next| next.since(now).clamp(LOOK_MIN, tick));
             if !self.lifecycle.bell().wait(wait) {
                 return;
@@ -157,6 +158,7 @@ impl Shared {
         let index = self.lifecycle.index();
         self.hand_out(give, Due::Sleep, |after| index.due_to_sleep(now, after, PAGE));
         self.hand_out(give, Due::Delete, |after| index.due_to_delete(now, after, PAGE));
+        self.lifecycle.resume_deletions();
         self.hand_out_leftovers(give, now);
         for row in self.lifecycle.lingered() {
             if !self.hand_over(give, Due::Unlink(row)) {

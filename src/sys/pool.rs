@@ -26,14 +26,18 @@ type Job = Box<dyn FnOnce() + Send>;
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
+    jobs_max: usize,
 }
 
 /// Why a job was not taken.
 #[derive(Debug, thiserror::Error)]
 pub enum PoolError {
     /// There are as many jobs as there may be.
-    #[error("{JOBS_MAX} operations are under way or waiting, which is the limit")]
-    Full,
+    #[error("{limit} operations are under way or waiting, which is the limit")]
+    Full {
+        /// The limit.
+        limit: usize,
+    },
     /// The system gave no thread for it.
     #[error("the system gives no thread for one more operation")]
     NoThread {
@@ -71,7 +75,13 @@ impl Pool {
     /// Makes an empty pool.
     #[must_use]
     pub fn new() -> Self {
-        Self { shared: Arc::default() }
+        Self::with_limit(JOBS_MAX)
+    }
+
+    /// Makes an empty pool for so many jobs at once.
+    #[must_use]
+    pub fn with_limit(jobs_max: usize) -> Self {
+        Self { shared: Arc::default(), jobs_max }
     }
 
     /// Runs `job` on a thread of its own. A panic in it ends the job, not the thread.
@@ -82,8 +92,8 @@ impl Pool {
         let job: Job = Box::new(job);
         {
             let mut state = lock(&self.shared.state);
-            if state.jobs >= JOBS_MAX {
-                return Err(PoolError::Full);
+            if state.jobs >= self.jobs_max {
+                return Err(PoolError::Full { limit: self.jobs_max });
             }
             state.jobs += 1;
             if state.waiting.len() < state.idle {
@@ -180,7 +190,7 @@ mod tests {
             })
             .unwrap();
         }
-        assert!(matches!(pool.run(|| ()), Err(PoolError::Full)));
+        assert!(matches!(pool.run(|| ()), Err(PoolError::Full { .. })));
         drop(release);
     }
 

@@ -26,6 +26,7 @@ pub enum Errno {
     NameTooLong,
     TimedOut,
     Dquot,
+    Shutdown,
 }
 
 impl Errno {
@@ -51,6 +52,7 @@ impl Errno {
             Self::NameTooLong => libc::ENAMETOOLONG,
             Self::TimedOut => libc::ETIMEDOUT,
             Self::Dquot => libc::EDQUOT,
+            Self::Shutdown => libc::ESHUTDOWN,
         }
     }
 }
@@ -78,6 +80,7 @@ impl Errno {
             Self::NameTooLong => "ENAMETOOLONG",
             Self::TimedOut => "ETIMEDOUT",
             Self::Dquot => "EDQUOT",
+            Self::Shutdown => "ESHUTDOWN",
         }
     }
 }
@@ -99,8 +102,7 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         // A sandbox without a kernel cannot be woken until its config changes: the
         // verb makes no sense in this state.
         E::Refused(_) | E::NoKernel { .. } | E::NotRunning { .. } => Errno::Inval,
-        // The daemon is about to be gone, and with it the file.
-        E::ShuttingDown => Errno::NoDev,
+        E::ShuttingDown => Errno::Shutdown,
         E::NoVmm { .. }
         | E::Foreign { .. }
         | E::MayHaveRun { .. }

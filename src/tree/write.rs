@@ -1,6 +1,6 @@
 //! Writing, making and removing. A command acts at `write`, never at open, truncate or close.
 
-use std::{cell::Cell, path::Path, time::Duration};
+use std::{cell::Cell, path::Path};
 
 use super::{
     Attr, Caller, Errno, File, Node, Tree,
@@ -14,7 +14,10 @@ use crate::{
         network::{Destinations, Nameservers},
     },
     sync::Arc,
-    sys::task::{command_of, process_of},
+    sys::{
+        pool::PoolError,
+        task::{command_of, process_of},
+    },
 };
 
 /// Work that may take long; its result answers the request.
@@ -53,24 +56,45 @@ pub struct AttrChange {
     pub mtime: bool,
 }
 
-/// A sandbox that is being removed: already out of sight.
+/// A sandbox that is to be removed. Nothing has happened to it yet.
 #[derive(Debug)]
 pub struct Removal {
-    lifecycle: Arc<Lifecycle>,
+    tree: Arc<Tree>,
     entry: Arc<Entry>,
     by: Actor,
 }
 
 impl Removal {
-    /// Waits until it is gone. False if it is not within `limit`; it goes on then, and
-    /// without a limit this waits as long as it takes.
-    ///
-    /// # Errors
-    /// After an error it is in sight again.
-    pub fn finish(&self, limit: Option<Duration>) -> Result<bool, Errno> {
-        self.lifecycle
-            .finish_destroy(&self.entry, limit, Cause::Rmdir(self.by.clone()))
-            .map_err(|error| answer(&self.lifecycle, &self.entry, "deleting", &error))
+    /// Removes it, and calls `answer` when it is gone, or will be whatever happens. After an
+    /// error nothing has changed.
+    pub fn run(self, answer: impl FnOnce(Result<(), Errno>)) {
+        let Self { tree, entry, by } = self;
+        let lifecycle = &tree.lifecycle;
+        lifecycle.delete(&entry, &Cause::Rmdir(by), |deleted| {
+            answer(match deleted {
+                Ok(()) => {
+                    tree.modes.forget(entry.row());
+                    Ok(())
+                }
+                Err(Error::Gone { .. }) => Err(Errno::NoEnt),
+                // Another removal of it does not come to an end.
+                Err(Error::Locked { .. }) => Err(Errno::Busy),
+                Err(error) => {
+                    lifecycle.note(&entry, &error);
+                    Err(self::answer(lifecycle, &entry, "deleting", &error))
+                }
+            });
+        });
+    }
+}
+
+#[cfg(test)]
+impl Removal {
+    /// Removes it, and waits until that is done.
+    pub(super) fn wait(self) -> Result<(), Errno> {
+        let mut answer = Ok(());
+        self.run(|result| answer = result);
+        answer
     }
 }
 
@@ -377,11 +401,17 @@ impl Tree {
         }))
     }
 
-    /// Removes a sandbox: `rmdir` in the root. It is out of sight when this returns.
+    /// Removes a sandbox: `rmdir` in the root. What is returned does it, on a thread of
+    /// [`Tree::queue_removal`].
     ///
     /// # Errors
-    /// `NoEnt`, `Perm` where it is pinned, `NotDir` for a file.
-    pub fn remove_dir(&self, parent: Node, name: &[u8], caller: Caller) -> Result<Removal, Errno> {
+    /// `NoEnt`, `NotDir` for a file.
+    pub fn remove_dir(
+        self: &Arc<Self>,
+        parent: Node,
+        name: &[u8],
+        caller: Caller,
+    ) -> Result<Removal, Errno> {
         let attr = self.lookup(parent, name)?;
         let row = match attr.node {
             Node::Dir(row) => row,
@@ -390,21 +420,15 @@ impl Tree {
             Node::Root | Node::Daemon(_) | Node::File(..) => return Err(Errno::NotDir),
         };
         let entry = self.entry(row)?;
-        self.lifecycle.doom(&entry).map_err(|error| {
-            if matches!(error, Error::Gone { .. }) {
-                return Errno::NoEnt;
-            }
-            self.lifecycle.note(&entry, &error);
-            let errno = errno::of(&error);
-            self.lifecycle.metrics().failed(errno.word());
-            errno
-        })?;
-        self.forget(row);
-        Ok(Removal { lifecycle: Arc::clone(&self.lifecycle), entry, by: actor(caller) })
+        Ok(Removal { tree: Arc::clone(self), entry, by: actor(caller) })
     }
 
-    fn forget(&self, row: RowId) {
-        self.modes.forget(row);
+    /// Runs a removal on a thread that no other request can take.
+    ///
+    /// # Errors
+    /// Where there are too many, or no thread; nothing has happened then.
+    pub fn queue_removal(&self, work: impl FnOnce() + Send + 'static) -> Result<(), PoolError> {
+        self.lifecycle.queue_deletion(work)
     }
 }
 

@@ -11,6 +11,7 @@ mod activity;
 mod contract;
 mod crash;
 mod damage;
+mod deletion;
 mod hold;
 mod index;
 mod linux;

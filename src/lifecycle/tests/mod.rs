@@ -15,6 +15,7 @@ use crate::{
 mod balloon;
 mod copied;
 mod crashes;
+mod deletion;
 mod evidence;
 mod failures;
 mod files;

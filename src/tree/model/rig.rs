@@ -377,10 +377,7 @@ fn plainly(tree: &Arc<Tree>, handles: &mut Vec<u64>, op: &Op) -> Result<(), Errn
             let made = tree.make_dir(Node::Root, NAMES[*name].as_bytes(), ROOT)?;
             made().map(drop)
         }
-        Op::Rmdir(name, _) => {
-            let removal = tree.remove_dir(Node::Root, NAMES[*name].as_bytes(), ROOT)?;
-            removal.finish(None).map(drop)
-        }
+        Op::Rmdir(name, _) => tree.remove_dir(Node::Root, NAMES[*name].as_bytes(), ROOT)?.wait(),
         Op::Verb { name, verb, nonblocking, .. } => {
             let id = NAMES[*name];
             let count = || {

@@ -134,7 +134,7 @@ impl Shared {
     }
 
     fn remove(&self, id: &str) -> Result<(), Errno> {
-        self.tree.remove_dir(Node::Root, id.as_bytes(), ROOT)?.finish(None).map(drop)
+        self.tree.remove_dir(Node::Root, id.as_bytes(), ROOT)?.wait()
     }
 
     fn remake(&self, id: &str) -> Result<(), Errno> {

@@ -215,8 +215,9 @@ fn an_open_file_of_a_deleted_sandbox_answers_enodev_and_its_inode_is_not_used_ag
     let state = node(&tree, "a", File::State);
     let handle = open(&tree, state, Access::Read).unwrap();
     let removal = tree.remove_dir(Node::Root, b"a", ROOT).unwrap();
+    assert!(tree.lookup(Node::Root, b"a").is_ok(), "nothing has happened yet");
+    assert_eq!(removal.wait(), Ok(()));
     assert_eq!(tree.lookup(Node::Root, b"a"), Err(Errno::NoEnt));
-    assert_eq!(removal.finish(None), Ok(true));
     assert_eq!(tree.read(state, handle, 0, 9, ROOT), Err(Errno::NoDev));
     assert!(matches!(tree.write(state, 0, b"wake", false, ROOT), Written::Now(Err(Errno::NoDev))));
     let make = tree.make_dir(Node::Root, b"a", ROOT).unwrap();
@@ -391,12 +392,12 @@ fn an_open_awake_wakes_and_holds_until_it_is_closed() {
 
     assert_eq!(write(&tree, "a", File::State, "sleep"), Err(Errno::Busy));
     assert!(read(&tree, "a", File::Error).starts_with("a is held awake by ? (pid 0, uid 0), "));
-    assert!(matches!(tree.remove_dir(Node::Root, b"a", ROOT), Err(Errno::Busy)));
+    assert_eq!(tree.remove_dir(Node::Root, b"a", ROOT).unwrap().wait(), Err(Errno::Busy));
     tree.close(first);
     assert_eq!(write(&tree, "a", File::State, "sleep"), Err(Errno::Busy));
     tree.close(second);
     assert_eq!(write(&tree, "a", File::State, "sleep"), Ok(5));
-    assert!(tree.remove_dir(Node::Root, b"a", ROOT).unwrap().finish(None).unwrap());
+    assert_eq!(tree.remove_dir(Node::Root, b"a", ROOT).unwrap().wait(), Ok(()));
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod console;
 mod footprint;
 mod guest;
 mod host;
+mod index;
 mod process;
 mod setup;
 mod wait;
@@ -11,6 +12,7 @@ mod watcher;
 mod world;
 
 pub(crate) use host::{Host, write_once};
+pub(crate) use index::LockedIndex;
 pub(crate) use process::{command, is_alive, signal};
 pub(crate) use setup::Setup;
 pub(crate) use wait::{wait_for, wait_until};
