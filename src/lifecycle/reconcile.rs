@@ -15,9 +15,11 @@
 //! | `restoring` | not consumed | any | killed, it never ran; `snapshotted` |
 //! | `restoring` | consumed | alive | resumed if it was paused; `running` |
 //! | `restoring` | consumed | dead | `snapshotted` if its memory proves it, else `stopped` |
+//! | `restoring` | consumed, unreadable | dead | left as it is, and read again |
 //! | `restoring` | consumed | dead by a power cut | `stopped` |
 //! | `booting` | | alive and running | `running` |
 //! | `booting` | | inert or dead | killed; `stopped` |
+//! | `booting`, process recorded | | does not answer | left as it is, and asked again |
 //! | `deleting` | any | any | killed, removed |
 //! | `snapshotted` | committed, as recorded | alive, by its token | killed |
 //! | `stopped` | no memory | alive, by its token | killed |
@@ -52,7 +54,7 @@ use super::{
 use crate::{
     lifecycle::Held,
     sandbox::{Cause, RowId, SnapshotFacts, State, Step},
-    snapshot::Memory,
+    snapshot::{self, Memory},
     sync::{Arc, Mutex, lock},
     sys::{cancel::Cancel, clock::boot_id, files::sync_dir, process::Process},
 };
@@ -311,8 +313,15 @@ impl Lifecycle {
             let back = generation
                 .filter(|_| proves)
                 .map(|generation| home.unconsume(&record.id, generation, cancel));
-            if !matches!(back, Some(Ok(()))) {
-                return self.lose(held, entry, LOST);
+            match back {
+                Some(Ok(())) => {}
+                // It has run, or its memory is damaged.
+                Some(Err(snapshot::Error::Damaged { .. } | snapshot::Error::Absent { .. }))
+                | None => return self.lose(held, entry, LOST),
+                // That it could not be read proves nothing, so it is kept and read again.
+                Some(Err(error)) => {
+                    return Err(snapshot_failed(entry, "taking back the snapshot of")(error));
+                }
             }
         }
         self.step(held, entry, Step::Undo, |record| record.process = None)?;
@@ -335,15 +344,16 @@ impl Lifecycle {
         cancel: &Arc<Cancel>,
     ) -> Result<(), Error> {
         if let Some(process) = process {
-            let record = entry.record();
-            let ran = record.process.as_ref() == Some(process.identity())
-                && self
-                    .attach(entry, &process, cancel)
-                    .is_ok_and(|live| lock(&live.machine).running().unwrap_or(false));
-            if ran {
-                self.saw(entry, Signal::Boot);
-                self.step(held, entry, Step::Booted, |record| record.retry_at = None)?;
-                return Ok(());
+            // One that was not recorded has not been told to run. Whether another does only
+            // its VMM can say; while that does not answer, the guest may run.
+            if entry.record().process.as_ref() == Some(process.identity()) {
+                let live = self.attach(entry, &process, cancel)?;
+                let runs = lock(&live.machine).running().map_err(vmm_failed(entry, "looking at"));
+                if runs? {
+                    self.saw(entry, Signal::Boot);
+                    self.step(held, entry, Step::Booted, |record| record.retry_at = None)?;
+                    return Ok(());
+                }
             }
             end(entry, &process)?;
         } else if entry.record().process.is_some() {

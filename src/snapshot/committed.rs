@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use super::{
@@ -19,13 +19,21 @@ use crate::{
 #[derive(Debug)]
 pub struct Snapshot {
     home: Home,
+    /// Where it is: in its own directory, or in that of the life that was woken from it.
+    dir: PathBuf,
     manifest: Manifest,
 }
 
 impl Snapshot {
-    pub(super) fn open(home: Home, id: &SandboxId, generation: u64) -> Result<Self, Error> {
-        let manifest = read_manifest(&home, generation)?;
-        let snapshot = Self { home, manifest };
+    /// Reads and checks the snapshot that is in `dir`, all but its memory.
+    pub(super) fn open(
+        home: Home,
+        dir: PathBuf,
+        id: &SandboxId,
+        generation: u64,
+    ) -> Result<Self, Error> {
+        let manifest = read_manifest(&dir)?;
+        let snapshot = Self { home, dir, manifest };
         snapshot.check_identity(id, generation)?;
         snapshot.check_names()?;
         for file in &snapshot.manifest.files {
@@ -43,7 +51,7 @@ impl Snapshot {
     /// Returns its directory, for the VMM to load from.
     #[must_use]
     pub fn dir(&self) -> PathBuf {
-        self.home.snapshot_dir(self.manifest.generation)
+        self.dir.clone()
     }
 
     /// Returns its memory file.
@@ -101,7 +109,7 @@ impl Snapshot {
             return Ok(());
         }
         Err(Error::Foreign {
-            dir: self.home.snapshot_dir(generation),
+            dir: self.dir(),
             why: format!(
                 "its manifest is of {} (row {}, generation {}), not of {id} (row {row}, \
                  generation {generation})",
@@ -154,8 +162,8 @@ impl Snapshot {
     }
 }
 
-fn read_manifest(home: &Home, generation: u64) -> Result<Manifest, Error> {
-    let dir = home.snapshot_dir(generation);
+fn read_manifest(dir: &Path) -> Result<Manifest, Error> {
+    let dir = dir.to_owned();
     let path = dir.join(MANIFEST);
     let reading = || Error::io(|| format!("reading {}", path.display()));
     let mut bytes = Vec::new();

@@ -127,6 +127,25 @@ fn a_guest_falls_asleep_and_is_woken_with_its_memory() {
 }
 
 #[test]
+fn a_consumed_snapshot_is_checked_where_the_life_has_it_and_then_named_one_again() {
+    let store = Store::asleep();
+    store.open().unwrap().consume().unwrap();
+    let memory = write_open(&store.home.live_memory(4));
+    memory.write_all_at(b"it ran!", 3 << 20).unwrap();
+    let dir = File::open(store.home.dir()).unwrap();
+    let long_ago = std::time::SystemTime::UNIX_EPOCH;
+    dir.set_times(fs::FileTimes::new().set_modified(long_ago)).unwrap();
+    let take_back = || store.home.unconsume(&"web-1".parse().unwrap(), 4, &Cancel::default());
+    assert!(matches!(take_back(), Err(Error::Damaged { .. })));
+    let renamed = dir.metadata().unwrap().modified().unwrap() != long_ago;
+    assert!(!renamed, "a crash would have left a snapshot whose guest has run");
+    assert_eq!(store.names(), ["4.live"]);
+    memory.write_all_at(b"a guest", 3 << 20).unwrap();
+    take_back().unwrap();
+    assert_eq!(store.names(), ["4"]);
+}
+
+#[test]
 fn a_mapping_survives_the_move_of_its_memory() {
     let store = Store::alive(3);
     let held = write_open(&store.home.live_memory(3));

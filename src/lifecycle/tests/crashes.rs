@@ -150,6 +150,55 @@ fn a_guest_that_cannot_be_adopted_lives_on_and_is_adopted_by_the_next_operation(
     host.check("a");
 }
 
+/// Kills the VMM of a sandbox when there is no daemon that would see it.
+fn kill_unseen(host: &Host, id: &str) {
+    let live = host.daemon.machines.strike(host.entry(id).row()).unwrap();
+    live.process.kill();
+    live.process.wait(PATIENCE).unwrap();
+}
+
+#[test]
+fn a_memory_that_cannot_be_read_at_a_start_is_kept_until_it_can_be() {
+    let mut host = Host::new();
+    host.create("a");
+    host.wake("a").unwrap();
+    host.sleep("a").unwrap();
+    let runs = host.runs("a");
+    crash(&mut host, Arrow::WakeConsumed, |host| drop(host.wake("a")));
+    kill_unseen(&host, "a");
+    let record = host.entry("a").record();
+    let life = host.daemon.home(&record).live_dir(record.snapshot.unwrap().generation);
+    // Opening a link to itself fails, as it does on a disk with an I/O error.
+    let (manifest, kept) = (life.join("manifest"), host.dir.path().join("manifest"));
+    crate::sys::files::rename(&manifest, &kept).unwrap();
+    std::os::unix::fs::symlink("manifest", &manifest).unwrap();
+    host.restart_after(false, |_| ());
+    assert_eq!(host.state("a"), State::Restoring);
+    let error = host.error("a");
+    assert!(error.starts_with("taking back the snapshot of a: reading "), "{error}");
+    host.wake("a").unwrap_err();
+    crate::sys::files::rename(&kept, &manifest).unwrap();
+    host.wake("a").unwrap();
+    assert_eq!((host.state("a"), host.runs("a")), (State::Running, runs + 1));
+    host.check("a");
+}
+
+#[test]
+fn a_boot_whose_vmm_does_not_answer_at_a_start_is_not_taken_for_one_that_never_ran() {
+    let mut host = Host::new();
+    host.create("a");
+    crash(&mut host, Arrow::BootResumed, |host| drop(host.wake("a")));
+    let vmm = host.vmm.living();
+    host.vmm.fail_next(Call::Adopt, Fault::Refuse);
+    host.restart_after(false, |_| ());
+    assert_eq!((host.state("a"), host.vmm.living()), (State::Booting, vmm.clone()));
+    assert!(host.error("a").contains("adopting a"), "{}", host.error("a"));
+    host.wake("a").unwrap();
+    assert_eq!((host.state("a"), host.vmm.living()), (State::Running, vmm));
+    assert_eq!((host.runs("a"), host.error("a").as_str()), (1, "ok"));
+    host.check("a");
+}
+
 /// What becomes of a sandbox that is `from` when the host loses power at `arrow`, or when
 /// the operation has just returned.
 fn after_power_cut(arrow: Option<Arrow>, from: State, pages: Pages) -> State {
