@@ -63,7 +63,8 @@ impl Lifecycle {
             Why::AskedAt(wanted) if wanted == count => Ok(true),
             Why::AskedAt(_) => Err(Error::Active { id: entry.id().clone(), count }),
             Why::Idle => {
-                Ok(record.sleep_at(entry.last_activity()).is_some_and(|due| due <= self.now()))
+                let due = record.sleep_at(entry.last_activity());
+                Ok(due.is_some_and(|due| due <= self.now()) && self.is_idle_by_now(entry))
             }
         }
     }
@@ -99,7 +100,7 @@ impl Lifecycle {
             self.step(held, entry, Step::Undo, |_| ())?;
             return wanted.map(|_| Outcome::Spared);
         }
-        let saved = self.save_acts(entry, operation, &live, &identity, intent, &mut undo);
+        let saved = self.save_acts(entry, operation, &live, &identity, (intent, why), &mut undo);
         let committed = match saved {
             Ok(committed) => committed,
             Err(cause) => {
@@ -107,7 +108,8 @@ impl Lifecycle {
                 let dead = live.process.exited().is_some();
                 let error = if dead { cause } else { undo.run(cause) };
                 self.end_failed_sleep(held, entry, operation, &live, &error);
-                return Err(error);
+                let is_used = why == Why::Idle && matches!(error, Error::Active { .. });
+                return if is_used { Ok(Outcome::Spared) } else { Err(error) };
             }
         };
         self.reach(Arrow::SleepCommitted);
@@ -170,7 +172,7 @@ impl Lifecycle {
         operation: &Operation<'_>,
         live: &Arc<Live>,
         identity: &VmmIdentity,
-        intent: Commit,
+        (intent, why): (Commit, Why),
         undo: &mut Undo<'_>,
     ) -> Result<Committed, Error> {
         let record = entry.record();
@@ -180,7 +182,11 @@ impl Lifecycle {
         // A pause that we did not hear the end of may have been one.
         let paused = Arc::clone(live);
         undo.push("resuming", move || Ok(lock(&paused.machine).resume()?));
-        lock(&live.machine).pause().map_err(vmm_failed(entry, "pausing"))?;
+        let pause = || lock(&live.machine).pause().map_err(vmm_failed(entry, "pausing"));
+        match why {
+            Why::Asked => pause()?,
+            Why::AskedAt(_) | Why::Idle => self.pause_unless_used(entry, pause)?,
+        }
         self.reach(Arrow::SleepPaused);
 
         let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;

@@ -1,10 +1,15 @@
 //! Networks that are only remembered, for tests of those who ask for them.
 
-use std::{collections::BTreeMap, io, os::fd::OwnedFd, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::OwnedFd,
+    path::PathBuf,
+};
 
 use super::{
-    Activity, Applied, Counters, Error, Known, Network, Ready, Reconciled, Wanted, firewall,
-    linger::Lingering,
+    Activity, Applied, Count, Counters, Error, Known, Network, Ready, Reconciled, Sampled, Wanted,
+    firewall, linger::Lingering,
 };
 use crate::{
     sandbox::{
@@ -35,7 +40,7 @@ pub(crate) enum Fault {
 /// Networks that are only remembered.
 ///
 /// # Locking
-/// Each lock is a leaf, but that of `activity` may be taken while that of `there` is held.
+/// Each lock is a leaf.
 #[derive(Debug, Default)]
 pub(crate) struct FakeNetwork {
     there: Mutex<BTreeMap<SandboxId, (u64, Wanted)>>,
@@ -45,6 +50,8 @@ pub(crate) struct FakeNetwork {
     sleepers: Mutex<BTreeMap<SandboxAddress, WakePorts>>,
     refused: Mutex<Vec<SandboxAddress>>,
     activity: Mutex<BTreeMap<SandboxId, Activity>>,
+    between_reads: Mutex<BTreeMap<SandboxId, Count>>,
+    unreadable: Mutex<BTreeSet<SandboxId>>,
 }
 
 impl FakeNetwork {
@@ -77,6 +84,34 @@ impl FakeNetwork {
     /// Sets what has passed of a sandbox's network that is a sign of use.
     pub(crate) fn set_activity(&self, id: &SandboxId, activity: Activity) {
         lock(&self.activity).insert(id.clone(), activity);
+    }
+
+    /// Has `more` pass to a sandbox after each time that its counters are read.
+    pub(crate) fn pass_between_reads(&self, id: &SandboxId, more: Count) {
+        lock(&self.between_reads).insert(id.clone(), more);
+    }
+
+    /// Has nobody know what passes of a sandbox's network, or anybody again.
+    pub(crate) fn set_unreadable(&self, id: &SandboxId, unreadable: bool) {
+        let mut all = lock(&self.unreadable);
+        if unreadable {
+            all.insert(id.clone())
+        } else {
+            all.remove(id)
+        };
+    }
+
+    fn read_counters(&self, id: &SandboxId) -> Result<Activity, Error> {
+        if lock(&self.unreadable).contains(id) {
+            return Err(Error::host("reading the counters")(io::Error::other("on purpose")));
+        }
+        let more = lock(&self.between_reads).get(id).copied().unwrap_or_default();
+        let mut activity = lock(&self.activity);
+        let counted = activity.entry(id.clone()).or_default();
+        let read = *counted;
+        counted.inward.packets += more.packets;
+        counted.inward.bytes += more.bytes;
+        Ok(read)
     }
 
     fn check(&self, fault: Fault) -> Result<(), Error> {
@@ -200,13 +235,16 @@ impl Network for FakeNetwork {
         })
     }
 
-    fn activity(&self, of: &[Known]) -> Result<Vec<(SandboxId, Activity)>, Error> {
+    fn activity(&self, of: &[Known]) -> Result<Vec<Sampled>, Error> {
         self.check(Fault::Activity)?;
-        let there = lock(&self.there);
-        let activity = lock(&self.activity);
-        let of = of.iter().filter(|known| there.contains_key(&known.id));
-        Ok(of
-            .map(|known| (known.id.clone(), activity.get(&known.id).copied().unwrap_or_default()))
+        let there: Vec<_> =
+            of.iter().filter(|known| self.in_force(&known.id).is_some()).cloned().collect();
+        Ok(there
+            .into_iter()
+            .map(|Known { id, .. }| {
+                let read = self.read_counters(&id);
+                (id, read)
+            })
             .collect())
     }
 
@@ -215,14 +253,17 @@ impl Network for FakeNetwork {
     }
 
     fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error> {
-        Ok(self.in_force(id).map(|_| Counters::default()))
+        if self.in_force(id).is_none() {
+            return Ok(None);
+        }
+        let Activity { inward, outward } = self.read_counters(id)?;
+        Ok(Some(Counters { active_in: inward, active_out: outward, ..Counters::default() }))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::Count;
     use crate::sandbox::network::{AddressPlan, Destinations, Nameservers, NetworkPolicy, Reach};
 
     fn wanted(name: &str, slot: u32, reach: Reach) -> Wanted {
@@ -305,8 +346,11 @@ mod tests {
         let inward = Count { packets: 1, bytes: 40 };
         let used = Activity { inward, ..Activity::default() };
         network.set_activity(&a.id, used);
-        assert_eq!(network.activity(&known).unwrap(), []);
+        assert!(network.activity(&known).unwrap().is_empty());
         network.ensure(&a).unwrap();
-        assert_eq!(network.activity(&known).unwrap(), [(a.id, used)]);
+        let sampled = network.activity(&known).unwrap();
+        assert!(matches!(&sampled[..], [(id, Ok(read))] if (id, *read) == (&a.id, used)));
+        let counters = network.counters(&a.id).unwrap().unwrap();
+        assert_eq!((counters.active_in, counters.active_out), (used.inward, used.outward));
     }
 }

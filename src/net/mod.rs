@@ -146,13 +146,13 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// Where the host does not say what there is.
     fn reconcile(&self, known: &[Known]) -> Result<Reconciled, Error>;
 
-    /// Returns what passed of the networks of those that have one that is a sign of use.
-    /// Only those are looked into by which anything has passed since the last time, so this
-    /// may be asked often and of all who are awake.
+    /// Returns what passed of the networks of those that have one that is a sign of use, or
+    /// why that cannot be told of one of them. Only those are looked into by which anything
+    /// has passed since the last time, so this may be asked often and of all who are awake.
     ///
     /// # Errors
-    /// Where the kernel does not say.
-    fn activity(&self, of: &[Known]) -> Result<Vec<(SandboxId, Activity)>, Error>;
+    /// Where the kernel does not say it of any.
+    fn activity(&self, of: &[Known]) -> Result<Vec<Sampled>, Error>;
 
     /// Removes what is the host's, if no sandbox has a network now. It is made anew when one is
     /// to have one.
@@ -246,6 +246,9 @@ impl Activity {
         self.inward.bytes.saturating_add(self.outward.bytes)
     }
 }
+
+/// What one look at the activity of a sandbox's network came to.
+pub type Sampled = (SandboxId, Result<Activity, Error>);
 
 /// Packets and bytes, by what became of them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

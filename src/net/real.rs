@@ -10,7 +10,8 @@ use std::{
 };
 
 use super::{
-    Activity, Applied, Count, Counters, Error, Known, Listener, Network, Ready, Reconciled, Wanted,
+    Activity, Applied, Count, Counters, Error, Known, Listener, Network, Ready, Reconciled,
+    Sampled, Wanted,
     doorbell::Doorbell,
     firewall, host,
     linger::Lingering,
@@ -444,7 +445,7 @@ impl Network for RealNetwork {
         Ok(found)
     }
 
-    fn activity(&self, of: &[Known]) -> Result<Vec<(SandboxId, Activity)>, Error> {
+    fn activity(&self, of: &[Known]) -> Result<Vec<Sampled>, Error> {
         let range = self.range()?;
         let links: BTreeMap<String, (u32, u64)> = link::list(&link::here()?)?
             .into_iter()
@@ -455,9 +456,10 @@ impl Network for RealNetwork {
             let (link, packets) = links.get(&known.address.host_link())?;
             Some((&known.id, *link, *packets))
         });
-        there
-            .map(|(id, link, packets)| Ok((id.clone(), self.activity_of(id, link, packets)?)))
-            .collect()
+        let sampled = |(id, link, packets): (&SandboxId, u32, u64)| {
+            (id.clone(), self.activity_of(id, link, packets))
+        };
+        Ok(there.map(sampled).collect())
     }
 
     fn retire(&self) -> Result<(), Error> {
@@ -512,7 +514,8 @@ impl RealNetwork {
         if let Some(before) = before.filter(|seen| (seen.link, seen.packets) == (link, packets)) {
             return Ok(before.activity);
         }
-        let counters = self.counters(id)?.unwrap_or_default();
+        // Its link is there, so one whose namespace is not found has traffic that nobody sees.
+        let counters = self.counters(id)?.ok_or(Error::NotThere)?;
         let activity = Activity { inward: counters.active_in, outward: counters.active_out };
         lock(&self.seen).insert(id.clone(), Seen { link, packets, activity });
         Ok(activity)

@@ -464,3 +464,91 @@ fn where_nobody_says_what_a_network_passed_the_other_signals_are_still_seen() {
     assert_eq!(rates().network_bytes_per_second, Some(0));
     reaper.stop(END_LIMIT);
 }
+
+/// Makes sandboxes with a network, and wakes them.
+fn connected(ids: &[&str]) -> Host {
+    let host = Host::new();
+    for id in ids {
+        let entry = host.create(id);
+        let spec = Spec { net: NetMode::Isolated, ..Spec::clone(&entry.record().spec) };
+        host.set(id, Policy::Spec(Box::new(spec))).unwrap();
+        host.wake(id).unwrap();
+    }
+    host
+}
+
+#[test]
+fn a_network_that_cannot_be_read_says_nothing_of_its_sandbox_and_even_less_of_others() {
+    let host = connected(&["broken", "busy", "idle"]);
+    let name = |id: &str| id.parse().unwrap();
+    let reaper = reap(&host);
+    look(&host);
+    host.network.set_unreadable(&name("broken"), true);
+    for round in 1..=12 {
+        host.clock.advance(Duration::from_secs(10));
+        let inward = Count { packets: round, bytes: 5000 * round };
+        host.network.set_activity(&name("busy"), Activity { inward, ..Activity::default() });
+        look(&host);
+    }
+    wait_for("idle to sleep", || host.state("idle") == State::Snapshotted);
+    assert_eq!(host.state("busy"), State::Running);
+    assert_eq!(host.state("broken"), State::Running);
+    assert_eq!(host.error("broken"), "ok");
+    let unknown = host.daemon.busyness(host.entry("broken").row()).unknown;
+    assert_eq!(unknown.to_string(), "network");
+    // Nothing passed all the while.
+    host.network.set_unreadable(&name("broken"), false);
+    host.clock.advance(Duration::from_secs(10));
+    look(&host);
+    wait_for("broken to sleep", || host.state("broken") == State::Snapshotted);
+    reaper.stop(END_LIMIT);
+}
+
+#[test]
+fn a_packet_that_passes_while_its_guest_is_being_paused_calls_the_sleep_off() {
+    let host = connected(&["a"]);
+    let id = "a".parse().unwrap();
+    let reaper = reap(&host);
+    look(&host);
+    // Too little to be above the threshold of 100 bytes/s, by the time that the guest is paused.
+    host.network.pass_between_reads(&id, Count { packets: 1, bytes: 10 });
+    host.clock.advance(Duration::from_secs(60));
+    look(&host);
+    wait_for("the sleep to be called off", || host.vmm.count(Call::Resume) == 2);
+    wait_for("a to run", || host.state("a") == State::Running && host.guest_runs("a"));
+    assert_eq!((host.error("a").as_str(), host.vmm.count(Call::Save)), ("ok", 0));
+    assert!(host.daemon.signals(host.entry("a").row()).last(Signal::Network).is_some());
+    // It is idle for another minute first.
+    host.network.pass_between_reads(&id, Count::default());
+    host.clock.advance(Duration::from_secs(30));
+    look(&host);
+    assert_eq!(host.vmm.count(Call::Pause), 1);
+    host.clock.advance(Duration::from_secs(30));
+    look(&host);
+    wait_for("a to sleep", || host.state("a") == State::Snapshotted);
+    reaper.stop(END_LIMIT);
+}
+
+#[test]
+fn a_sleep_by_count_that_meets_a_packet_is_refused_as_the_count_moves() {
+    let host = connected(&["a"]);
+    let count = host.entry("a").activity_count();
+    host.network.pass_between_reads(&"a".parse().unwrap(), Count { packets: 1, bytes: 40 });
+    let error = host.sleep_because("a", Why::AskedAt(count)).unwrap_err();
+    assert!(matches!(error, Error::Active { .. }), "{error}");
+    assert!(host.guest_runs("a") && host.entry("a").activity_count() > count);
+    // Whoever asks for it come what may gets it.
+    assert_eq!(host.sleep_because("a", Why::Asked).unwrap(), Outcome::Done);
+}
+
+#[test]
+fn what_passed_since_the_last_look_counts_when_its_sandbox_is_about_to_sleep() {
+    let host = connected(&["a"]);
+    host.daemon.sample_activity();
+    host.clock.advance(Duration::from_secs(60));
+    host.daemon.sample_activity();
+    let inward = Count { packets: 1, bytes: 60 };
+    host.network.set_activity(&"a".parse().unwrap(), Activity { inward, ..Activity::default() });
+    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
+    assert_eq!(host.vmm.count(Call::Pause), 0);
+}

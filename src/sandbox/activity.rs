@@ -75,6 +75,27 @@ impl Signal {
 pub struct SignalSet(u16);
 
 impl SignalSet {
+    /// The empty set.
+    pub const NONE: Self = Self(0);
+
+    /// Returns this set and `signal`.
+    #[must_use]
+    pub fn with(self, signal: Signal) -> Self {
+        Self(self.0 | 1 << signal as u16)
+    }
+
+    /// Returns what is in both sets.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Says whether nothing is in it.
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
     /// Makes a set of `signals`, and those that always count.
     #[must_use]
     pub fn of(signals: &[Signal]) -> Self {

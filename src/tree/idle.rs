@@ -4,7 +4,7 @@
 use super::view::{Facts, NONE, line, or_none, tenths};
 use crate::{
     lifecycle::{Holder, Stale},
-    sandbox::{Period, Signal, State, Timestamp},
+    sandbox::{Period, Signal, SignalSet, State, Timestamp},
 };
 
 impl Facts<'_> {
@@ -61,11 +61,24 @@ impl Facts<'_> {
         }
         match record.waking.awake_until.filter(is_ahead) {
             Some(until) if until == due => ("just-woken", self.just_woken(until)),
+            Some(_) | None if due <= self.now && !self.unknown().is_empty() => {
+                ("unknown", self.why_unknown())
+            }
             Some(_) | None => {
                 let verdict = if due <= self.now { "idle" } else { "active" };
                 (verdict, format!("{}; idle_after is {}", self.latest(), record.idle_after))
             }
         }
+    }
+
+    /// Returns which of the signals that count could not be read.
+    fn unknown(&self) -> SignalSet {
+        self.busyness.unknown.and(self.limits.signals)
+    }
+
+    fn why_unknown(&self) -> String {
+        let what = self.unknown().to_string().replace(' ', " and ");
+        format!("its {what} could not be read at the last look; {}", self.latest())
     }
 
     /// Says who holds it: the one who has for the longest.

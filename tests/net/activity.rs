@@ -3,8 +3,9 @@
 use std::net::{SocketAddr, UdpSocket};
 
 use dozed::{
-    net::{Activity, Known, Network},
+    net::{Activity, Error, Known, Network},
     sandbox::network::{Destinations, GUEST_ADDRESS},
+    sys::netns,
 };
 
 use crate::{
@@ -16,7 +17,7 @@ use crate::{
 fn active(host: &Host, sandbox: &Sandbox) -> (u64, u64) {
     let known = Known { id: sandbox.id().clone(), address: sandbox.address() };
     let all = host.network.activity(&[known]).unwrap();
-    let [(id, Activity { inward, outward })] = &all[..] else { panic!("{all:?}") };
+    let [(id, Ok(Activity { inward, outward }))] = &all[..] else { panic!("{all:?}") };
     assert_eq!(id, sandbox.id());
     let counters = host.network.counters(id).unwrap().unwrap();
     assert_eq!((counters.active_in, counters.active_out), (*inward, *outward));
@@ -126,5 +127,23 @@ fn a_change_of_policy_forgets_no_activity_and_a_network_that_is_made_begins_anew
         assert_eq!(active(host, &sandbox), (0, 0));
         ask(&sandbox, 53);
         assert_eq!(active(host, &sandbox), (2, 0));
+    });
+}
+
+#[test]
+fn a_network_that_cannot_be_looked_into_hides_no_other() {
+    on_a_host(|host| {
+        let (lost, other) = (host.sandbox("a", 0), host.sandbox("b", 1));
+        let known = [&lost, &other]
+            .map(|sandbox| Known { id: sandbox.id().clone(), address: sandbox.address() });
+        host.network.activity(&known).unwrap();
+        // Its guest and its link are there still.
+        netns::unpin(&lost.ready.namespace).unwrap();
+        [&lost, &other].iter().for_each(|sandbox| ask(sandbox, 53));
+        let sampled = host.network.activity(&known).unwrap();
+        let [(_, Err(Error::NotThere)), (id, Ok(activity))] = &sampled[..] else {
+            panic!("{sampled:?}")
+        };
+        assert_eq!((id, activity.inward.packets), (other.id(), 2));
     });
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     lifecycle::{Holder, Policy, Why},
-    sandbox::{Period, Signal},
+    sandbox::{NetMode, Period, Signal, Spec},
 };
 
 /// Returns a value of a flat-keyed file.
@@ -193,4 +193,26 @@ fn idle_says_that_a_deletion_waits_for_the_clock_of_this_boot() {
     let because = idle(&tree, "because");
     assert!(because.ends_with("; delete_after is 10m"), "{because}");
     assert_eq!(idle(&tree, "deletes_at"), before, "by the wall clock it is when it was");
+}
+
+#[test]
+fn idle_says_which_signal_could_not_be_read_of_one_whose_time_is_over() {
+    let (host, tree) = awake();
+    host.sleep("a").unwrap();
+    host.create("b");
+    let entry = host.entry("b");
+    let spec = Spec { net: NetMode::Isolated, ..Spec::clone(&entry.record().spec) };
+    host.set("b", Policy::Spec(Box::new(spec))).unwrap();
+    host.wake("b").unwrap();
+    host.network.set_unreadable(entry.id(), true);
+    host.clock.advance(seconds(60));
+    host.daemon.sample_activity();
+    let text = read(&tree, "b", File::Idle);
+    let says = "verdict unknown\nbecause its network could not be read at the last look; the last \
+                activity was its boot, 60 s ago\n";
+    assert!(text.starts_with(says), "{text}");
+    host.network.set_unreadable(entry.id(), false);
+    host.clock.advance(seconds(1));
+    host.daemon.sample_activity();
+    assert!(read(&tree, "b", File::Idle).starts_with("verdict idle\n"));
 }
