@@ -16,10 +16,13 @@ use crate::{
     sandbox::{Disk, Record, SnapshotFacts, State, Step},
     snapshot::{
         self, Committed, DiskFacts, HardwareFacts, HostFacts, ManifestFacts, Memory,
-        SLEEP_RESERVE_BYTES, VmmFacts,
+        SLEEP_RESERVE_BYTES, Staged, VmmFacts,
     },
     sync::{Arc, lock},
-    sys::clock::Stopwatch,
+    sys::{
+        clock::Stopwatch,
+        files::{PieceError, write_anew},
+    },
     vmm::VmmIdentity,
 };
 
@@ -209,6 +212,7 @@ impl Lifecycle {
         });
         self.reach(Arrow::SleepStaged);
 
+        self.prepare_disks(entry, operation, &staged)?;
         lock(&live.machine).save(&dir).map_err(vmm_failed(entry, "saving"))?;
         self.reach(Arrow::SleepSaved);
 
@@ -227,9 +231,34 @@ impl Lifecycle {
             return Err(error);
         }
         sealed.commit(facts, &operation.cancel).map_err(|error| {
-            *staged.borrow_mut() = Some(error.staged);
+            *staged.borrow_mut() = Some(*error.staged);
             failed(error.source)
         })
+    }
+
+    /// Has the disks of the paused machine synced by nobody who would not notice what an earlier
+    /// sync lost.
+    fn prepare_disks(
+        &self,
+        entry: &Entry,
+        operation: &Operation<'_>,
+        staged: &RefCell<Option<Staged>>,
+    ) -> Result<(), Error> {
+        let staged = staged.borrow();
+        let staged = staged.as_ref().expect("nothing was undone so far");
+        if staged.follows_failed_sync() {
+            let record = entry.record();
+            let home = self.home(&record);
+            tracing::warn!(id = %entry.id(), "a sync failed: all that it has is written anew");
+            let disks = record.spec.disks.iter().enumerate().filter(|(_, disk)| !disk.readonly);
+            for (number, _) in disks {
+                write_anew(&home.disk(number), &operation.cancel).map_err(|error| match error {
+                    PieceError::CalledOff(_) => Error::Gone { id: record.id.clone() },
+                    PieceError::Io(source) => host_failed(entry, "writing a disk anew of")(source),
+                })?;
+            }
+        }
+        staged.begin_sync().map_err(snapshot_failed(entry, "beginning to sync the files of"))
     }
 
     fn facts(&self, entry: &Entry, identity: &VmmIdentity) -> Result<ManifestFacts, Error> {

@@ -95,6 +95,12 @@ impl Home {
         self.dir.join(format!("disk-{number}.img"))
     }
 
+    /// Returns the file that is there if a sync of the files of the living machine failed, or
+    /// was cut off: see [`Staged::begin_sync`].
+    pub(super) fn unsynced_mark(&self) -> PathBuf {
+        self.dir.join("unsynced")
+    }
+
     /// Returns the log of the guest's serial console.
     #[must_use]
     pub fn console_log(&self) -> PathBuf {
@@ -161,7 +167,10 @@ impl Home {
         }
         let dir = self.partial_dir(generation);
         files::make_private_dir(&dir).map_err(Error::io(|| format!("making {}", dir.display())))?;
-        Ok(Staged::new(self.clone(), generation))
+        let mark = self.unsynced_mark();
+        let rewrites =
+            mark.try_exists().map_err(Error::io(|| format!("looking for {}", mark.display())))?;
+        Ok(Staged::new(self.clone(), generation, rewrites))
     }
 
     /// Takes back each sleep that was cut before its commit point while the VMM is alive:
@@ -327,7 +336,14 @@ impl Home {
             files::remove_tree(&dir)
                 .map_err(Error::io(|| format!("removing {}", dir.display())))?;
         }
-        Ok(())
+        // It is of files that are gone.
+        let mark = self.unsynced_mark();
+        match fs::remove_file(&mark) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::io(|| format!("removing {}", mark.display()))(error))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
     }
 
     fn list(&self) -> Result<Listing, Error> {

@@ -28,6 +28,8 @@ pub struct Staged {
     taken_from: Option<u64>,
     /// The memory, if it is read already.
     reading: Option<Box<Reading>>,
+    /// Whether an earlier sync of the same files failed, or was cut off.
+    rewrites: bool,
 }
 
 /// A snapshot that is committed.
@@ -44,14 +46,37 @@ pub struct Committed {
 #[error("committing the snapshot {}", .staged.generation)]
 pub struct CommitError {
     /// To be discarded, or committed once more.
-    pub staged: Staged,
+    pub staged: Box<Staged>,
     /// What went wrong.
     pub source: Error,
 }
 
 impl Staged {
-    pub(super) fn new(home: Home, generation: u64) -> Self {
-        Self { home, generation, taken_from: None, reading: None }
+    pub(super) fn new(home: Home, generation: u64, rewrites: bool) -> Self {
+        Self { home, generation, taken_from: None, reading: None, rewrites }
+    }
+
+    /// Says whether an earlier sync of the machine's files failed, or was cut off. What the
+    /// machine has beside its memory then has to be written anew (`files::write_anew`) before
+    /// it is synced; the memory is written anew by `commit`.
+    #[must_use]
+    pub fn follows_failed_sync(&self) -> bool {
+        self.rewrites
+    }
+
+    /// Notes that files of the machine are about to be synced. The note goes with the life of
+    /// the machine, and so stays if this sleep fails or the daemon dies: the kernel reports a
+    /// page that it could not write once, and to whoever syncs next it says that all is well.
+    /// It is made before the first sync, as afterwards the disk may refuse it, and need not
+    /// be durable, as no machine outlasts a power cut.
+    ///
+    /// # Errors
+    /// Where the note cannot be made; then nothing may be synced.
+    pub fn begin_sync(&self) -> Result<(), Error> {
+        let mark = self.home.unsynced_mark();
+        files::create_private(&mark)
+            .map(drop)
+            .map_err(Error::io(|| format!("making {}", mark.display())))
     }
 
     /// Returns the directory, for the VMM to save into.
@@ -63,6 +88,9 @@ impl Staged {
     /// Begins to read the memory that is mapped by the machine of the life `live`, which is
     /// paused, so that the commit has less to do. It need not work.
     pub fn read_memory(&mut self, live: u64, cancel: &Arc<Cancel>) {
+        if self.rewrites {
+            return; // It is going to be written, and read after that.
+        }
         self.reading = Reading::begin(&self.home.live_memory(live), cancel).ok().map(Box::new);
     }
 
@@ -115,7 +143,10 @@ impl Staged {
     ) -> Result<Committed, CommitError> {
         match self.seal(facts, cancel) {
             Ok(bytes) => Ok(Committed { generation: self.generation, bytes }),
-            Err(source) => Err(CommitError { staged: self, source }),
+            Err(source) => {
+                self.rewrites = true;
+                Err(CommitError { staged: Box::new(self), source })
+            }
         }
     }
 
@@ -123,6 +154,15 @@ impl Staged {
     fn seal(&mut self, facts: ManifestFacts, cancel: &Cancel) -> Result<u64, Error> {
         let dir = self.dir();
         let small = self.small_files(facts.hardware.memory_bytes)?;
+        self.begin_sync()?;
+        if self.rewrites {
+            self.reading = None;
+            for name in small.iter().map(String::as_str).chain([MEMORY]) {
+                let path = dir.join(name);
+                files::write_anew(&path, cancel)
+                    .map_err(Error::piece(|| format!("writing {} anew", path.display())))?;
+            }
+        }
         let reading = self.reading.take();
         // While these threads wait for the disk, this one reads what is in the page cache.
         // All is on the disk when the last of them has ended.

@@ -181,14 +181,54 @@ fn a_commit_that_is_called_off_can_be_discarded_or_done_again() {
     let facts = facts("web-1", MEMORY_BYTES);
     let error = store.staged(3, 4).commit(facts.clone(), &cancel).unwrap_err();
     assert!(matches!(error.source, Error::CalledOff(_)), "{error:?}");
-    assert_eq!(store.names(), ["3.live", "4.partial"]);
+    assert_eq!(store.names(), ["3.live", "4.partial", "unsynced"]);
     error.staged.discard().unwrap();
-    assert_eq!(store.names(), ["3.live"]);
+    assert_eq!(store.names(), ["3.live", "unsynced"]);
     assert!(has_the_guest(&store.home.live_memory(3)));
 
     let error = store.staged(3, 4).commit(facts.clone(), &cancel).unwrap_err();
     error.staged.commit(facts, &Cancel::default()).unwrap();
     store.open().unwrap();
+}
+
+#[test]
+fn after_a_commit_that_failed_the_next_one_writes_all_anew() {
+    let store = Store::alive(3);
+    let cancel = Cancel::default();
+    cancel.call_off();
+    let facts = facts("web-1", MEMORY_BYTES);
+    let staged = store.staged(3, 4);
+    assert!(!staged.follows_failed_sync());
+    staged.commit(facts.clone(), &cancel).unwrap_err().staged.discard().unwrap();
+    let memory = write_open(&store.home.live_memory(3));
+    let before = std::time::SystemTime::UNIX_EPOCH;
+    memory.set_modified(before).unwrap();
+    // Whoever does it: a daemon may have come and gone.
+    let staged = store.staged(3, 4);
+    assert!(staged.follows_failed_sync());
+    staged.commit(facts.clone(), &Cancel::default()).unwrap();
+    assert_ne!(memory.metadata().unwrap().modified().unwrap(), before);
+    assert!(has_the_guest(&store.file("memory")));
+    store.home.end_life().unwrap();
+    assert_eq!(store.names(), ["4"]);
+    // With the life the note is gone.
+    store.open().unwrap().consume().unwrap();
+    memory.set_modified(before).unwrap();
+    let staged = store.staged(4, 5);
+    assert!(!staged.follows_failed_sync());
+    staged.commit(facts, &Cancel::default()).unwrap();
+    assert_eq!(memory.metadata().unwrap().modified().unwrap(), before);
+}
+
+#[test]
+fn what_cannot_be_noted_is_not_synced() {
+    let store = Store::alive(3);
+    let staged = store.staged(3, 4);
+    fs::create_dir(store.home.dir().join("unsynced")).unwrap();
+    let error = staged.commit(facts("web-1", MEMORY_BYTES), &Cancel::default()).unwrap_err();
+    assert!(error.source.to_string().starts_with("making "), "{}", error.source);
+    error.staged.discard().unwrap();
+    assert!(has_the_guest(&store.home.live_memory(3)));
 }
 
 #[test]
@@ -372,7 +412,7 @@ fn a_crash_between_any_two_steps_of_a_sleep_is_told_by_the_names() {
 
     // From the commit point on the snapshot is, even if the old life is still in the way.
     store.staged(3, 4).commit(facts("web-1", MEMORY_BYTES), &Cancel::default()).unwrap();
-    assert_eq!(store.names(), ["3.live", "4"]);
+    assert_eq!(store.names(), ["3.live", "4", "unsynced"]);
     assert_eq!(store.survey(), (Some(3), vec![], Some(4)));
     let snapshot = store.open().unwrap();
     snapshot.consume().unwrap();

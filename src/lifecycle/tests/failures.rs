@@ -1,6 +1,12 @@
 //! What goes wrong while the daemon lives: a failed sleep leaves the guest running, a
 //! failed wake leaves it asleep and wakeable.
 
+use std::{
+    fs::{File, Permissions},
+    os::unix::fs::PermissionsExt as _,
+    time::SystemTime,
+};
+
 use super::*;
 use crate::sandbox::Cause;
 
@@ -225,4 +231,35 @@ fn an_intent_that_cannot_reach_the_disk_stops_the_wake_before_its_snapshot_is_us
     host.restart();
     assert_eq!(host.state("a"), State::Snapshotted);
     host.check("a");
+}
+
+#[test]
+fn after_a_failed_save_disks_are_written_anew_as_a_sync_may_have_lost_some_of_them() {
+    let (host, images) = (Host::new(), tempfile::tempdir().unwrap());
+    let image = images.path().join("image");
+    std::fs::write(&image, "work").unwrap();
+    std::fs::set_permissions(images.path(), Permissions::from_mode(0o755)).unwrap();
+    host.create("a");
+    let spec = Spec {
+        disks: vec![Disk { path: image, readonly: false }],
+        ..Spec::clone(&host.entry("a").record().spec)
+    };
+    host.set("a", Policy::Spec(Box::new(spec))).unwrap();
+    host.wake("a").unwrap();
+    let path = host.daemon.home(&host.entry("a").record()).disk(0);
+    let disk = File::options().read(true).write(true).open(&path).unwrap();
+    let before = SystemTime::UNIX_EPOCH;
+    let is_written_by = |verb: fn(&Host) -> bool| {
+        disk.set_modified(before).unwrap();
+        assert!(verb(&host));
+        disk.metadata().unwrap().modified().unwrap() != before
+    };
+    assert!(!is_written_by(|host| host.sleep("a").is_ok()));
+    host.wake("a").unwrap();
+    host.vmm.fail_next(Call::Save, Fault::Refuse);
+    assert!(!is_written_by(|host| host.sleep("a").is_err()));
+    assert!(is_written_by(|host| host.sleep("a").is_ok()));
+    assert_eq!(std::fs::read(&path).unwrap(), b"work");
+    host.wake("a").unwrap();
+    assert!(!is_written_by(|host| host.sleep("a").is_ok()));
 }

@@ -23,7 +23,9 @@ pub fn make_private_dir(path: &Path) -> io::Result<()> {
 /// Waits until the entries of the directory `path` are on the disk.
 ///
 /// # Errors
-/// Those of open(2) and fsync(2). After a failed fsync nobody knows what is there.
+/// Those of open(2) and fsync(2). After a failed fsync nobody knows what is there. A second one
+/// does not say that all is well, as it may of a file's content: a directory is in the journal,
+/// and a file system whose journal fails (ext4, XFS, btrfs) takes no more changes.
 pub fn sync_dir(path: &Path) -> io::Result<()> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(path)?;
     file.sync_all()
@@ -32,7 +34,8 @@ pub fn sync_dir(path: &Path) -> io::Result<()> {
 /// Waits until the file `path` is on the disk.
 ///
 /// # Errors
-/// As [`sync_dir`].
+/// Those of open(2) and fsync(2). After a failed one only `write_anew` makes the next one mean
+/// anything.
 pub fn sync_file(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }

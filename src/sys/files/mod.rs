@@ -13,6 +13,7 @@ mod durable;
 mod flock;
 mod opening;
 mod owner;
+mod rewrite;
 mod socket;
 mod sparse;
 
@@ -26,6 +27,7 @@ pub use opening::{handle_path, open_as};
 pub use owner::{
     Wish, check_plain, give_dir, give_file, let_pass, let_read, may, open_path, take_back,
 };
+pub use rewrite::write_anew;
 pub use socket::{give_socket, let_through};
 pub use sparse::{
     DataExtents, allocated_bytes, begin_sync, copy_image, data_extents, punch, reflink_works,

@@ -1,6 +1,7 @@
 //! What the tests stand on: a daemon of their own, guests, and waiting for conditions.
 
 mod console;
+mod disk;
 mod footprint;
 mod guest;
 mod host;
@@ -11,6 +12,7 @@ mod wait;
 mod watcher;
 mod world;
 
+pub(crate) use disk::{Disk, FileSystem};
 pub(crate) use host::{Host, write_once};
 pub(crate) use index::LockedIndex;
 pub(crate) use process::{command, is_alive, signal};

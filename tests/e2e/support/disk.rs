@@ -1,0 +1,171 @@
+//! A small file system of the test's own, in a file, which can be full and can fail.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{FallocateFlags, fallocate},
+    io::Errno,
+};
+use tempfile::TempDir;
+
+use super::process::command;
+
+/// What a disk is formatted with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FileSystem {
+    Ext4,
+    Xfs,
+}
+
+impl FileSystem {
+    /// Returns what formats it. It must not discard, as what is on the disk is to stay there.
+    fn format(self) -> &'static [&'static str] {
+        match self {
+            Self::Ext4 => &["mkfs.ext4", "-q", "-m0", "-E", "nodiscard"],
+            Self::Xfs => &["mkfs.xfs", "-q", "-K"],
+        }
+    }
+
+    /// Returns the smallest size that its tools make, about.
+    pub(crate) fn least_bytes(self) -> u64 {
+        match self {
+            Self::Ext4 => 96 << 20,
+            Self::Xfs => 304 << 20,
+        }
+    }
+}
+
+/// Room beside the image for what the disk needs to be made.
+const SPARE_BYTES: u64 = 8 << 20;
+
+/// A file system in a file in a file system of its own. It is unmounted when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    dir: TempDir,
+}
+
+impl Disk {
+    #[track_caller]
+    pub(crate) fn new(system: FileSystem, bytes: u64) -> Self {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let disk = Self { dir };
+        fs::create_dir(disk.store()).unwrap();
+        fs::create_dir(disk.below()).unwrap();
+        let size = format!("size={}", bytes + SPARE_BYTES);
+        run(command("mount").args(["-t", "tmpfs", "-o", &size, "dozed-test"]).arg(disk.below()));
+        let image = File::create(disk.image()).unwrap();
+        image.set_len(bytes).unwrap();
+        let [program, options @ ..] = system.format() else { unreachable!() };
+        run(command(program).args(options).arg(disk.image()));
+        run(command("mount").args(["-o", "loop"]).arg(disk.image()).arg(disk.store()));
+        disk
+    }
+
+    /// Returns the root of the file system.
+    pub(crate) fn store(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    fn below(&self) -> PathBuf {
+        self.dir.path().join("below")
+    }
+
+    fn image(&self) -> PathBuf {
+        self.below().join("image")
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.below().join("ballast")
+    }
+
+    /// Returns how many bytes are free.
+    pub(crate) fn free(&self) -> u64 {
+        let stat = rustix::fs::statvfs(self.store()).unwrap();
+        stat.f_bavail * stat.f_frsize
+    }
+
+    /// Fills it so that no more than `left` bytes are free, with the file that it returns.
+    pub(crate) fn fill(&self, left: u64) -> PathBuf {
+        let path = self.store().join("filler");
+        let file = File::create(&path).unwrap();
+        let len = self.free().saturating_sub(left);
+        fallocate(&file, FallocateFlags::empty(), 0, len).unwrap();
+        file.sync_all().unwrap();
+        path
+    }
+
+    /// Has every write of the content of `file` fail from now on, and no other write.
+    /// What it has on the disk is lost. It must be larger than 0 and have all its blocks.
+    #[track_caller]
+    pub(crate) fn lose_writes_of(&self, file: &Path) {
+        // All of the image has room, but for the blocks of this file.
+        let image = File::options().write(true).open(self.image()).unwrap();
+        let len = image.metadata().unwrap().len();
+        fallocate(&image, FallocateFlags::empty(), 0, len).unwrap();
+        let listed = command("filefrag").args(["-e", "-v", "-b4096"]).arg(file).output().unwrap();
+        let listed = String::from_utf8(listed.stdout).unwrap();
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let mut lost = 0;
+        for (start, count) in listed.lines().filter_map(blocks) {
+            fallocate(&image, punch, start * 4096, count * 4096).unwrap();
+            lost += count;
+        }
+        assert!(lost > 0, "it has no blocks: {listed}");
+        let ballast = File::create(self.ballast()).unwrap();
+        let mut at = 0;
+        loop {
+            match ballast.write_at(&[1; 4096], at) {
+                Ok(written) => at += u64::try_from(written).unwrap(),
+                Err(error) => {
+                    assert_eq!(Errno::from_io_error(&error), Some(Errno::NOSPC));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Has all writes succeed again.
+    pub(crate) fn mend(&self) {
+        fs::remove_file(self.ballast()).unwrap();
+    }
+}
+
+/// Reads a line of filefrag(8): where an extent begins on the disk, and how long it is.
+fn blocks(line: &str) -> Option<(u64, u64)> {
+    let mut columns = line.split(':');
+    let _number: u64 = columns.next()?.trim().parse().ok()?;
+    let (start, _) = columns.nth(1)?.split_once("..")?;
+    Some((start.trim().parse().ok()?, columns.next()?.trim().parse().ok()?))
+}
+
+#[track_caller]
+fn run(command: &mut std::process::Command) {
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {said}");
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        for dir in [self.store(), self.below()] {
+            dozed::sys::mount::detach(&dir).unwrap();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_blocks_of_a_file_are_read() {
+        let line = "   0:        0..    1023:      34816..     35839:   1024:             last,eof";
+        assert_eq!(blocks(line), Some((34816, 1024)));
+        assert_eq!(blocks("/f: 1 extent found"), None);
+        assert_eq!(blocks(" ext:     logical_offset:        physical_offset: length:"), None);
+    }
+}
