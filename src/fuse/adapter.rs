@@ -14,8 +14,9 @@ use super::{
     ghosts,
     polls::{self, Polls},
     translate::{
-        BLOCK_BYTES, attr_ttl, caller, caught, file_attr, give, is_nonblocking, node, not_taken,
-        number, reply_attr, reply_data, reply_entry, reply_opened, reply_written,
+        BLOCK_BYTES, attr_ttl, caller, caught, file_attr, give, is_append, is_nonblocking, node,
+        not_taken, number, reply_attr, reply_data, reply_empty, reply_entry, reply_opened,
+        reply_opened_document, reply_written,
     },
     waiting::{AnnouncedWrite, Once, Waiting},
 };
@@ -24,7 +25,7 @@ use crate::{
     sandbox::RowId,
     sync::Arc,
     sys::{growth::GrowthWatch, pool::Pool},
-    tree::{Access, AttrChange, Errno, File, Job, Node, Opened, Tree, Written},
+    tree::{Access, AttrChange, Closed, Errno, File, Job, Node, Opened, Tree, Written},
 };
 
 /// The largest write. A document is smaller; a larger one arrives whole, to be refused.
@@ -135,10 +136,22 @@ impl Adapter {
         self.later_unless_signalled(job, tid, reply, AnnouncedWrite::give, drop);
     }
 
+    /// Answers a close or an fsync.
+    fn reply_closed(&self, closed: Result<Closed, Number>, tid: u32, reply: ReplyEmpty) {
+        match closed {
+            Ok(Closed::Now(result)) => reply_empty(reply, result.map_err(number)),
+            // Whoever is signalled need not wait, and the document is committed all the same.
+            Ok(Closed::Later(job)) => {
+                self.later_unless_signalled(job, tid, reply, reply_empty, drop);
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
     fn open_later(&self, job: Job<u64>, tid: u32, reply: ReplyOpen) {
         let tree = Arc::clone(&self.tree);
         self.later_unless_signalled(job, tid, reply, reply_opened, move |handle| {
-            tree.close(handle);
+            drop(tree.close(handle));
         });
     }
 }
@@ -199,11 +212,11 @@ impl Filesystem for Adapter {
         mode: Option<u32>,
         uid: Option<u32>,
         gid: Option<u32>,
-        _size: Option<u64>,
+        size: Option<u64>,
         _atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _: Option<FileHandle>,
+        handle: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
@@ -215,6 +228,9 @@ impl Filesystem for Adapter {
         let change = AttrChange { mode, uid, gid, mtime: mtime.is_some() };
         match self.call(|tree| {
             let node = node(ino)?;
+            if let (Some(size), Some(handle)) = (size, handle) {
+                tree.truncate(node, handle.0, size);
+            }
             let job = tree.set_attr(node, change, caller)?;
             Ok((job, tree.attr(node)?))
         }) {
@@ -275,13 +291,21 @@ impl Filesystem for Adapter {
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let access = match flags.acc_mode() {
             OpenAccMode::O_RDONLY => Access::Read,
-            OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR if is_nonblocking(flags) => {
-                Access::WriteNonblocking
+            OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR => {
+                match (is_append(flags), is_nonblocking(flags)) {
+                    (false, false) => Access::Write,
+                    (false, true) => Access::WriteNonblocking,
+                    (true, false) => Access::Append,
+                    (true, true) => Access::AppendNonblocking,
+                }
             }
-            OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR => Access::Write,
         };
         let caller = caller(request);
+        let is_document = node(ino).is_ok_and(Tree::commits_at_close);
         match self.call(|tree| tree.open(node(ino)?, access, caller)) {
+            Ok(Opened::Now(handle)) if is_document && access != Access::Read => {
+                reply_opened_document(reply, handle);
+            }
             Ok(Opened::Now(handle)) => reply_opened(reply, Ok(handle)),
             Ok(Opened::Later(job)) => self.open_later(job, request.pid(), reply),
             Ok(Opened::Started(handle, job)) => {
@@ -290,7 +314,7 @@ impl Filesystem for Adapter {
                     caught(job).ok();
                 });
                 if started.is_err() {
-                    self.tree.close(handle);
+                    drop(self.tree.close(handle));
                 }
                 reply_opened(reply, started.map(|()| handle).map_err(|error| not_taken(&error)));
             }
@@ -326,7 +350,7 @@ impl Filesystem for Adapter {
         request: &Request,
         ino: INodeNo,
         handle: FileHandle,
-        _offset: u64,
+        offset: u64,
         data: &[u8],
         _: WriteFlags,
         flags: OpenFlags,
@@ -337,7 +361,7 @@ impl Filesystem for Adapter {
         let caller = caller(request);
         let written = self.call(|tree| {
             let node = node(ino)?;
-            Ok((node, tree.write(node, handle.0, data, nonblocking, caller)))
+            Ok((node, tree.write(node, handle.0, offset, data, nonblocking, caller)))
         });
         match written {
             Ok((_, Written::Now(result))) => reply_written(reply, result.map_err(number)),
@@ -354,13 +378,29 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        reply.ok();
+    fn flush(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        _: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        let caller = caller(request);
+        let closed = self.call(|tree| Ok(tree.flush(node(ino)?, handle.0, caller)));
+        self.reply_closed(closed, caller.tid, reply);
     }
 
-    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        // What was written was durable when the write returned.
-        reply.ok();
+    fn fsync(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        let synced = self.call(|tree| Ok(tree.sync(node(ino)?, handle.0)));
+        self.reply_closed(synced, request.pid(), reply);
     }
 
     fn release(
@@ -376,8 +416,16 @@ impl Filesystem for Adapter {
         if let Ok(node) = node(ino) {
             self.polls.leave(node, handle.0);
         }
-        self.tree.close(handle.0);
+        let left = self.call(|tree| Ok(tree.close(handle.0)));
         reply.ok();
+        if let Ok(Some(job)) = left
+            // Nobody waits for the result; `error` has it.
+            && self.pool.run(move || {
+                caught(job).ok();
+            }).is_err()
+        {
+            tracing::error!("a document is lost, as too many operations are under way");
+        }
     }
 
     fn readdir(

@@ -7,7 +7,7 @@ use std::{
 
 use fuser::{
     Errno as Number, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, OpenFlags,
-    ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, ReplyWrite, Request,
+    ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request,
 };
 use rustix::fs::OFlags;
 
@@ -113,6 +113,15 @@ pub(super) fn is_nonblocking(flags: OpenFlags) -> bool {
     OFlags::from_bits_retain(flags.0.cast_unsigned()).contains(OFlags::NONBLOCK)
 }
 
+pub(super) fn is_append(flags: OpenFlags) -> bool {
+    OFlags::from_bits_retain(flags.0.cast_unsigned()).contains(OFlags::APPEND)
+}
+
+/// Answers an open for writing of a document, which is committed at its close.
+pub(super) fn reply_opened_document(reply: ReplyOpen, handle: u64) {
+    reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO);
+}
+
 pub(super) fn reply_opened(reply: ReplyOpen, result: Result<u64, Number>) {
     match result {
         // Verdicts come from write, so nobody has to ask again at close.
@@ -129,6 +138,13 @@ pub(super) fn reply_opened(reply: ReplyOpen, result: Result<u64, Number>) {
 pub(super) fn reply_written(reply: ReplyWrite, result: Result<usize, Number>) {
     match result {
         Ok(len) => reply.written(u32::try_from(len).unwrap_or(u32::MAX)),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+pub(super) fn reply_empty(reply: ReplyEmpty, result: Result<(), Number>) {
+    match result {
+        Ok(()) => reply.ok(),
         Err(errno) => reply.error(errno),
     }
 }

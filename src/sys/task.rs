@@ -1,6 +1,6 @@
 //! What `/proc` tells of the threads that ask us for something.
 
-use std::{ffi::CStr, fs};
+use std::{ffi::CStr, fs, path::Path};
 
 /// Returns the supplementary groups of a thread; none where it cannot be seen.
 #[must_use]
@@ -63,6 +63,47 @@ pub fn has_signal(tid: u32) -> bool {
     pending & !mask("SigBlk:") & !mask("SigIgn:") & !NEWS != 0
 }
 
+/// `PF_EXITING` of `include/linux/sched.h`: the thread is in `exit(2)`.
+const PF_EXITING: u64 = 0x4;
+
+/// Returns the signal that ended the process of a thread, which is still closing its files;
+/// `None` if it goes on, or ended by itself.
+///
+/// Source: the fields `flags` and `exit_code` of `proc_pid_stat(5)`.
+#[must_use]
+pub fn signal_that_killed(tid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{tid}/stat")).ok()?;
+    // The name of the program may have blanks and brackets in it.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
+    let flags: u64 = fields.get(6)?.parse().ok()?;
+    let exit_code: u32 = fields.get(49)?.parse().ok()?;
+    Some(exit_code & 0x7f).filter(|signal| *signal != 0 && flags & PF_EXITING != 0)
+}
+
+/// How many open files of a process are looked through. A program that writes a document has
+/// few; one with more is taken to have closed it.
+const FILES_LOOKED_AT: usize = 1024;
+
+/// Says whether the process of a thread has a file open for writing whose path ends so.
+#[must_use]
+pub fn has_open_for_writing(tid: u32, path_end: &str) -> bool {
+    let Ok(files) = fs::read_dir(format!("/proc/{tid}/fd")) else { return false };
+    // The name that a link shows is read without asking the file system that it is in.
+    let is_named = |fd: &fs::DirEntry| {
+        fs::read_link(fd.path()).is_ok_and(|path| path.to_string_lossy().ends_with(path_end))
+    };
+    files.flatten().take(FILES_LOOKED_AT).filter(is_named).any(|fd| {
+        let info = fs::read_to_string(
+            Path::new("/proc").join(tid.to_string()).join("fdinfo").join(fd.file_name()),
+        );
+        let info = info.unwrap_or_default();
+        let flags = field(&info, "flags:").unwrap_or_default();
+        let flags = libc::c_int::from_str_radix(flags.trim(), 8).unwrap_or(0);
+        flags & libc::O_ACCMODE != libc::O_RDONLY
+    })
+}
+
 fn status_of(tid: u32) -> Option<String> {
     fs::read_to_string(format!("/proc/{tid}/status")).ok()
 }
@@ -90,6 +131,20 @@ mod tests {
         assert!(command_of(tid).is_some_and(|name| !name.contains(['\n', ' '])));
         assert_eq!(process_of(u32::MAX / 2), None);
         assert_eq!(command_of(u32::MAX / 2), None);
+    }
+
+    #[test]
+    fn a_file_that_is_open_for_writing_is_found_by_its_name_and_one_for_reading_is_not() {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+        let dir = tempfile::tempdir().unwrap();
+        let end = format!("{}/list", dir.path().file_name().unwrap().to_str().unwrap());
+        let writing = fs::File::create(dir.path().join("list")).unwrap();
+        let reading = fs::File::open(dir.path().join("list")).unwrap();
+        assert!(has_open_for_writing(tid, &end));
+        drop(writing);
+        assert!(!has_open_for_writing(tid, &end));
+        drop(reading);
+        assert_eq!(signal_that_killed(tid), None);
     }
 
     #[test]

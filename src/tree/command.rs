@@ -46,12 +46,39 @@ pub enum BadCommand {
     /// More than one command in one write.
     #[error("one write is one command: write `sleep` or `wake`, one at a time")]
     TwoCommands,
-    /// A document in pieces.
+    /// A document that was written from somewhere in its middle.
     #[error(
-        "a document is one write, and this is the second; use `cp` or `cat <<EOF`, as the `echo` \
-         and `printf` of a shell write line by line"
+        "a document is written from its beginning, and this is for byte {at} where {len} bytes \
+         were written so far; open it anew, or to append"
     )]
-    InPieces,
+    Hole {
+        /// Where it was written.
+        at: usize,
+        /// How much of it there was.
+        len: usize,
+    },
+    /// The user has as much of documents unfinished as anybody may.
+    #[error(
+        "user {uid} has {limit} bytes of documents open that are not closed yet, which is the \
+         limit; close some"
+    )]
+    TooManyDrafts {
+        /// Whose they are.
+        uid: u32,
+        /// The limit, in bytes.
+        limit: usize,
+    },
+    /// Whoever wrote a document did not come to its end.
+    #[error(
+        "the program that wrote `{file}` was killed by signal {signal} before it closed the \
+         file, so nothing of it holds; write it again"
+    )]
+    Killed {
+        /// The file, below the sandbox's directory.
+        file: String,
+        /// The signal.
+        signal: u32,
+    },
     /// Neither 0 nor 1.
     #[error("`{word}` is neither `0` nor `1`")]
     NotASwitch {

@@ -2,6 +2,7 @@
 //!
 //! `docs/SEMANTICS.md` has it for users. Where two would do, the doubt is explained here.
 
+use super::BadCommand;
 use crate::lifecycle::{self, Fault};
 
 /// The errnos that the tree answers with.
@@ -82,6 +83,24 @@ impl Errno {
             Self::Dquot => "EDQUOT",
             Self::Shutdown => "ESHUTDOWN",
         }
+    }
+}
+
+/// Returns the errno that answers what is no command and no document.
+#[must_use]
+pub(super) fn of_command(bad: &BadCommand) -> Errno {
+    match bad {
+        BadCommand::TooLong { .. } => Errno::TooBig,
+        BadCommand::TooManyDrafts { .. } => Errno::Dquot,
+        BadCommand::Killed { .. } => Errno::Intr,
+        BadCommand::NotText
+        | BadCommand::UnknownVerb { .. }
+        | BadCommand::BadCount { .. }
+        | BadCommand::TwoCommands
+        | BadCommand::Hole { .. }
+        | BadCommand::NotASwitch { .. }
+        | BadCommand::Period(_)
+        | BadCommand::List(_) => Errno::Inval,
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use super::{Node, console::Console};
+use super::{Node, console::Console, document::Document};
 use crate::{
     lifecycle::{HoldId, Reader},
     sandbox::{State, Timestamp},
@@ -25,10 +25,10 @@ pub(super) struct Handle {
     pub(super) events: Option<Arc<Reader>>,
     /// The state that was read last, and since when it was so.
     pub(super) seen: Option<(State, Timestamp)>,
-    /// Whether something was written to it.
-    pub(super) written: bool,
+    /// The document that is written through it.
+    pub(super) document: Option<Arc<Document>>,
     /// The hold that it is.
-    hold: Option<HoldId>,
+    pub(super) hold: Option<HoldId>,
 }
 
 impl Handle {
@@ -40,7 +40,7 @@ impl Handle {
             console: None,
             events: None,
             seen: None,
-            written: false,
+            document: None,
             hold: None,
         }
     }
@@ -89,16 +89,9 @@ impl Handles {
         }
     }
 
-    /// Notes a write; says whether it is the first one.
-    pub(super) fn is_first_write(&self, number: u64) -> bool {
-        let mut table = lock(&self.table);
-        table.get_mut(&number).is_none_or(|handle| !std::mem::replace(&mut handle.written, true))
-    }
-
-    /// Closes a file; returns the hold that ends with it.
-    pub(super) fn close(&self, number: u64) -> Option<HoldId> {
+    /// Closes a file.
+    pub(super) fn close(&self, number: u64) -> Option<Handle> {
         // A log has a lock of its own, so it is let go after this one.
-        let closed = lock(&self.table).remove(&number);
-        closed?.hold
+        lock(&self.table).remove(&number)
     }
 }

@@ -8,6 +8,7 @@
 
 mod command;
 mod console;
+mod document;
 mod errno;
 mod handle;
 mod idle;
@@ -29,6 +30,8 @@ use std::{
 
 pub use command::{BadCommand, Verb, verb};
 use console::Consoles;
+pub use document::Closed;
+use document::DraftBudget;
 pub use errno::Errno;
 use handle::Handles;
 use modes::Modes;
@@ -60,6 +63,7 @@ pub struct Tree {
     lifecycle: Arc<Lifecycle>,
     handles: Handles,
     consoles: Arc<Consoles>,
+    drafts: Arc<DraftBudget>,
     modes: Modes,
     started: Timestamp,
     root_owner: (u32, u32),
@@ -113,8 +117,8 @@ impl Tree {
         let modes = Modes::load(lifecycle.index())?;
         let started = lifecycle.clock().now();
         let root_owner = own_ids();
-        let (handles, consoles) = (Handles::new(), Arc::default());
-        Ok(Self { lifecycle, handles, consoles, modes, started, root_owner })
+        let (handles, consoles, drafts) = (Handles::new(), Arc::default(), Arc::default());
+        Ok(Self { lifecycle, handles, consoles, drafts, modes, started, root_owner })
     }
 
     /// Returns the attributes of what `name` is in `parent`.

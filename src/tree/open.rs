@@ -1,7 +1,9 @@
 //! Opening and closing. Only `awake` that is opened for writing does something by it.
 
 use super::{
-    Caller, DaemonFile, Errno, File, Job, Node, Tree, errno,
+    Caller, DaemonFile, Errno, File, Job, Node, Tree,
+    document::{Document, DocumentKind},
+    errno,
     handle::Handle,
     write::{actor, answer},
 };
@@ -20,6 +22,23 @@ pub enum Access {
     Write,
     /// The same, by a caller who does not wait.
     WriteNonblocking,
+    /// Writing at the end.
+    Append,
+    /// The same, by a caller who does not wait.
+    AppendNonblocking,
+}
+
+impl Access {
+    fn wait(self) -> Wait {
+        match self {
+            Self::Read | Self::Write | Self::Append => Wait::ForIt,
+            Self::WriteNonblocking | Self::AppendNonblocking => Wait::Never,
+        }
+    }
+
+    fn is_append(self) -> bool {
+        matches!(self, Self::Append | Self::AppendNonblocking)
+    }
 }
 
 /// How an open is answered; each number is to be closed by [`Tree::close`].
@@ -78,14 +97,23 @@ impl Tree {
             }
             Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::NetDir(_) | Node::File(..) => {}
         }
+        if let Some(kind) = DocumentKind::of(node).filter(|_| access != Access::Read) {
+            let (wait, is_append) = (access.wait(), access.is_append());
+            let document = Document::new(kind, wait, is_append, caller, &self.drafts);
+            handle.document = Some(Arc::new(document));
+        }
         Ok(Opened::Now(self.handles.open(handle)))
     }
 
-    /// Closes an open file, and ends the hold that it is.
-    pub fn close(&self, handle: u64) {
-        if let Some(hold) = self.handles.close(handle) {
+    /// Closes an open file that nobody has open any more, and ends the hold that it is.
+    /// Returns the job that commits what was written to a document and is not in force yet.
+    #[must_use]
+    pub fn close(&self, handle: u64) -> Option<Job<()>> {
+        let closed = self.handles.close(handle)?;
+        if let Some(hold) = closed.hold {
             self.lifecycle.give_up(hold);
         }
+        self.commit_released(closed.node, closed.document?)
     }
 
     fn open_hold(
@@ -111,7 +139,7 @@ impl Tree {
             })
         };
         let this = Arc::clone(self);
-        if access == Access::WriteNonblocking {
+        if access.wait() == Wait::Never {
             let handle = self.handles.open_hold(node, enter(self, &entry)?);
             return Ok(Opened::Started(handle, Box::new(move || this.wake_held(&entry, cause))));
         }

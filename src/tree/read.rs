@@ -3,8 +3,8 @@
 use std::{fmt::Display, time::SystemTime};
 
 use super::{
-    Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree, shown, view, viewer,
-    write::answer,
+    Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree, document::DocumentKind, shown,
+    view, viewer, write::answer,
 };
 use crate::{
     lifecycle::{Counters, Entry, Gauges, Reader, View},
@@ -138,7 +138,6 @@ impl Tree {
             File::State => format!("{}\n", record.state),
             File::Status => self.facts(&entry, &record, |facts| facts.status()),
             File::Error => self.facts(&entry, &record, |facts| facts.error()),
-            File::Config => record.spec.to_toml(),
             File::Awake => self.facts(&entry, &record, |facts| facts.awake()),
             File::Activity => self.facts(&entry, &record, |facts| facts.activity()),
             File::Idle => self.facts(&entry, &record, |facts| facts.idle()),
@@ -151,9 +150,10 @@ impl Tree {
                 let path = self.lifecycle.namespace(&record);
                 Self::line(path.as_ref().map(|path| path.display()))
             }
-            File::Nameservers => record.spec.nameservers.to_string(),
-            File::Denied => record.spec.denied.to_string(),
-            File::Allowed => record.spec.allowed.to_string(),
+            File::Config => DocumentKind::Config.text(&record.spec),
+            File::Nameservers => DocumentKind::Nameservers.text(&record.spec),
+            File::Denied => DocumentKind::Denied.text(&record.spec),
+            File::Allowed => DocumentKind::Allowed.text(&record.spec),
             File::Counters => view::counters(&self.counters(&entry)?),
             File::Console | File::Events => String::new(), // Read from their logs, not from here.
         })

@@ -1,18 +1,15 @@
-//! Writing, making and removing. A command acts at `write`, never at open, truncate or close.
-
-use std::{cell::Cell, path::Path};
+//! Writing, making and removing. A command acts at `write`, never at open, truncate or close;
+//! a document is committed when it is closed, see [`document`](super::document).
 
 use super::{
     Attr, Caller, Errno, File, Node, Tree,
     command::{self, BadCommand, Verb},
+    document::refused,
     errno,
 };
 use crate::{
     lifecycle::{Entry, Error, Lifecycle, Policy, Wait, Why, chain},
-    sandbox::{
-        Actor, Cause, IdError, Owner, RowId, SandboxId, Signal, Spec, State,
-        network::{Destinations, Nameservers},
-    },
+    sandbox::{Actor, Cause, IdError, Owner, RowId, SandboxId, Signal, State},
     sync::Arc,
     sys::{
         pool::PoolError,
@@ -99,11 +96,12 @@ impl Removal {
 }
 
 impl Tree {
-    /// Writes `data` to an open file: one command, whatever the offset.
+    /// Writes `data` to an open file: one command, whatever the offset, or some of a document.
     pub fn write(
         &self,
         node: Node,
         handle: u64,
+        offset: u64,
         data: &[u8],
         nonblocking: bool,
         caller: Caller,
@@ -118,10 +116,6 @@ impl Tree {
         let wait = if nonblocking { Wait::Never } else { Wait::ForIt };
         let len = data.len();
         let set = |policy| self.write_policy(&entry, policy, wait, len, caller);
-        // What a shell writes line by line would be one document a line, and the last one of
-        // them the one that holds.
-        let is_whole = || self.handles.is_first_write(handle).then_some(data);
-        let whole = || is_whole().ok_or(BadCommand::InPieces);
         let parsed = match file {
             File::State => command::verb(data)
                 .map(|verb| verb.map(|verb| self.write_verb(&entry, verb, wait, len, caller))),
@@ -137,20 +131,10 @@ impl Tree {
                 command::period(data).map(|it| it.map(Policy::DeleteAfter).map(set))
             }
             File::Pinned => command::switch(data).map(|it| it.map(Policy::Pinned).map(set)),
-            File::Config => match command::document(data) {
-                Ok(Some(text)) => whole()
-                    .map(|_| Some(self.write_config(&entry, text.to_owned(), wait, len, caller))),
-                blank => blank.map(|_| None),
-            },
-            File::Nameservers => whole()
-                .and_then(|data| command::list(data, |lines| Nameservers::read(lines)))
-                .map(|list| Some(set(Policy::Nameservers(list)))),
-            File::Denied => whole()
-                .and_then(|data| command::list(data, |lines| Destinations::denied(lines)))
-                .map(|list| Some(set(Policy::Denied(list)))),
-            File::Allowed => whole()
-                .and_then(|data| command::list(data, |lines| Destinations::allowed(lines)))
-                .map(|list| Some(set(Policy::Allowed(list)))),
+            File::Config | File::Nameservers | File::Denied | File::Allowed => {
+                let document = self.handles.get(handle, node).document;
+                return self.write_document(&entry, document, offset, data, caller);
+            }
             File::Console => Ok((len > 0).then(|| self.write_console(&entry, data.to_vec()))),
             File::Awake => Ok(None), // To hold it open is all that there is to do.
             File::Status
@@ -164,13 +148,7 @@ impl Tree {
         };
         match parsed {
             Ok(written) => written.unwrap_or(Written::Now(Ok(len))),
-            Err(bad) => {
-                self.lifecycle.note(&entry, &bad);
-                let is_long = matches!(bad, BadCommand::TooLong { .. });
-                let errno = if is_long { Errno::TooBig } else { Errno::Inval };
-                self.lifecycle.metrics().failed(errno.word());
-                Written::Now(Err(errno))
-            }
+            Err(bad) => Written::Now(Err(refused(&self.lifecycle, &entry, &bad))),
         }
     }
 
@@ -253,46 +231,6 @@ impl Tree {
                 .set(&held, &entry, policy)
                 .map(|()| len)
                 .map_err(|error| answer(&lifecycle, &entry, "setting policy of", &error))
-        }))
-    }
-
-    fn write_config(
-        &self,
-        entry: &Arc<Entry>,
-        text: String,
-        wait: Wait,
-        len: usize,
-        caller: Caller,
-    ) -> Written {
-        let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
-        let cause = Cause::Write(actor(caller));
-        Written::Later(Box::new(move || {
-            // What has a file of its own is as that says, not as the template.
-            let parse = || {
-                let mut base = Spec::clone(&lifecycle.settings().template);
-                let record = entry.record();
-                base.keep_policy(&record.spec);
-                // The first file that is amiss ends it.
-                let is_denied = Cell::new(false);
-                let missing = |path: &Path| {
-                    let unusable = lifecycle.why_unusable(record.owner, path)?;
-                    is_denied.set(unusable.is_denied);
-                    Some(unusable.why)
-                };
-                Spec::parse(&text, &base, &missing).map_err(|error| {
-                    let errno = if is_denied.get() { Errno::Acces } else { Errno::Inval };
-                    lifecycle.note(&entry, &error);
-                    lifecycle.metrics().failed(errno.word());
-                    errno
-                })
-            };
-            parse()?; // What makes no sense does not wait to be told so.
-            let held = lifecycle.lock(&entry, wait, cause).map_err(|error| errno::of(&error))?;
-            let spec = parse()?;
-            lifecycle
-                .set(&held, &entry, Policy::Spec(Box::new(spec)))
-                .map(|()| len)
-                .map_err(|error| answer(&lifecycle, &entry, "configuring", &error))
         }))
     }
 

@@ -13,6 +13,7 @@ mod contract;
 mod crash;
 mod damage;
 mod deletion;
+mod document;
 mod hold;
 mod index;
 mod linux;

@@ -159,7 +159,10 @@ impl Daemon {
 
     /// Writes the `config` of a sandbox, which is stopped.
     pub(crate) fn configure(&self, id: &str, text: &str) -> io::Result<()> {
-        fs::write(self.sandbox(id).join("config"), text)
+        let mut file = fs::File::options().write(true).open(self.sandbox(id).join("config"))?;
+        io::Write::write_all(&mut file, text.as_bytes())?;
+        // It is a document, which is committed by this or by its close.
+        file.sync_all()
     }
 
     /// Reads a file of a sandbox.

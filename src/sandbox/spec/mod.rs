@@ -231,7 +231,8 @@ type Entries = Spanned<Vec<String>>;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct DiskDocument {
-    path: Spanned<AbsolutePath>,
+    /// Required, but a document that is still being written may not have it yet.
+    path: Option<Spanned<AbsolutePath>>,
     #[serde(default)]
     readonly: bool,
 }
@@ -272,6 +273,18 @@ impl SpecDocument {
         missing: &dyn Fn(&Path) -> Option<String>,
     ) -> Result<Spec, SpecError> {
         let lines = self.lines(text);
+        let spec = self.resolve(base, text, missing)?;
+        spec.check(&lines)?;
+        Ok(spec)
+    }
+
+    /// As [`Self::into_spec`], without looking at which values go together.
+    fn resolve(
+        self,
+        base: &Spec,
+        text: &str,
+        missing: &dyn Fn(&Path) -> Option<String>,
+    ) -> Result<Spec, SpecError> {
         let found = |key: &str, path: Spanned<AbsolutePath>| {
             let line = line_of(text, path.span().start);
             let path = path.into_inner().0;
@@ -289,9 +302,11 @@ impl SpecDocument {
             None => base.disks.clone(),
             Some(disks) => disks
                 .into_iter()
-                .map(|disk| {
+                .zip(1..)
+                .map(|(disk, number)| {
                     let readonly = disk.readonly;
-                    found("disks.path", disk.path).map(|path| Disk { path, readonly })
+                    let path = disk.path.ok_or_else(|| SpecError::disk_without_path(number))?;
+                    found("disks.path", path).map(|path| Disk { path, readonly })
                 })
                 .collect::<Result<Vec<_>, _>>()?,
         };
@@ -311,7 +326,7 @@ impl SpecDocument {
                 message: format!("`{key}` is true or false, not {}", given.get_ref()),
             }),
         };
-        let spec = Spec {
+        Ok(Spec {
             vmm: self.vmm.map_or(base.vmm, Spanned::into_inner),
             vcpus: self.vcpus.unwrap_or(base.vcpus),
             memory_bytes: self.memory.unwrap_or(base.memory_bytes),
@@ -335,9 +350,7 @@ impl SpecDocument {
             vsock: switch("vsock", self.vsock, base.vsock)?,
             activity: self.activity.or(base.activity),
             disks,
-        };
-        spec.check(&lines)?;
-        Ok(spec)
+        })
     }
 
     fn lines(&self, text: &str) -> Lines {
@@ -381,6 +394,32 @@ impl Spec {
         let document: SpecDocument =
             toml::from_str(text).map_err(|error| SpecError::from_toml(&error, text))?;
         document.into_spec(base, text, missing)
+    }
+
+    /// Checks the first lines of a `config` document that is still being written; values
+    /// that they leave out are those of `base`.
+    ///
+    /// Returns the spec so far, or `None` where a value is open at the end.
+    ///
+    /// # Errors
+    /// As [`Self::parse`], but only if no further lines can make the document valid.
+    pub fn parse_beginning(
+        text: &str,
+        base: &Self,
+        missing: &dyn Fn(&Path) -> Option<String>,
+    ) -> Result<Option<Self>, SpecError> {
+        let mut document: SpecDocument = match toml::from_str(text) {
+            Ok(document) => document,
+            Err(error) if may_go_on(error.message()) => return Ok(None),
+            Err(error) => return Err(SpecError::from_toml(&error, text)),
+        };
+        // The path of the last disk may be on the next line.
+        if let Some(disks) = &mut document.disks
+            && disks.last().is_some_and(|disk| disk.path.is_none())
+        {
+            disks.pop();
+        }
+        document.resolve(base, text, missing).map(Some)
     }
 
     /// Returns the files of the host that it names.
@@ -520,6 +559,12 @@ impl Spec {
 }
 
 impl SpecError {
+    fn disk_without_path(number: usize) -> Self {
+        let message =
+            format!("`disks`: number {number} has no `path`; write the absolute path of an image");
+        Self { line: None, message }
+    }
+
     /// Makes one sentence of what the TOML reader says.
     #[must_use]
     pub fn from_toml(error: &toml::de::Error, text: &str) -> Self {
@@ -527,6 +572,14 @@ impl SpecError {
         let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
         Self { line, message }
     }
+}
+
+/// Says whether what the TOML reader objects to is only that the text ends within a value.
+/// The texts of its errors are all that tells; a test holds them.
+fn may_go_on(message: &str) -> bool {
+    ["unclosed array,", "unclosed inline table,", "invalid multi-line "]
+        .iter()
+        .any(|unfinished| message.starts_with(unfinished))
 }
 
 /// Reads a list of the document; what it leaves out is as in `base`.

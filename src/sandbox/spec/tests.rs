@@ -124,3 +124,42 @@ fn a_missing_file_is_named_with_its_line() {
     let error = Spec::parse(text, &Spec::default(), &missing).unwrap_err();
     assert_eq!(error.to_string(), "line 2: `kernel`: /no/such: no such file");
 }
+
+#[test]
+fn the_first_lines_of_a_good_document_are_never_refused() {
+    let text = "# a machine\nvmm = \"cloud-hypervisor\"\nrestore_mode = \"on-demand\"\n\
+                memory_mode = \"shared\"\ncmdline = \"\"\"\nquiet \\\n  splash\"\"\"\n\
+                kernel = '''\n/k'''\ninflate_before_sleep = true\nballoon = true\n\
+                denied = [ # two\n  \"10.0.0.0/8\", # one\n\n  \"1.2.3.4\"\n]\n\
+                wake_ports = [\n\"tcp/22\",\n]\nactivity = { # all\n  signals = [\n\"cpu\"\n]\n}\n\
+                [[disks]]\nreadonly = true\npath = \"\"\"/d\"\"\"\n\n[[disks]]\n\
+                # the second\n path = \"/e\"\n";
+    let base = Spec { balloon: false, ..Spec::default() };
+    assert_eq!(parse(text).map(|spec| spec.disks.len()), Ok(2));
+    for (end, _) in text.match_indices('\n') {
+        let lines = &text[..=end];
+        let begun = Spec::parse_beginning(lines, &base, &|_| None);
+        assert!(begun.is_ok(), "{lines}: {begun:?}");
+    }
+}
+
+#[test]
+fn first_lines_that_nothing_can_mend_are_refused() {
+    for text in [
+        "bogus = 1\n",
+        "vcpus = \n",
+        "vcpus\n",
+        "vcpus = 1\nvcpus = 1\n",
+        "memory = \"512Q\"\n",
+        "cmdline = \"quiet\n",
+        "[[disks]\n",
+        "[[disks]]\nreadonly = true\n[[disks]]\n",
+        "denied = [\"x\"]\n",
+        "balloon = 1\n",
+        "= 3\n",
+    ] {
+        let begun = Spec::parse_beginning(text, &Spec::default(), &|_| None);
+        assert!(begun.is_err(), "{text}: {begun:?}");
+        assert!(parse(text).is_err(), "{text}");
+    }
+}

@@ -13,7 +13,9 @@ use crate::{
     sandbox::{Period, State},
     sync::Arc,
     sys::clock::Clock,
-    tree::{Access, AttrChange, Caller, DaemonFile, Errno, File, Node, Opened, Tree, Written},
+    tree::{
+        Access, AttrChange, Caller, Closed, DaemonFile, Errno, File, Node, Opened, Tree, Written,
+    },
 };
 
 pub(super) const ROOT: Caller = Caller { uid: 0, gid: 0, tid: 0 };
@@ -323,7 +325,7 @@ pub(super) fn try_read(tree: &Arc<Tree>, node: Node) -> Result<String, Errno> {
         panic!("to open a file for reading is no job");
     };
     let text = tree.read(node, handle, 0, 1 << 20, ROOT);
-    tree.close(handle);
+    drop(tree.close(handle));
     Ok(String::from_utf8(text?).unwrap())
 }
 
@@ -344,7 +346,7 @@ pub(super) fn write(
     let Opened::Now(handle) = tree.open(node, Access::Write, ROOT)? else {
         panic!("to open {file:?} is no job");
     };
-    let written = match tree.write(node, handle, text.as_bytes(), nonblocking, ROOT) {
+    let written = match tree.write(node, handle, 0, text.as_bytes(), nonblocking, ROOT) {
         Written::Now(result) => result.map(drop),
         Written::Later(job) => job().map(drop),
         // Whoever does not wait has had its answer; the job is done all the same.
@@ -353,8 +355,12 @@ pub(super) fn write(
             Ok(())
         }
     };
-    tree.close(handle);
-    written
+    let closed = match tree.flush(node, handle, ROOT) {
+        Closed::Now(result) => result,
+        Closed::Later(job) => job(),
+    };
+    drop(tree.close(handle));
+    written.and(closed)
 }
 
 /// Opens `awake` for writing.
@@ -419,7 +425,7 @@ fn plainly(tree: &Arc<Tree>, handles: &mut Vec<u64>, op: &Op) -> Result<(), Errn
         }
         Op::LetGo(which) => {
             if *which < handles.len() {
-                tree.close(handles.remove(*which));
+                drop(tree.close(handles.remove(*which)));
             }
             Ok(())
         }

@@ -119,7 +119,7 @@ impl Shared {
             assert_eq!(state, Ok("running\n".to_owned()), "{id} is held");
             assert_eq!(self.remove(id), Err(Errno::Busy), "{id} is held");
         }
-        self.tree.close(held);
+        drop(self.tree.close(held));
         Ok(())
     }
 

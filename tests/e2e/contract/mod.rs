@@ -46,6 +46,6 @@ fn refused(host: &Host, file: &str, bytes: &[u8], errno: Errno, says: &str) {
     // Bash writes each line by itself, and has no words with a nought.
     if bytes.len() <= 4096 && !bytes.contains(&0) && !bytes.contains(&b'\n') {
         let arguments = [OsStr::from_bytes(bytes), file.as_ref()];
-        shell_fails(host, "printf %s \"$1\" > \"$2\"", &arguments, errno);
+        shell_fails(host, "echo \"$1\" > \"$2\"", &arguments, errno);
     }
 }

@@ -81,12 +81,14 @@ impl Stage {
 }
 
 fn kernel(path: &Path) -> String {
-    format!("printf %s 'kernel = \"{}\"' > web-1/config", path.display())
+    format!("printf '%s\\n' 'kernel = \"{}\"' > web-1/config", path.display())
 }
 
 fn disk(path: &Path, readonly: bool) -> String {
     let path = path.display();
-    format!("printf %s 'disks = [{{ path = \"{path}\", readonly = {readonly} }}]' > web-1/config")
+    format!(
+        "printf '%s\\n' 'disks = [{{ path = \"{path}\", readonly = {readonly} }}]' > web-1/config"
+    )
 }
 
 /// Puts a link to `target` where `path` is, which is kept beside it.

@@ -211,9 +211,11 @@ impl Host {
         });
     }
 
-    /// Writes to a file of the tree, by one write(2).
+    /// Writes to a file of the tree, by one write(2), and commits what is a document.
     pub(crate) fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> Result<(), Errno> {
-        write_once(&self.open(name)?, bytes.as_ref())
+        let file = self.open(name)?;
+        write_once(&file, bytes.as_ref())?;
+        rustix::fs::fsync(&file)
     }
 
     /// Makes a sandbox.
