@@ -19,7 +19,9 @@ use std::{
     time::Duration,
 };
 
-use super::{Arrow, Entry, Error, Lifecycle, Outcome, chain, exits::end, operation::Claim};
+use super::{
+    Arrow, Entry, Error, Lifecycle, Outcome, chain, exits::end, operation::Claim, wake::host_failed,
+};
 use crate::{
     lifecycle::Held,
     sandbox::{Cause, RowId, State, Step},
@@ -148,10 +150,8 @@ impl Lifecycle {
             Claim::Pending => return Err(Error::Locked { id: entry.id().clone() }),
             Claim::Gone => return Err(Error::Gone { id: entry.id().clone() }),
         }
-        let is_marked = self
-            .record_deletion(entry, cause)
+        self.record_deletion(entry, cause)
             .inspect_err(|_| self.operations.forget_deletion(entry.row()))?;
-        self.operations.mark_deleting(entry.row(), is_marked);
         self.reach(Arrow::DeleteIntended);
         if let Some(live) = self.machines.get(entry.row()) {
             live.process.kill();
@@ -166,16 +166,21 @@ impl Lifecycle {
         self.unless_held(entry, || self.operations.claim_deletion(entry.row(), cause))
     }
 
-    /// Brings the intent to the disk. Says whether it is a mark.
-    fn record_deletion(&self, entry: &Arc<Entry>, cause: &Cause) -> Result<bool, Error> {
+    /// Brings the intent to the disk, and takes the sandbox out of sight.
+    fn record_deletion(&self, entry: &Arc<Entry>, cause: &Cause) -> Result<(), Error> {
         if let Some(lock) = self.locks.try_lock(entry.id()) {
-            self.intend_deletion(&Held::new(lock, cause.clone()), entry)?;
-            return Ok(false);
+            let held = Held::new(lock, cause.clone());
+            self.intend_deletion(&held, entry)?;
+            // Whoever has the lock next is to find it deleted, not `deleting`.
+            self.operations.mark_deleting(entry.row(), false);
+            drop(held);
+            return Ok(());
         }
         self.index
             .set_meta(&mark_key(entry.row()), "1")
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
-        Ok(true)
+        self.operations.mark_deleting(entry.row(), true);
+        Ok(())
     }
 
     fn intend_deletion(&self, held: &Held, entry: &Arc<Entry>) -> Result<(), Error> {
@@ -247,13 +252,12 @@ impl Lifecycle {
             end(entry, &process)?;
         }
         self.release(entry)?;
+        // Nobody removes them later, as no other sandbox has their directory.
+        remove_tree(&self.runtime_dir(entry.row()))
+            .map_err(host_failed(entry, "removing the sockets of"))?;
         self.reach(Arrow::DeleteKilled);
         self.disconnect(entry)?;
-        self.set_aside(entry.row()).map_err(|source| Error::Host {
-            doing: "setting aside the files of",
-            id: entry.id().clone(),
-            source,
-        })?;
+        self.set_aside(entry.row()).map_err(host_failed(entry, "setting aside the files of"))?;
         self.reach(Arrow::DeleteTrashed);
         self.index
             .remove(held, entry)

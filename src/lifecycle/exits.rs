@@ -7,8 +7,15 @@ use crate::{
     lifecycle::Held,
     sandbox::{Cause, Step},
     sync::Arc,
-    sys::process::{Exit, Process},
+    sys::{
+        files::remove_tree,
+        process::{Exit, Process},
+    },
 };
+
+/// Why a sandbox is stopped whose VMM died unseen.
+pub(super) const LOST: &str =
+    "the VMM died while dozed was not running, and the guest's memory with it";
 
 /// How long a killed VMM may take to go. The kernel has to free its memory, which for
 /// hundreds of GiB takes seconds.
@@ -58,20 +65,22 @@ impl Lifecycle {
         let why = self.reason(&entry, ended.exit);
         tracing::info!(id = %entry.id(), "{why}");
         if let Err(error) = self.lose(&held, &entry, &why) {
-            tracing::error!(id = %entry.id(), error = chain(&error), "attending to an end");
+            self.record_later(&entry, "the end of its guest", &error);
         }
     }
 
-    /// Records that the guest is no more: no VMM, no memory, `stopped`, and why.
+    /// Records that the guest is no more: no VMM, no memory, `stopped`, and why. Its VMM has
+    /// ended.
+    ///
+    /// # Errors
+    /// The index's. Its machine is then still known, so that everybody sees that it has ended.
     pub(super) fn lose(&self, held: &Held, entry: &Arc<Entry>, why: &str) -> Result<(), Error> {
-        self.release(entry)?;
+        self.give_back(entry);
         self.abandon_network(entry);
-        let home = self.home(&entry.record());
-        home.end_life().map_err(|source| Error::Snapshot {
-            doing: "clearing up after",
-            id: entry.id().clone(),
-            source,
-        })?;
+        if let Err(error) = self.home(&entry.record()).end_life() {
+            // The next boot or the deletion removes what is left.
+            tracing::warn!(id = %entry.id(), error = chain(&error), "clearing up after a guest");
+        }
         // A writer that finds the guest gone did not end it.
         let cause = match held.cause() {
             cause @ (Cause::GuestExit | Cause::Reconcile) => cause,
@@ -90,7 +99,15 @@ impl Lifecycle {
             record.snapshot = None;
             record.error = Some(why.into());
         })?;
+        self.machines.strike(entry.row());
         Ok(())
+    }
+
+    /// Says why a guest is lost whose VMM has ended.
+    pub(super) fn why_lost(&self, entry: &Entry) -> String {
+        let live = self.machines.get(entry.row());
+        let exit = live.and_then(|live| live.process.exited());
+        exit.map_or_else(|| LOST.to_owned(), |exit| self.reason(entry, exit))
     }
 
     /// Says in one line why a sandbox stopped by itself.
@@ -107,22 +124,34 @@ impl Lifecycle {
     }
 
     /// Gives back what only an awake sandbox needs: the process, sockets, memory.
+    ///
+    /// # Errors
+    /// `Undead`.
     pub(super) fn release(&self, entry: &Entry) -> Result<(), Error> {
         let live = self.machines.strike(entry.row());
         if let Some(live) = &live {
             live.process.kill();
         }
         // It takes a moment to go, and has no use for its sockets any more.
-        let removed = crate::sys::files::remove_tree(&self.runtime_dir(entry.row()));
+        self.remove_sockets(entry);
         if let Some(live) = live {
             end(entry, &live.process)?;
         }
         self.admission.give_back(entry.row());
-        removed.map_err(|source| Error::Host {
-            doing: "removing the sockets of",
-            id: entry.id().clone(),
-            source,
-        })
+        Ok(())
+    }
+
+    /// Gives back what a VMM had that has ended.
+    fn give_back(&self, entry: &Entry) {
+        self.remove_sockets(entry);
+        self.admission.give_back(entry.row());
+    }
+
+    /// Removes the sockets of a sandbox. Those that stay are replaced by the next VMM.
+    fn remove_sockets(&self, entry: &Entry) {
+        if let Err(error) = remove_tree(&self.runtime_dir(entry.row())) {
+            tracing::warn!(id = %entry.id(), %error, "removing the sockets of a VMM");
+        }
     }
 }
 

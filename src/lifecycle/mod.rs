@@ -50,6 +50,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod undo;
+mod unsettled;
 mod wake;
 
 use std::{
@@ -77,6 +78,7 @@ pub use metrics::{Gauges, Metrics};
 use operation::Operations;
 pub use policy::Policy;
 pub use stale::{CLOCK_KEY, Stale};
+use unsettled::Unsettled;
 
 pub use crate::{
     index::{Commit, Due, Entry, Error as IndexError, Index},
@@ -171,6 +173,7 @@ pub struct Lifecycle {
     activities: Activities,
     holds: Holds,
     cooling: Cooling,
+    unsettled: Unsettled,
     /// For the work that nobody waits for: guests that end, trash.
     pool: Arc<Pool>,
     /// For deletions, which other operations must not keep from having a thread.
@@ -241,6 +244,7 @@ impl Lifecycle {
             activities: Activities::default(),
             holds: Holds::default(),
             cooling: Cooling::default(),
+            unsettled: Unsettled::default(),
             pool: parts.pool,
             deletions: Pool::with_limit(destroy::DELETIONS_MAX),
             bell: Bell::default(),

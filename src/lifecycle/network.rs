@@ -182,13 +182,17 @@ impl Lifecycle {
             let record = entry.record();
             let is_wanted =
                 record.spec.wake_on == WakeOn::Packet && record.state == State::Snapshotted;
-            if is_wanted { self.wake(&held, &entry).map(drop) } else { Ok(()) }
+            if is_wanted {
+                self.wake(&held, &entry)?;
+            }
+            // Somebody may put it to sleep as soon as the lock is free.
+            Ok(entry.record().state == State::Running)
         });
-        if let Err(error) = woken {
-            let error = chain(&error);
+        if let Err(error) = &woken {
+            let error = chain(error);
             tracing::error!(id = %entry.id(), error, "waking for a packet to {ring}");
         }
-        if entry.record().state != State::Running {
+        if !woken.unwrap_or(false) {
             self.network.refuse(address);
         }
     }

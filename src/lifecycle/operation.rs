@@ -255,6 +255,7 @@ impl Lifecycle {
             let recovered = self.recover(held, entry, &operation);
             if let Err(error) = recovered {
                 tracing::error!(id = %entry.id(), error = chain(&error), "recovering from a panic");
+                self.settle_later(entry.row());
             }
             Err(Error::Panicked { id: entry.id().clone() })
         });

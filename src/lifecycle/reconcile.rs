@@ -44,7 +44,7 @@ use std::thread;
 use super::{
     Entry, Error, Lifecycle, Outcome, Signal, chain,
     evidence::Tokened,
-    exits::end,
+    exits::{LOST, end},
     files::Files,
     machines::Live,
     memory_of,
@@ -124,6 +124,7 @@ impl Lifecycle {
                 done.failed += 1;
                 tracing::error!(id = %entry.id(), error = chain(&error), "settling at start");
                 self.note(entry, &error);
+                self.settle_later(entry.row());
             }
         }
     }
@@ -164,7 +165,10 @@ impl Lifecycle {
         }
         match entry.record().state {
             State::Stopped | State::Snapshotted => false,
-            State::Running => self.machines.get(entry.row()).is_none(),
+            State::Running => {
+                let live = self.machines.get(entry.row());
+                live.is_none_or(|live| live.process.exited().is_some())
+            }
             State::Booting | State::Snapshotting | State::Restoring | State::Deleting => true,
         }
     }
@@ -216,7 +220,7 @@ impl Lifecycle {
         let record = entry.record();
         match (record.state, process) {
             (State::Running, Some(process)) => self.take_over(entry, &process, cancel).map(drop),
-            (State::Running, None) => self.lose(held, entry, LOST),
+            (State::Running, None) => self.lose(held, entry, &self.why_lost(entry)),
             (State::Snapshotting, process) => self.recover_sleep(held, entry, process, cancel),
             (State::Restoring, process) => self.recover_wake(held, entry, process, cancel),
             (State::Booting, process) => self.recover_boot(held, entry, process, cancel),
@@ -259,7 +263,7 @@ impl Lifecycle {
             return Ok(());
         }
         let Some(process) = process else {
-            return self.lose(held, entry, LOST);
+            return self.lose(held, entry, &self.why_lost(entry));
         };
         let failed = snapshot_failed(entry, "undoing the snapshot of");
         let memory = memory_of(self.vmm_of(&record)?.as_ref(), &record);
@@ -357,7 +361,7 @@ impl Lifecycle {
             }
             end(entry, &process)?;
         } else if entry.record().process.is_some() {
-            return self.lose(held, entry, LOST); // It may have run.
+            return self.lose(held, entry, &self.why_lost(entry)); // It may have run.
         }
         self.release(entry)?;
         self.abandon_network(entry);
@@ -429,6 +433,3 @@ impl Lifecycle {
         }
     }
 }
-
-/// Why a sandbox is stopped whose VMM died unseen.
-const LOST: &str = "the VMM died while dozed was not running, and the guest's memory with it";

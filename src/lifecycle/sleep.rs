@@ -100,7 +100,8 @@ impl Lifecycle {
         if !matches!(wanted, Ok(true)) {
             self.deflate(entry, &live);
             self.gauge_anew(entry);
-            self.step(held, entry, Step::Undo, |_| ())?;
+            self.step(held, entry, Step::Undo, |_| ())
+                .inspect_err(|_| self.settle_later(entry.row()))?;
             return wanted.map(|_| Outcome::Spared);
         }
         let saved = self.save_acts(entry, operation, &live, &identity, (intent, why), &mut undo);
@@ -121,10 +122,10 @@ impl Lifecycle {
         live.process.kill();
         // It takes a moment to go; meanwhile we tidy up. What stays, the next wake removes.
         self.home(&record).end_life().ok();
-        self.release(entry)?;
+        self.release(entry).inspect_err(|_| self.settle_later(entry.row()))?;
         self.reach(Arrow::SleepKilled);
         // After a power cut the record says at least `snapshotting`, and the manifest the rest.
-        let (record, _proven) = self.step_unsynced(held, entry, Step::Slept, |record| {
+        let recorded = self.step_unsynced(held, entry, Step::Slept, |record| {
             record.generation += 1;
             record.sleeps += 1;
             record.process = None;
@@ -136,9 +137,14 @@ impl Lifecycle {
                 bytes: committed.bytes,
                 at: self.now(),
             });
-        })?;
-        self.cooling.add(record.row, committed.generation, record.since);
-        self.leave_asleep(entry);
+        });
+        match recorded {
+            Ok((record, _proven)) => {
+                self.cooling.add(record.row, committed.generation, record.since);
+                self.leave_asleep(entry);
+            }
+            Err(error) => self.record_later(entry, "a sleep", &error),
+        }
         Ok(Outcome::Done)
     }
 
@@ -315,6 +321,7 @@ impl Lifecycle {
         self.gauge_anew(entry);
         if let Err(error) = ended {
             tracing::error!(id = %entry.id(), error = super::chain(&error), "ending a sleep");
+            self.settle_later(entry.row());
         }
     }
 }

@@ -287,6 +287,18 @@ impl Host {
         });
     }
 
+    /// Has the records brought up to date that could not be, and waits until they are.
+    pub(crate) fn settle(&self) {
+        wait_for("the records to be up to date", || {
+            let next = self.daemon.next_settling();
+            if let Some(next) = next {
+                self.clock.advance(next.since(self.clock.now()));
+            }
+            self.daemon.settle_due();
+            self.daemon.unsettled_left() == 0
+        });
+    }
+
     /// What `error` reads as.
     pub(crate) fn error(&self, id: &str) -> String {
         self.daemon.last_error(&self.entry(id)).map_or("ok".to_owned(), String::from)

@@ -62,13 +62,16 @@ impl Lifecycle {
         self.saw(entry, Signal::Wake);
         // After a power cut the record says at least `restoring`, and the guest is lost
         // either way.
-        let (_, _moot) = self.step_unsynced(held, entry, Step::Woken, |record| {
+        let recorded = self.step_unsynced(held, entry, Step::Woken, |record| {
             record.generation += 1;
             record.wakes += 1;
             record.snapshot = None;
             record.retry_at = None;
             record.last_wake = Some(took.elapsed());
-        })?;
+        });
+        if let Err(error) = recorded {
+            self.record_later(entry, "a wake", &error);
+        }
         self.drop_copy_later(&record, memory);
         Ok(())
     }
@@ -264,7 +267,10 @@ impl Lifecycle {
             self.boot_acts(held, entry, operation, undo, intended)
         })?;
         self.saw(entry, Signal::Boot);
-        self.step(held, entry, Step::Booted, |record| record.retry_at = None)?;
+        let recorded = self.step(held, entry, Step::Booted, |record| record.retry_at = None);
+        if let Err(error) = recorded {
+            self.record_later(entry, "a boot", &error);
+        }
         Ok(())
     }
 
@@ -476,6 +482,7 @@ impl Lifecycle {
         };
         if let Err(error) = ended {
             tracing::error!(id = %entry.id(), error = super::chain(&error), "ending an operation");
+            self.settle_later(entry.row());
         }
     }
 }

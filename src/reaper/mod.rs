@@ -130,8 +130,8 @@ impl Shared {
             let now = self.lifecycle.clock().now();
             let next = self.lifecycle.index().next_due(now).ok().flatten();
             let lingered = self.lifecycle.next_lingered().filter(|at| *at > now);
-            let deletion = self.lifecycle.next_deletion();
-            let next = next.into_iter().chain(lingered).chain(deletion).min();
+            let retries = [self.lifecycle.next_deletion(), self.lifecycle.next_settling()];
+            let next = next.into_iter().chain(lingered).chain(retries.into_iter().flatten()).min();
             let wait = next.map_or(tick, |next| next.since(now).clamp(LOOK_MIN, tick));
             if !self.lifecycle.bell().wait(wait) {
                 return;
@@ -159,6 +159,7 @@ impl Shared {
         self.hand_out(give, Due::Sleep, |after| index.due_to_sleep(now, after, PAGE));
         self.hand_out(give, Due::Delete, |after| index.due_to_delete(now, after, PAGE));
         self.lifecycle.resume_deletions();
+        self.lifecycle.settle_due();
         self.hand_out_leftovers(give, now);
         for row in self.lifecycle.lingered() {
             if !self.hand_over(give, Due::Unlink(row)) {

@@ -1,9 +1,9 @@
 //! Guests that end, and VMMs that die.
 
 use dozed::sys::clock::Stopwatch;
-use rustix::process::Signal;
+use rustix::{io::Errno, process::Signal};
 
-use crate::support::{Setup, wait_until};
+use crate::support::{LockedIndex, Setup, wait_until};
 
 #[test]
 fn a_vmm_that_is_killed_leaves_its_sandbox_stopped_and_the_error_says_so() {
@@ -46,4 +46,25 @@ fn a_guest_that_shuts_down_after_a_wake_is_not_woken_from_what_it_was() {
     host.wake("web-1");
     // It counts from the start, so that its last count may be less than the one before.
     wait_until("it is booted anew", || host.counted("web-1").boots == 2);
+}
+
+#[test]
+fn an_end_that_the_index_could_not_record_is_recorded_when_it_can() {
+    let host = Setup::counter("").start();
+    host.boot("web-1");
+    host.counts_on("web-1");
+    let locked = LockedIndex::of(&host);
+    host.signal_vmm(host.vmm("web-1"), Signal::KILL);
+    // The index waits for its turn before it gives up.
+    wait_until("the end could not be recorded", || {
+        host.log().contains("the end of its guest is recorded later")
+    });
+    assert_eq!(host.state("web-1"), "running");
+    assert_eq!(host.write("web-1/state", "wake"), Err(Errno::IO), "it runs no more");
+    assert_eq!(host.open("web-1/awake").map(drop), Err(Errno::IO), "nor can it be held");
+    drop(locked);
+    wait_until("it is stopped", || host.state("web-1") == "stopped");
+    assert_eq!(host.error("web-1"), "the VMM was killed by signal 9");
+    host.wake("web-1");
+    assert_eq!(host.counts_on("web-1").boots, 2);
 }

@@ -177,6 +177,7 @@ fn a_memory_that_cannot_be_read_at_a_start_is_kept_until_it_can_be() {
     let error = host.error("a");
     assert!(error.starts_with("taking back the snapshot of a: reading "), "{error}");
     host.wake("a").unwrap_err();
+    std::fs::remove_file(&manifest).unwrap();
     crate::sys::files::rename(&kept, &manifest).unwrap();
     host.wake("a").unwrap();
     assert_eq!((host.state("a"), host.runs("a")), (State::Running, runs + 1));

@@ -22,4 +22,5 @@ mod files;
 mod mixed;
 mod network;
 mod roads;
+mod unsettled;
 mod vsock;
