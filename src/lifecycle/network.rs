@@ -10,13 +10,13 @@
 //! A network outlives the daemon. Start-up removes those of nobody, has those of sleepers
 //! linger for what is left to them, and looks those of the running over.
 
-use std::{io, path::PathBuf, sync::mpsc, time::Duration};
+use std::{collections::HashSet, io, path::PathBuf, sync::mpsc, time::Duration};
 
 use super::{Entry, Error, Held, Lifecycle, Wait, chain, undo::Undo};
 use crate::{
     net::{self, Counters, Known, Ready, Reconciled, Ring, Wanted},
     sandbox::{
-        Cause, NetMode, Period, Record, RowId, State, Timestamp,
+        Cause, NetMode, Period, Record, RowId, SandboxId, State, Timestamp,
         network::{GUEST_MAC, Mac, SandboxAddress, WakeOn},
     },
     sync::Arc,
@@ -119,16 +119,25 @@ impl Lifecycle {
         }
     }
 
-    /// Has packets wake a sandbox that sleeps, or not, as its `config` says.
+    /// Has packets wake a sandbox that sleeps, or be refused, as its `config` says.
     pub(super) fn hear_for(&self, entry: &Entry) -> Result<(), Error> {
         let record = entry.record();
         let Some(address) = self.address(&record) else { return Ok(()) };
-        if record.state != State::Snapshotted || record.spec.wake_on == WakeOn::None {
+        if record.state != State::Snapshotted {
             self.network.deafen(address);
             return Ok(());
         }
+        let ports = (record.spec.wake_on == WakeOn::Packet).then_some(&record.spec.wake_ports);
         let failed = net_failed(entry, "listening for packets to");
-        self.network.listen(address, &record.spec.wake_ports).map_err(failed)
+        match self.network.listen(entry.id(), address, ports).map_err(failed) {
+            Err(error) if ports.is_none() => {
+                // Nothing was to wake it; who speaks to it waits instead of being told.
+                tracing::warn!(id = %entry.id(), error = chain(&error), "refusing its packets");
+                self.network.deafen(address);
+                Ok(())
+            }
+            done => done,
+        }
     }
 
     /// Passes on what was sent to a sandbox while it slept. Its guest is about to run.
@@ -304,7 +313,17 @@ impl Lifecycle {
         for error in found.left {
             tracing::error!(error, "removing what is of no sandbox");
         }
+        let there: HashSet<&SandboxId> = found.there.iter().collect();
+        let mut any_heard = false;
         for entry in &entries {
+            let record = entry.record();
+            // Where neither packets wake it nor its network lingers there is nothing to note
+            // of it but that somebody sleeps.
+            let is_noted = record.spec.wake_on == WakeOn::Packet || there.contains(&record.id);
+            if record.state != State::Snapshotted || (any_heard && !is_noted) {
+                continue;
+            }
+            any_heard = true;
             if let Err(error) = self.hear_for(entry) {
                 tracing::error!(id = %entry.id(), error = chain(&error), "reconciling");
                 self.note(entry, &error);

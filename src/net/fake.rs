@@ -174,9 +174,16 @@ impl Network for FakeNetwork {
         Ok(file.into())
     }
 
-    fn listen(&self, address: SandboxAddress, ports: &WakePorts) -> Result<(), Error> {
+    fn listen(
+        &self,
+        _: &SandboxId,
+        address: SandboxAddress,
+        ports: Option<&WakePorts>,
+    ) -> Result<(), Error> {
         self.check(Fault::Listen)?;
-        lock(&self.sleepers).insert(address, ports.clone());
+        let mut sleepers = lock(&self.sleepers);
+        sleepers.remove(&address);
+        sleepers.extend(ports.map(|ports| (address, ports.clone())));
         Ok(())
     }
 
@@ -326,7 +333,7 @@ mod tests {
         let network = FakeNetwork::default();
         let a = wanted("a", 0, Reach::Isolated);
         let ports = WakePorts::default();
-        network.listen(a.address, &ports).unwrap();
+        network.listen(&a.id, a.address, Some(&ports)).unwrap();
         network.deliver(&a.id, a.address).unwrap_err();
         assert_eq!(network.refused(), [a.address]);
         assert_eq!(network.wakes(a.address), Some(ports.clone()));
@@ -334,7 +341,7 @@ mod tests {
         network.deliver(&a.id, a.address).unwrap();
         assert_eq!(network.wakes(a.address), None);
         network.set_fault(Some(Fault::Listen));
-        network.listen(a.address, &ports).unwrap_err();
+        network.listen(&a.id, a.address, Some(&ports)).unwrap_err();
         network.deliver(&a.id, a.address).unwrap();
     }
 

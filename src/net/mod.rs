@@ -91,13 +91,19 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// Where the sandbox has no network, or another has the device open.
     fn open_tap(&self, id: &SandboxId) -> Result<OwnedFd, Error>;
 
-    /// Has packets that open something to `ports` of a sandbox wake it, which just fell
-    /// asleep, or did before the daemon started. Whoever the daemon has told of rings is
-    /// told once for each wake, and says how that ended.
+    /// Takes the packets to a sandbox that just fell asleep, or did before the daemon started.
+    /// Those from the host that open something to `ports`, or carry data of an open connection,
+    /// wake it: whoever the daemon has told of rings is told once for each wake, and says how
+    /// that ended. Without `ports` nothing wakes it, and they are refused at once.
     ///
     /// # Errors
     /// Where the host cannot hear for sandboxes. Nothing wakes it then but a write.
-    fn listen(&self, address: SandboxAddress, ports: &WakePorts) -> Result<(), Error>;
+    fn listen(
+        &self,
+        id: &SandboxId,
+        address: SandboxAddress,
+        ports: Option<&WakePorts>,
+    ) -> Result<(), Error>;
 
     /// Passes on what was held for a sandbox while it woke, in order, and has all else go
     /// to its network. To be said after each wake of one that [`Self::listen`] was said of,

@@ -173,7 +173,7 @@ impl RealNetwork {
         Ok(())
     }
 
-    /// Returns the doorbell if there is one, which there is once somebody is to be heard.
+    /// Returns the doorbell if there is one, which there is once somebody sleeps.
     fn doorbell(&self) -> Option<Arc<Doorbell>> {
         lock(&self.doorbell).clone()
     }
@@ -209,6 +209,7 @@ impl RealNetwork {
         if self.is_held(address) {
             return Ok(());
         }
+        self.deafen(address);
         namespace::route(&links, &self.plan, address)
     }
 
@@ -244,6 +245,9 @@ impl RealNetwork {
             Err(error) => Err(error),
         };
         let unpinned = netns::unpin(&self.pin(id)).map_err(Error::host("removing the namespace"));
+        if let Some(doorbell) = self.doorbell().filter(|_| unpinned.is_ok()) {
+            doorbell.end_linger(address);
+        }
         unrouted.and(unpinned)
     }
 
@@ -331,9 +335,15 @@ impl Network for RealNetwork {
         namespace::open_tap(&namespace)
     }
 
-    fn listen(&self, address: SandboxAddress, ports: &WakePorts) -> Result<(), Error> {
+    fn listen(
+        &self,
+        id: &SandboxId,
+        address: SandboxAddress,
+        ports: Option<&WakePorts>,
+    ) -> Result<(), Error> {
         let Some(listener) = &self.listener else { return Ok(()) };
-        self.hang_up(listener)?.listen(address, ports)
+        let lingers = self.open(id)?.is_some();
+        self.hang_up(listener)?.listen(address, ports, lingers)
     }
 
     fn deliver(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error> {

@@ -226,6 +226,74 @@ fn a_connection_to_a_guest_that_sleeps_wakes_it_and_is_answered() {
 }
 
 #[test]
+fn what_is_said_on_an_open_connection_wakes_the_guest_and_is_answered() {
+    in_a_world(|_| {
+        let setup = Setup::linux(OPTIONS).net("isolated").woken_by_packets();
+        let host = setup.config("[network]\nlinger = \"1s\"").start();
+        boot(&host, "web-1");
+        let mut stream = connect(&host, "web-1");
+        echo(&mut stream, "before the sleep");
+        for cycle in 0..2 {
+            host.sleep("web-1");
+            if cycle == 1 {
+                let namespace = || host.read("web-1/net/namespace");
+                wait_until("the network is gone", || namespace().trim().is_empty());
+            }
+            echo(&mut stream, "is somebody there?");
+            assert_eq!(host.state("web-1"), "running");
+            let woken_by = host.value("web-1/idle", "last_wake_cause");
+            assert!(woken_by.contains("tcp/7 from 10.213.0.1"), "{woken_by}");
+        }
+    });
+}
+
+#[test]
+fn what_is_said_to_a_guest_that_nothing_wakes_is_reset_at_once() {
+    in_a_world(|world| {
+        let host = Setup::linux(OPTIONS).net("internet").start();
+        boot(&host, "web-1");
+        let mut inbound = connect(&host, "web-1");
+        echo(&mut inbound, "before the sleep");
+        let listener = world.tcp_server(World::SERVER, 80);
+        let mut outbound = hold_connection(&host, "web-1", &listener);
+        host.sleep("web-1");
+        // It would last until its kernel gives up, which is a quarter of an hour.
+        inbound.write_all(b"is somebody there?").unwrap();
+        let error = inbound.read(&mut [0; 8]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        let to = SocketAddr::from((address(&host, "web-1"), 7));
+        let error = TcpStream::connect_timeout(&to, SOON).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::HostUnreachable);
+        // What the guest opened outlives the sleep, as its network lingers.
+        let before = printed(&host, "web-1");
+        outbound.write_all(b"said while it sl-ept\n").unwrap();
+        host.wake("web-1");
+        prints(&host, "web-1", before, "said while it sl-ept");
+    });
+}
+
+#[test]
+fn a_call_that_is_made_while_the_reaper_puts_its_guest_to_sleep_is_answered() {
+    in_a_world(|_| {
+        let setup = Setup::linux(OPTIONS).net("isolated").woken_by_packets();
+        let host = setup.config("[reaper]\ntick = \"1s\"").start();
+        host.mkdir("web-1").unwrap();
+        host.write("web-1/config", "[activity]\nsignals = [\"network\"]\nawake_min = \"off\"\n")
+            .unwrap();
+        host.write("web-1/idle_after", "never").unwrap();
+        host.wake("web-1");
+        echo(&mut connect(&host, "web-1"), "the guest listens");
+        host.write("web-1/idle_after", "1s").unwrap();
+        for _ in 0..6 {
+            wait_until("it is being put to sleep", || host.state("web-1") != "running");
+            echo(&mut connect(&host, "web-1"), "and is answered");
+        }
+        // Of the sleeps some were called off, as the call came just before the pause.
+        assert_eq!(host.error("web-1"), "ok");
+    });
+}
+
+#[test]
 fn a_call_to_a_sleeper_waits_for_the_next_daemon_only_where_the_last_one_was_killed() {
     in_a_world(|_| {
         let mut host = Setup::linux(OPTIONS).net("isolated").woken_by_packets().start();

@@ -17,7 +17,8 @@ use dozed::{
 use crate::{
     guest::{ACK, Guest, Packet, SYN, SYN_ACK, TCP, UDP},
     host::{
-        HOST, Host, SERVER, SILENCE, SOON, assert_silent, eventually, forwarding, ip, on_a_host,
+        HOST, Host, SERVER, SILENCE, SOON, Sandbox, assert_silent, eventually, forwarding, ip,
+        on_a_host,
     },
 };
 
@@ -30,7 +31,7 @@ fn sleeper(host: &Host, name: &str, slot: u32) -> Wanted {
 
 fn listen(host: &Host, wanted: &Wanted) {
     let ports = WakePorts::new(&["tcp", "udp/53"]).unwrap();
-    host.network.listen(wanted.address, &ports).unwrap();
+    host.network.listen(&wanted.id, wanted.address, Some(&ports)).unwrap();
 }
 
 /// Wakes a sandbox: when this returns its guest is about to run.
@@ -226,7 +227,9 @@ fn a_wake_that_fails_is_told_to_those_who_wait_and_for_a_while_to_all() {
 fn what_does_not_wake_is_told_so_at_once() {
     on_a_host(|host| {
         let wanted = host.wanted("a", 0);
-        host.network.listen(wanted.address, &WakePorts::new(&["tcp/22"]).unwrap()).unwrap();
+        host.network
+            .listen(&wanted.id, wanted.address, Some(&WakePorts::new(&["tcp/22"]).unwrap()))
+            .unwrap();
         let refused = |port| call(&wanted, port).join().unwrap().unwrap_err().kind();
         assert_eq!(refused(80), ErrorKind::ConnectionRefused);
         let socket = asks(&wanted);
@@ -270,42 +273,104 @@ fn nobody_rings_who_could_not_speak_to_a_sandbox_that_is_awake() {
     });
 }
 
+/// Connects from the host to port 8080 of a guest, which answers. Returns the stream, the other
+/// end as the guest knows it, and the numbers that the guest goes on with.
+fn connected(sandbox: &Sandbox) -> (TcpStream, (Ipv4Addr, u16), (u32, u32)) {
+    let to = SocketAddr::from((sandbox.address().ip(), 8080));
+    let caller = Builder::new()
+        .name("caller".to_owned())
+        .spawn(move || TcpStream::connect_timeout(&to, SOON).unwrap());
+    let syn = sandbox.guest.expect("a SYN", |p| p.protocol == TCP && p.tcp_flags() == SYN);
+    let back = (syn.source, syn.port_from());
+    let next = syn.tcp_sequence() + 1;
+    let from = (GUEST_ADDRESS, 8080);
+    sandbox.guest.send_packet(&Packet::tcp(from, back, SYN_ACK, (500, next), b""));
+    let stream = caller.unwrap().join().unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    (stream, back, (501, next))
+}
+
 #[test]
-fn a_sandbox_whose_network_lingers_is_waked_and_its_connections_live_on() {
+fn data_on_an_open_connection_wakes_its_sandbox_and_is_delivered() {
+    for lingers in [true, false] {
+        on_a_host(move |host| {
+            let sandbox = host.sandbox("a", 0);
+            let (mut stream, back, (own, next)) = connected(&sandbox);
+            let Sandbox { wanted, guest, .. } = sandbox;
+            drop(guest);
+            listen(host, &wanted);
+            if !lingers {
+                host.network.remove(&wanted.id, wanted.address).unwrap();
+            }
+            stream.write_all(b"are you there?").unwrap();
+            let (address, ring) = host.rung();
+            assert_eq!(
+                (address, ring.transport, ring.port),
+                (wanted.address, Transport::Tcp, 8080)
+            );
+            let guest = wake(host, &wanted);
+            guest.expect("what was said", |p| p.protocol == TCP && p.text() == b"are you there?");
+            let from = (GUEST_ADDRESS, 8080);
+            guest.send_packet(&Packet::tcp(from, back, ACK, (own, next + 14), b"yes"));
+            let mut text = [0; 3];
+            stream.read_exact(&mut text).unwrap();
+            assert_eq!(&text, b"yes");
+            assert!(host.rings().is_empty());
+        });
+    }
+}
+
+#[test]
+fn data_that_wakes_nobody_is_reset_at_once_and_a_call_is_told_that_nobody_is_there() {
     on_a_host(|host| {
-        let sandbox = host.sandbox("a", 0);
-        let (wanted, ready) = (sandbox.wanted.clone(), sandbox.ready.clone());
-        let to = SocketAddr::from((sandbox.address().ip(), 8080));
-        let caller = Builder::new()
-            .name("caller".to_owned())
-            .spawn(move || TcpStream::connect_timeout(&to, SOON).unwrap());
-        let syn = sandbox.guest.expect("a SYN", |p| p.protocol == TCP && p.tcp_flags() == SYN);
-        let back = (syn.source, syn.port_from());
-        let next = syn.tcp_sequence() + 1;
-        sandbox.guest.send_packet(&Packet::tcp(
-            (GUEST_ADDRESS, 8080),
-            back,
-            SYN_ACK,
-            (500, next),
-            b"",
-        ));
-        let mut stream = caller.unwrap().join().unwrap();
-        // It falls asleep, and its namespace stays.
-        drop(sandbox.guest);
-        listen(host, &wanted);
-        stream.write_all(b"are you there?").unwrap();
-        assert!(host.rings().is_empty(), "what is said on a connection opens nothing");
-        asks(&wanted).send(b"knock").unwrap();
-        host.rung();
-        assert_eq!(host.network.ensure(&wanted).unwrap(), ready);
-        let guest = Guest::new(host.network.open_tap(&wanted.id).unwrap());
-        host.network.deliver(&wanted.id, wanted.address).unwrap();
-        assert_eq!(next_text(&guest), "knock");
-        guest.expect("what was said", |p| p.protocol == TCP && p.text() == b"are you there?");
-        guest.send_packet(&Packet::tcp((GUEST_ADDRESS, 8080), back, ACK, (501, next + 14), b"yes"));
-        let mut text = [0; 3];
-        stream.set_read_timeout(Some(SOON)).unwrap();
-        stream.read_exact(&mut text).unwrap();
+        let ports = WakePorts::new(&["tcp/22"]).unwrap();
+        for (slot, wakes_on) in (0..).zip([None, Some(&ports)]) {
+            let sandbox = host.sandbox(&format!("s{slot}"), slot);
+            let (mut stream, ..) = connected(&sandbox);
+            let Sandbox { wanted, guest, .. } = sandbox;
+            drop(guest);
+            host.network.listen(&wanted.id, wanted.address, wakes_on).unwrap();
+            stream.write_all(b"are you there?").unwrap();
+            let error = stream.read(&mut [0; 8]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+            let kind = call(&wanted, 8080).join().unwrap().unwrap_err().kind();
+            let told = match wakes_on {
+                None => ErrorKind::HostUnreachable,
+                Some(_) => ErrorKind::ConnectionRefused,
+            };
+            assert_eq!(kind, told);
+        }
+        assert!(host.rings().is_empty());
+    });
+}
+
+#[test]
+fn a_server_that_speaks_to_a_sleeper_is_held_off_while_its_network_lingers_and_then_reset() {
+    on_a_host(|host| {
+        let ports = WakePorts::default();
+        let listener = host.tcp_server(SERVER, 443);
+        for (slot, wakes_on) in (0..).zip([None, Some(&ports)]) {
+            let Sandbox { wanted, guest, .. } = host.sandbox(&format!("s{slot}"), slot);
+            let mut streams = [6000, 6001].map(|port| {
+                guest.connect(port, (SERVER, 443));
+                let stream = eventually("the call", || listener.accept().ok().map(|(it, _)| it));
+                stream.set_nonblocking(false).unwrap();
+                stream.set_read_timeout(Some(SOON)).unwrap();
+                stream
+            });
+            drop(guest);
+            host.network.listen(&wanted.id, wanted.address, wakes_on).unwrap();
+            streams[0].write_all(b"are you there?").unwrap();
+            let guest = wake(host, &wanted);
+            guest.expect("what was said", |p| p.source == SERVER && p.text() == b"are you there?");
+            drop(guest);
+            host.network.listen(&wanted.id, wanted.address, wakes_on).unwrap();
+            host.network.remove(&wanted.id, wanted.address).unwrap();
+            streams[1].write_all(b"and now?").unwrap();
+            let error = streams[1].read(&mut [0; 8]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        }
+        assert!(host.rings().is_empty());
     });
 }
 
@@ -362,7 +427,8 @@ fn the_next_daemon_takes_over_what_a_killed_one_left() {
         // One daemon for each range.
         let second = RealNetwork::new(host.plan, host.runtime())
             .ringing(std::sync::Arc::new(|_, _| panic!("this one hears nothing")));
-        let error = second.listen(wanted.address, &WakePorts::default()).unwrap_err();
+        let error =
+            second.listen(&wanted.id, wanted.address, Some(&WakePorts::default())).unwrap_err();
         assert!(matches!(error, Error::RangeInUse { .. }), "{error}");
         // A daemon that ends has nobody wait.
         host.network.dismantle().unwrap();
@@ -412,7 +478,7 @@ fn without_anybody_who_is_told_nothing_is_waited_for() {
     on_a_host(|host| {
         let silent = RealNetwork::new(host.plan, host.runtime());
         let wanted = host.wanted("a", 0);
-        silent.listen(wanted.address, &WakePorts::default()).unwrap();
+        silent.listen(&wanted.id, wanted.address, Some(&WakePorts::default())).unwrap();
         drop(host.sandbox("b", 1));
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
         let error = socket.send_to(b"?", (wanted.address.ip(), 53)).unwrap_err();

@@ -51,7 +51,7 @@ fn batch(host: &Host) {
     for wanted in &all {
         host.network.ensure(wanted).unwrap();
         drop(host.network.open_tap(&wanted.id).unwrap());
-        host.network.listen(wanted.address, &ports).unwrap();
+        host.network.listen(&wanted.id, wanted.address, Some(&ports)).unwrap();
         host.network.linger(&wanted.id, now);
     }
     assert_eq!(host.network.lingered(now).len(), all.len());

@@ -1,4 +1,4 @@
-//! The doorbell: a packet to a sandbox that sleeps wakes it.
+//! The doorbell: a packet to a sandbox that sleeps wakes it, or is refused.
 //!
 //! ```text
 //!   a program ──▶ 10.213.0.7 ──┬─ 10.213.0.7/32 ──▶ dz0ad50007 ══▶ guest     it is awake
@@ -32,7 +32,7 @@ use std::{
 };
 
 use self::{
-    judge::{Judge, Verdict},
+    judge::{Judge, Sleeper, Verdict},
     packet::{Refusal, answer},
 };
 use super::{
@@ -111,14 +111,14 @@ impl Doorbell {
     pub(super) fn start(
         plan: AddressPlan,
         listener: Arc<Listener>,
-        sleepers: Vec<(SandboxAddress, WakePorts)>,
+        sleepers: Vec<(SandboxAddress, Sleeper)>,
     ) -> Result<Self, Error> {
         let name = host::device(&plan);
         let device =
             Packets::open(&name, Device::Tun).map_err(Error::host("opening the doorbell"))?;
         let mut judge = Judge::new(plan);
-        for (address, ports) in sleepers {
-            judge.listen(address, &ports);
+        for (address, sleeper) in sleepers {
+            judge.listen(address, sleeper);
         }
         let ear = Arc::new(Ear {
             device,
@@ -154,19 +154,35 @@ impl Doorbell {
     }
 
     /// Returns for whom it hears, for the one that takes its place.
-    pub(super) fn sleepers(&self) -> Vec<(SandboxAddress, WakePorts)> {
+    pub(super) fn sleepers(&self) -> Vec<(SandboxAddress, Sleeper)> {
         lock(&self.ear.judge).list()
     }
 
-    /// Has packets to a sandbox that just fell asleep ring, and none go to its network,
-    /// should that still be there.
+    /// Takes packets to a sandbox that just fell asleep, so that none go to its network, should
+    /// that still be there (`lingers`). Those to `ports` ring.
     ///
     /// # Errors
     /// Where its route stays. It does not ring then.
-    pub(super) fn listen(&self, address: SandboxAddress, ports: &WakePorts) -> Result<(), Error> {
-        lock(&self.ear.judge).listen(address, ports);
+    pub(super) fn listen(
+        &self,
+        address: SandboxAddress,
+        ports: Option<&WakePorts>,
+        lingers: bool,
+    ) -> Result<(), Error> {
+        if ports.is_none() {
+            self.deafen(address);
+        }
+        if ports.is_none() && !lingers {
+            return Ok(());
+        }
+        lock(&self.ear.judge).listen(address, Sleeper { wakes_on: ports.cloned(), lingers });
         let unrouted = lock(&self.links).apply(vec![route::remove(address.ip())], Answers::Each);
         unrouted.inspect_err(|_| self.deafen(address))
+    }
+
+    /// Notes that a sleeper has no network any more, and with it no connections.
+    pub(super) fn end_linger(&self, address: SandboxAddress) {
+        lock(&self.ear.judge).end_linger(address);
     }
 
     /// Says whether packets to the sandbox may ring.

@@ -31,12 +31,19 @@ pub(super) struct Seen {
 pub(super) enum What {
     /// It opens something at a port.
     Opening(Transport, u16),
-    /// It is of a TCP connection that was open, or closes one.
-    Segment,
+    /// It is a TCP segment to a port, of a connection that was open. It may carry data.
+    Segment(u16, Carries),
     /// It asks whether anybody is there.
     Ping,
     /// Anything else.
     Other,
+}
+
+/// What a segment has after its header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Carries {
+    Data,
+    Nothing,
 }
 
 /// How the sender of a packet is told that nobody will have it.
@@ -61,10 +68,15 @@ impl Seen {
             TCP => {
                 let segment = TcpSlice::from_slice(payload).ok()?;
                 let opens = segment.syn() && !segment.ack() && !segment.rst() && !segment.fin();
+                let port = segment.destination_port();
                 if opens {
-                    What::Opening(Transport::Tcp, segment.destination_port())
+                    What::Opening(Transport::Tcp, port)
+                } else if segment.rst() {
+                    What::Other
+                } else if segment.payload().is_empty() {
+                    What::Segment(port, Carries::Nothing)
                 } else {
-                    What::Segment
+                    What::Segment(port, Carries::Data)
                 }
             }
             UDP => {
@@ -83,8 +95,10 @@ impl Seen {
 /// answered.
 pub(super) fn answer(bytes: &[u8], refusal: Refusal) -> Option<Vec<u8>> {
     match (Seen::of(bytes)?.what, refusal) {
-        (What::Segment | What::Other, _) => None,
-        (What::Opening(Transport::Tcp, _), Refusal::Refused) => reset(bytes),
+        (What::Other, _) => None,
+        (What::Opening(Transport::Tcp, _), Refusal::Refused) | (What::Segment(..), _) => {
+            reset(bytes)
+        }
         (What::Opening(Transport::Udp, _) | What::Ping, Refusal::Refused) => {
             error(bytes, DestUnreachableHeader::FilterProhibited)
         }
@@ -94,17 +108,21 @@ pub(super) fn answer(bytes: &[u8], refusal: Refusal) -> Option<Vec<u8>> {
     }
 }
 
-/// Answers a segment that opens a connection as a port that nobody listens at does.
+/// Answers a segment as a host does that knows nothing of its connection (RFC 9293, 3.5.2).
 fn reset(bytes: &[u8]) -> Option<Vec<u8>> {
     let packet = Ipv4Slice::from_slice(bytes).ok()?;
     let segment = TcpSlice::from_slice(packet.payload().payload).ok()?;
-    // The SYN takes a number itself, and so does each byte that comes with it.
-    let taken = u32::try_from(segment.payload().len()).ok()?.wrapping_add(1);
     let header = packet.header();
-    let builder = PacketBuilder::ipv4(header.destination(), header.source(), TIME_TO_LIVE)
-        .tcp(segment.destination_port(), segment.source_port(), 0, 0)
-        .rst()
-        .ack(segment.sequence_number().wrapping_add(taken));
+    let builder = PacketBuilder::ipv4(header.destination(), header.source(), TIME_TO_LIVE);
+    let (from, to) = (segment.destination_port(), segment.source_port());
+    let builder = if segment.ack() {
+        builder.tcp(from, to, segment.acknowledgment_number(), 0).rst()
+    } else {
+        // SYN and FIN take a number themselves, and so does each byte that comes with them.
+        let flags = u32::from(segment.syn()) + u32::from(segment.fin());
+        let taken = u32::try_from(segment.payload().len()).ok()?.wrapping_add(flags);
+        builder.tcp(from, to, 0, 0).rst().ack(segment.sequence_number().wrapping_add(taken))
+    };
     let mut answer = Vec::with_capacity(builder.size(0));
     builder.write(&mut answer, &[]).ok()?;
     Some(answer)
@@ -159,6 +177,18 @@ pub(super) mod tests {
         bytes
     }
 
+    /// A segment of a connection that is open.
+    pub(in crate::net::doorbell) fn data(
+        from: Ipv4Addr,
+        to: Ipv4Addr,
+        port: u16,
+        text: &[u8],
+    ) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        ip(from, to).tcp(40_000, port, 7, 64_000).ack(500).write(&mut bytes, text).unwrap();
+        bytes
+    }
+
     fn what(bytes: &[u8]) -> Option<What> {
         Seen::of(bytes).map(|seen| seen.what)
     }
@@ -174,10 +204,12 @@ pub(super) mod tests {
             what(&bytes)
         };
         let tcp = || ip(HOST, GUEST).tcp(40_000, 22, 7, 64_000);
-        for step in [tcp(), tcp().ack(1), tcp().syn().ack(1), tcp().syn().rst(), tcp().syn().fin()]
-        {
-            assert_eq!(segment(step), Some(What::Segment));
+        for step in [tcp(), tcp().ack(1), tcp().syn().ack(1), tcp().syn().fin()] {
+            assert_eq!(segment(step), Some(What::Segment(22, Carries::Data)));
         }
+        assert_eq!(segment(tcp().syn().rst()), Some(What::Other));
+        let bare = what(&data(HOST, GUEST, 22, b""));
+        assert_eq!(bare, Some(What::Segment(22, Carries::Nothing)));
         let mut echo_reply = Vec::new();
         ip(HOST, GUEST).icmpv4_echo_reply(1, 1).write(&mut echo_reply, b"!").unwrap();
         assert_eq!(what(&echo_reply), Some(What::Other));
@@ -229,7 +261,19 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn an_error_or_a_segment_of_an_old_connection_is_never_answered() {
+    fn a_segment_of_an_old_connection_is_reset_with_the_number_that_its_sender_waits_for() {
+        for refusal in [Refusal::Refused, Refusal::Unreachable] {
+            let reset = answer(&data(HOST, GUEST, 22, b"hello"), refusal).unwrap();
+            let packet = Ipv4Slice::from_slice(&reset).unwrap();
+            let segment = TcpSlice::from_slice(packet.payload().payload).unwrap();
+            assert!(segment.rst() && !segment.ack());
+            assert_eq!(segment.sequence_number(), 500);
+            assert_eq!((segment.source_port(), segment.destination_port()), (22, 40_000));
+        }
+    }
+
+    #[test]
+    fn an_error_or_a_reset_is_never_answered() {
         let told = answer(&udp(HOST, GUEST, 53, b"?"), Refusal::Refused).unwrap();
         let reset = answer(&syn(HOST, GUEST, 22), Refusal::Refused).unwrap();
         for bytes in [told, reset] {

@@ -1,9 +1,13 @@
 //! Which packets ring, which are held, and which are refused. Pure: the time is given.
 //!
-//! A packet rings if it opens something, is for a port that its sandbox is woken by, and
-//! comes from the host's own address, from which alone something may be opened to a
-//! sandbox that is awake. One ring is told for each wake; what else comes until the wake
-//! has ended is held with it. All that a sender can make us keep or do is bounded.
+//! A packet rings if it opens something or carries data of a connection, is for a port that
+//! its sandbox is woken by, and comes from the host's own address, from which alone
+//! something may be opened to a sandbox that is awake. One ring is told for each wake; what
+//! else comes until the wake has ended is held with it. All that a sender can make us keep
+//! or do is bounded.
+//!
+//! Data that wakes nobody is reset, so that its sender does not wait. So is every segment
+//! from elsewhere, unless the sandbox's network lingers: then its connection may live on.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -12,9 +16,9 @@ use std::{
 
 use super::{
     Ring,
-    packet::{Refusal, Seen, What},
+    packet::{Carries, Refusal, Seen, What},
 };
-use crate::sandbox::network::{AddressPlan, SandboxAddress, WakePorts};
+use crate::sandbox::network::{AddressPlan, SandboxAddress, Transport, WakePorts};
 
 /// So many packets are held for one sandbox: as many clients as a service has at once
 /// that slept a moment ago. Others send theirs again.
@@ -57,12 +61,23 @@ pub(super) enum Verdict {
 #[derive(Debug)]
 pub(super) struct Judge {
     plan: AddressPlan,
-    sleepers: BTreeMap<SandboxAddress, WakePorts>,
+    sleepers: BTreeMap<SandboxAddress, Sleeper>,
     waking: BTreeMap<SandboxAddress, Waking>,
     failed: BTreeMap<SandboxAddress, Failed>,
     held: usize,
     rings: Bucket,
     refusals: Bucket,
+    /// Of those from elsewhere, so that they take none from those of the host.
+    resets: Bucket,
+}
+
+/// A sandbox that sleeps, and is woken by packets or has a network that lingers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::net) struct Sleeper {
+    /// Which packets wake it, if any do.
+    pub(super) wakes_on: Option<WakePorts>,
+    /// Whether it has its network still, and with it the connections that its guest opened.
+    pub(super) lingers: bool,
 }
 
 /// A sleeper that was rung for.
@@ -89,22 +104,32 @@ impl Judge {
             held: 0,
             rings: Bucket::new(RINGS_PER_SECOND, RINGS_BURST),
             refusals: Bucket::new(REFUSALS_PER_SECOND, REFUSALS_BURST),
+            resets: Bucket::new(REFUSALS_PER_SECOND, REFUSALS_BURST),
         }
     }
 
-    /// Lets packets to `ports` of a sleeper ring from now on.
-    pub(super) fn listen(&mut self, address: SandboxAddress, ports: &WakePorts) {
-        self.sleepers.insert(address, ports.clone());
+    /// Decides on packets to a sleeper from now on.
+    pub(super) fn listen(&mut self, address: SandboxAddress, sleeper: Sleeper) {
+        self.sleepers.insert(address, sleeper);
     }
 
     /// Says whether packets to `address` may ring.
     pub(super) fn hears(&self, address: SandboxAddress) -> bool {
-        self.sleepers.contains_key(&address)
+        self.sleepers.get(&address).is_some_and(|sleeper| sleeper.wakes_on.is_some())
     }
 
-    /// Returns who may be rung for, and by which packets.
-    pub(super) fn list(&self) -> Vec<(SandboxAddress, WakePorts)> {
-        self.sleepers.iter().map(|(address, ports)| (*address, ports.clone())).collect()
+    /// Notes that a sleeper has no network any more.
+    pub(super) fn end_linger(&mut self, address: SandboxAddress) {
+        if self.hears(address) {
+            self.sleepers.entry(address).and_modify(|sleeper| sleeper.lingers = false);
+        } else {
+            self.sleepers.remove(&address);
+        }
+    }
+
+    /// Returns all sleepers.
+    pub(super) fn list(&self) -> Vec<(SandboxAddress, Sleeper)> {
+        self.sleepers.iter().map(|(address, sleeper)| (*address, sleeper.clone())).collect()
     }
 
     /// Returns how many sleepers there are.
@@ -120,23 +145,26 @@ impl Judge {
     /// Decides on a packet, and keeps it if it is to be held.
     pub(super) fn hear(&mut self, now: Duration, bytes: &[u8]) -> Verdict {
         let Some(seen) = Seen::of(bytes) else { return Verdict::Ignore };
-        // A connection that was open may live on when its other end is awake, so it is not
-        // cut, and an error is never answered.
-        let is_answered = !matches!(seen.what, What::Segment | What::Other);
-        if seen.from != self.plan.host_address() || !is_answered {
-            return Verdict::Ignore;
+        if seen.from != self.plan.host_address() {
+            return self.hear_from_elsewhere(now, seen);
         }
-        let sleeper = self.plan.sandbox(seen.to).filter(|address| self.hears(*address));
-        let Some(address) = sleeper else { return self.refuse_one(now, Refusal::Unreachable) };
-        let ports = &self.sleepers[&address];
-        let ring = match seen.what {
-            What::Opening(transport, port) if ports.contain(transport, port) => {
-                Ring { from: seen.from, transport, port }
-            }
-            What::Opening(..) | What::Ping | What::Segment | What::Other => {
-                return self.refuse_one(now, Refusal::Refused);
-            }
+        let address = self.plan.sandbox(seen.to);
+        let wakes_on = address.and_then(|it| self.sleepers.get(&it)?.wakes_on.as_ref());
+        let rung = match seen.what {
+            // An error is never answered. What says nothing is no reason to wake, nor to end a
+            // connection that may go on when its other end is awake.
+            What::Other | What::Segment(_, Carries::Nothing) => return Verdict::Ignore,
+            What::Opening(transport, port) => Some((transport, port)),
+            What::Segment(port, Carries::Data) => Some((Transport::Tcp, port)),
+            What::Ping => None,
         };
+        let (Some(address), Some(ports)) = (address, wakes_on) else {
+            return self.refuse_one(now, Refusal::Unreachable);
+        };
+        let Some((transport, port)) = rung.filter(|rung| ports.contain(rung.0, rung.1)) else {
+            return self.refuse_one(now, Refusal::Refused);
+        };
+        let ring = Ring { from: seen.from, transport, port };
         self.expire(now, address);
         if self.waking.contains_key(&address) {
             return if self.hold(now, address, bytes) { Verdict::Hold } else { Verdict::Ignore };
@@ -211,6 +239,19 @@ impl Judge {
         }
         if now.saturating_sub(waking.since) >= WAKE_FORGOTTEN_AFTER {
             self.end_wake(address);
+        }
+    }
+
+    /// Decides on a packet that is not the host's, such as of a server that the guest has a
+    /// connection to.
+    fn hear_from_elsewhere(&mut self, now: Duration, seen: Seen) -> Verdict {
+        let is_segment = matches!(seen.what, What::Segment(..));
+        let sleeper = self.plan.sandbox(seen.to).and_then(|it| self.sleepers.get(&it));
+        let lives_on = sleeper.is_some_and(|sleeper| sleeper.lingers);
+        if is_segment && !lives_on && self.resets.take(now) {
+            Verdict::Refuse(Refusal::Refused)
+        } else {
+            Verdict::Ignore
         }
     }
 

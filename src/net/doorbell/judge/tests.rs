@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use proptest::prelude::*;
 
 use super::{
-    super::packet::tests::{GUEST, HOST, ping, syn, udp},
+    super::packet::tests::{GUEST, HOST, data, ping, syn, udp},
     *,
 };
 use crate::sandbox::network::Transport;
@@ -25,9 +25,13 @@ fn address(slot: u32) -> SandboxAddress {
 /// A judge that hears for the first `count` sandboxes, at every port of TCP and at udp/53.
 fn judge(count: u32) -> Judge {
     let mut judge = Judge::new(plan());
-    let ports = WakePorts::new(&["tcp", "udp/53"]).unwrap();
-    (0..count).for_each(|slot| judge.listen(address(slot), &ports));
+    (0..count).for_each(|slot| judge.listen(address(slot), woken_by(&["tcp", "udp/53"])));
     judge
+}
+
+/// A sleeper whose network is gone.
+fn woken_by(ports: &[&str]) -> Sleeper {
+    Sleeper { wakes_on: Some(WakePorts::new(ports).unwrap()), lingers: false }
 }
 
 fn is_ring(verdict: Verdict) -> bool {
@@ -56,14 +60,12 @@ fn what_opens_nothing_or_is_from_elsewhere_or_for_another_port_rings_for_nobody(
     let mut judge = judge(1);
     let mut hear = |bytes: &[u8]| judge.hear(secs(0), bytes);
     let other = "192.0.2.1".parse().unwrap();
-    let mut segment = syn(HOST, GUEST, 22);
-    segment[33] = 0x10;
     let [nobody, broadcast] = [77, 65_535].map(|at| Ipv4Addr::from(0x0ad5_0000 + at));
     for (bytes, verdict) in [
         (syn(other, GUEST, 22), Verdict::Ignore),
         (udp(other, GUEST, 53, b"?"), Verdict::Ignore),
         (syn(other, nobody, 22), Verdict::Ignore),
-        (segment, Verdict::Ignore),
+        (data(HOST, GUEST, 22, b""), Verdict::Ignore),
         (b"nonsense".to_vec(), Verdict::Ignore),
         (ping(HOST, GUEST), Verdict::Refuse(Refusal::Refused)),
         (udp(HOST, GUEST, 54, b"?"), Verdict::Refuse(Refusal::Refused)),
@@ -74,6 +76,52 @@ fn what_opens_nothing_or_is_from_elsewhere_or_for_another_port_rings_for_nobody(
         assert_eq!(hear(&bytes), verdict, "{bytes:?}");
     }
     assert!(is_ring(hear(&syn(HOST, GUEST, 22))), "and this one does");
+}
+
+#[test]
+fn data_of_an_open_connection_rings_and_is_held_and_is_reset_where_it_wakes_nobody() {
+    let mut judge = Judge::new(plan());
+    judge.listen(address(0), woken_by(&["tcp/22", "udp/80"]));
+    judge.listen(address(1), Sleeper { wakes_on: None, lingers: true });
+    let other = address(1).ip();
+    let ring = Ring { from: HOST, transport: Transport::Tcp, port: 22 };
+    for (bytes, verdict) in [
+        (data(HOST, GUEST, 22, b"ls"), Verdict::Ring(address(0), ring)),
+        (data(HOST, GUEST, 22, b"ls"), Verdict::Hold),
+        (data(HOST, GUEST, 80, b"GET"), Verdict::Refuse(Refusal::Refused)),
+        (data(HOST, GUEST, 80, b""), Verdict::Ignore),
+        (data(HOST, other, 22, b"ls"), Verdict::Refuse(Refusal::Unreachable)),
+        (data(HOST, other, 22, b""), Verdict::Ignore),
+        (syn(HOST, other, 22), Verdict::Refuse(Refusal::Unreachable)),
+        (data(HOST, address(2).ip(), 22, b"ls"), Verdict::Refuse(Refusal::Unreachable)),
+    ] {
+        assert_eq!(judge.hear(secs(0), &bytes), verdict, "{bytes:?}");
+    }
+    assert_eq!(judge.deliver(secs(0), address(0)).len(), 2);
+}
+
+#[test]
+fn a_segment_from_elsewhere_is_reset_when_the_network_that_knew_its_connection_is_gone() {
+    let mut judge = Judge::new(plan());
+    let server = Ipv4Addr::new(192, 0, 2, 1);
+    let sleepers = [Some(WakePorts::default()), None];
+    for (slot, wakes_on) in (0..).zip(sleepers) {
+        judge.listen(address(slot), Sleeper { wakes_on, lingers: true });
+        let [said, bare] =
+            [b"push".as_slice(), b""].map(|text| data(server, address(slot).ip(), 5000, text));
+        assert_eq!(judge.hear(secs(0), &said), Verdict::Ignore);
+        judge.end_linger(address(slot));
+        for segment in [&said, &bare] {
+            assert_eq!(judge.hear(secs(0), segment), Verdict::Refuse(Refusal::Refused));
+        }
+    }
+    assert_eq!(judge.list(), [(address(0), woken_by(&["tcp"]))]);
+    // However many there are, the host's callers are told as ever.
+    let segment = data(server, address(1).ip(), 5000, b"push");
+    let reset = (0..1_000).filter(|_| judge.hear(secs(0), &segment) != Verdict::Ignore).count();
+    assert!(reset < 400, "{reset}");
+    let call = syn(HOST, address(1).ip(), 22);
+    assert_eq!(judge.hear(secs(0), &call), Verdict::Refuse(Refusal::Unreachable));
 }
 
 #[test]
@@ -93,7 +141,7 @@ fn after_a_wake_that_failed_packets_are_refused_for_longer_each_time() {
     // One that goes well makes it as if nothing had been.
     assert!(is_ring(judge.hear(now, &packet)));
     judge.deliver(now, address(0));
-    judge.listen(address(0), &WakePorts::default());
+    judge.listen(address(0), woken_by(&["tcp"]));
     assert!(is_ring(judge.hear(now, &packet)));
 }
 
@@ -176,7 +224,7 @@ fn a_sandbox_that_is_deleted_gives_back_what_was_held_for_it() {
     // What was never asleep cannot fail to wake, and is not remembered.
     assert!(judge.refuse(secs(0), address(0)).is_empty());
     assert!(judge.failed.is_empty());
-    assert_eq!(judge.list(), [(address(1), WakePorts::new(&["tcp", "udp/53"]).unwrap())]);
+    assert_eq!(judge.list(), [(address(1), woken_by(&["tcp", "udp/53"]))]);
 }
 
 /// What may happen to a judge.
@@ -245,7 +293,7 @@ proptest! {
                 Event::Refuse(slot) => Some((slot, judge.refuse(now, address(slot)))),
                 Event::Deafen(slot) => Some((slot, judge.deafen(address(slot)))),
                 Event::Listen(slot) => {
-                    judge.listen(address(slot), &WakePorts::new(&["udp/53"]).unwrap());
+                    judge.listen(address(slot), woken_by(&["udp/53"]));
                     None
                 }
                 Event::Pass(time) => { now += time; None }
