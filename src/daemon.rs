@@ -185,7 +185,8 @@ pub fn run(config: Config) -> Result<(), Error> {
         "reconciled"
     );
 
-    let tree = Arc::new(Tree::new(Arc::clone(&lifecycle)).map_err(bad_index)?);
+    let tree = Tree::new(Arc::clone(&lifecycle)).map_err(bad_index)?;
+    let tree = Arc::new(tree.lacking(missing_privileges()));
     let announcing = Some(announcer());
     let mounted = Mounted::mount(tree, &config.mount, Arc::clone(&pool), announcing)
         .map_err(host(format!("mounting {}", config.mount.display())))?;
@@ -201,6 +202,15 @@ pub fn run(config: Config) -> Result<(), Error> {
     let serving = serve(&signals, &mounted, &config.mount);
     end(move || shut_down(&lifecycle, reaper, mounted, clock.as_ref()));
     serving
+}
+
+/// Returns what this daemon is forbidden, and says so in the log.
+fn missing_privileges() -> Vec<String> {
+    let missing = net::missing_privileges();
+    for what in &missing {
+        tracing::warn!("sandboxes get no network, as the daemon may not use {what}");
+    }
+    missing
 }
 
 /// Has SIGTERM and SIGINT told. The second one ends the daemon at once: the next

@@ -146,6 +146,7 @@ fn each_key_of_the_tables_is_listed_in_order() {
         reaper_last_tick: None,
         started: wall(Timestamp::default()),
         pid: 1,
+        lacks: &[],
     };
     let tables = [
         ("status", facts.status()),

@@ -1,4 +1,5 @@
-//! What the systemd unit must have, and must not.
+//! What the systemd unit must have, and must not. That everything works under what it forbids
+//! is tried out by `tests/e2e/unit.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -46,7 +47,14 @@ fn the_unit_shows_the_tree_and_spares_the_guests() {
     let unit = fs::read_to_string(path).unwrap();
     let directives = directives(&unit);
     assert!(hides_mounts(&directives).is_empty(), "{:?}", hides_mounts(&directives));
-    for needed in [("Type", "notify"), ("KillMode", "process"), ("Restart", "always")] {
+    for needed in [
+        ("Type", "notify"),
+        ("KillMode", "process"),
+        ("OOMPolicy", "continue"),
+        ("Restart", "always"),
+        ("LimitCORE", "0"),
+        ("Wants", "time-sync.target"),
+    ] {
         assert!(directives.contains(&needed), "{needed:?}");
     }
     // Without these a VMM cannot become a user of its own; the announcer has two of them.
@@ -63,6 +71,21 @@ fn the_unit_shows_the_tree_and_spares_the_guests() {
     assert!(!unit.contains("RuntimeDirectory"));
     // QEMU without KVM translates.
     assert!(!directives.iter().any(|(name, _)| *name == "MemoryDenyWriteExecute"));
+}
+
+#[test]
+fn what_the_unit_names_as_its_documentation_is_installed() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let unit = fs::read_to_string(root.join("dozed.service")).unwrap();
+    let page = fs::read_to_string(root.join("docs/operations.md")).unwrap();
+    assert!(page.contains("install -D -m 0644 -t /usr/share/doc/dozed README.md docs/*.md\n"));
+    let directives = directives(&unit);
+    let (_, named) = directives.iter().find(|(name, _)| *name == "Documentation").unwrap();
+    for file in named.split(' ') {
+        let name = file.strip_prefix("file:///usr/share/doc/dozed/").unwrap();
+        let dir = if name == "README.md" { root.to_owned() } else { root.join("docs") };
+        assert!(dir.join(name).exists(), "{file}");
+    }
 }
 
 #[test]

@@ -5,6 +5,8 @@ use std::{
     fs::{self, OpenOptions},
     io,
     path::{Path, PathBuf},
+    sync::mpsc,
+    thread,
     time::Duration,
 };
 
@@ -18,6 +20,8 @@ use crate::{
 
 /// A program that takes longer to tell its version is not well.
 const VERSION_LIMIT: Duration = Duration::from_secs(5);
+/// A daemon that takes longer to tell its status is not well either.
+const DAEMON_LIMIT: Duration = Duration::from_secs(5);
 /// The first kernel with all that we cannot do without: waiting for a pidfd.
 const KERNEL_NEEDED: (u32, u32) = (5, 4);
 /// The first kernel that tells processes apart by the inode of their pidfds.
@@ -241,6 +245,43 @@ pub(super) fn tun() -> Finding {
     }
 }
 
+/// What the daemon that runs, if one does, says that it lacks: its service manager may forbid
+/// it what we may do.
+pub(super) fn daemon(mount: &Path) -> Option<Finding> {
+    let path = mount.join("dozed.status");
+    // Its file system may be there and not answer.
+    let (tell, told) = mpsc::channel();
+    let reading = thread::Builder::new().name("dozed-status".to_owned()).spawn(move || {
+        // Nobody waits any more where this fails.
+        tell.send(fs::read_to_string(path)).ok();
+    });
+    let status = reading.ok().and_then(|_| told.recv_timeout(DAEMON_LIMIT).ok());
+    match status {
+        Some(status) => judge_daemon(&status.ok()?),
+        None => {
+            let seconds = DAEMON_LIMIT.as_secs();
+            let says = format!("It does not answer within {seconds} s; see its log.");
+            Some(lacking("daemon", says))
+        }
+    }
+}
+
+fn judge_daemon(status: &str) -> Option<Finding> {
+    let value =
+        |key: &str| status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+    let (pid, lacks) = (value("pid")?, value("lacks")?);
+    Some(if lacks == "none" {
+        well("daemon", format!("It runs (process {pid}), and may do all that it needs."))
+    } else {
+        let mend = "give its unit all lines of the dozed.service that comes with it";
+        let says = format!(
+            "It runs (process {pid}), but sandboxes get no network, as it may not use {lacks}; \
+             {mend}."
+        );
+        lacking("daemon", says)
+    })
+}
+
 /// What the networks of sandboxes need. Without a network sandboxes run all the same.
 pub(super) fn networks(range: &AddressPlan) -> impl Iterator<Item = Finding> {
     net::survey(range).into_iter().map(|found| {
@@ -328,6 +369,17 @@ mod tests {
         assert_eq!(read_only.verdict, Verdict::Failed);
         assert!(read_only.says.contains("read-only"), "{read_only}");
         assert_eq!(store(Path::new("/dev/shm/store")).verdict, Verdict::Lacking, "a tmpfs");
+    }
+
+    #[test]
+    fn a_daemon_that_is_forbidden_something_is_told_of() {
+        let judge = |lacks: &str| judge_daemon(&format!("version 1\npid 7\nlacks {lacks}\n"));
+        assert_eq!(judge("none").unwrap().verdict, Verdict::Well);
+        let forbidden = judge("CAP_NET_ADMIN; sockets of AF_NETLINK (no)").unwrap();
+        assert_eq!(forbidden.verdict, Verdict::Lacking);
+        assert!(forbidden.says.contains("process 7") && forbidden.says.contains("AF_NETLINK (no)"));
+        assert_eq!(judge_daemon(""), None, "an older one does not say");
+        assert_eq!(daemon(Path::new("/no/such/mount")), None);
     }
 
     #[test]

@@ -54,6 +54,7 @@ pub fn examine(config: &Config) -> Report {
             checks::tun(),
         ]
         .into_iter()
+        .chain(checks::daemon(&config.mount))
         .chain(networks)
         .collect(),
     }

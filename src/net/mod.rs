@@ -41,6 +41,7 @@ mod link;
 mod namespace;
 mod netlink;
 mod nftables;
+mod privileges;
 mod range;
 mod real;
 mod route;
@@ -49,6 +50,7 @@ mod survey;
 
 pub use doorbell::{Listener, Ring};
 pub use firewall::TAP;
+pub use privileges::missing_privileges;
 pub use real::RealNetwork;
 pub use survey::{Finding, survey};
 

@@ -17,7 +17,7 @@ use super::{
     linger::Lingering,
     link,
     namespace::{self, Design, Verdict},
-    netlink::Answers,
+    netlink::{Answers, Kernel},
     range::{self, Owner, Range, Whose},
     route,
 };
@@ -166,6 +166,8 @@ impl RealNetwork {
     fn prepare(&self) -> Result<(), Error> {
         let mut prepared = lock(&self.prepared);
         if !*prepared {
+            // Who is forbidden to make networks takes nothing for them.
+            link::here()?;
             self.claim()?;
             host::prepare(&self.range()?, &self.pins)?;
             *prepared = true;
@@ -237,18 +239,29 @@ impl RealNetwork {
     /// kernel takes the links away with the namespace, in its own time: to wait for it
     /// would take ten times as long as all the rest.
     fn take_away(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error> {
-        let links = link::here()?;
-        // The route to somebody else's link is theirs too.
-        let unrouted = match host::own_link(&links, &self.range()?, &address.host_link()) {
-            Ok(_) => links.apply(vec![route::remove(address.ip())], Answers::Each),
-            Err(Error::NotOurs { .. }) => Ok(()),
-            Err(error) => Err(error),
+        let unrouted = match link::here() {
+            Ok(links) => self.unroute(&links, address),
+            // Deleting has to work where networks are forbidden too. The route goes with the
+            // link, and that with the namespace.
+            Err(error) => {
+                tracing::warn!(%id, error = chain(&error), "its route is not removed by itself");
+                Ok(())
+            }
         };
         let unpinned = netns::unpin(&self.pin(id)).map_err(Error::host("removing the namespace"));
         if let Some(doorbell) = self.doorbell().filter(|_| unpinned.is_ok()) {
             doorbell.end_linger(address);
         }
         unrouted.and(unpinned)
+    }
+
+    /// Removes the route to a sandbox. The route to somebody else's link is theirs too.
+    fn unroute(&self, links: &Kernel, address: SandboxAddress) -> Result<(), Error> {
+        match host::own_link(links, &self.range()?, &address.host_link()) {
+            Ok(_) => links.apply(vec![route::remove(address.ip())], Answers::Each),
+            Err(Error::NotOurs { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     fn ready(&self, id: &SandboxId, namespace: &Namespace) -> Ready {

@@ -21,6 +21,13 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// Says whether we may make interfaces, routes and firewalls.
+#[must_use]
+pub fn may_configure_networks() -> bool {
+    let sets = rustix::thread::capabilities(None);
+    sets.is_ok_and(|sets| sets.effective.contains(rustix::thread::CapabilitySet::NET_ADMIN))
+}
+
 /// Says whether we may make files in `dir`.
 ///
 /// # Errors

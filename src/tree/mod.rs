@@ -67,6 +67,8 @@ pub struct Tree {
     modes: Modes,
     started: Timestamp,
     root_owner: (u32, u32),
+    /// What this daemon is forbidden and needs.
+    lacks: Vec<String>,
 }
 
 /// Who asks.
@@ -118,7 +120,14 @@ impl Tree {
         let started = lifecycle.clock().now();
         let root_owner = own_ids();
         let (handles, consoles, drafts) = (Handles::new(), Arc::default(), Arc::default());
-        Ok(Self { lifecycle, handles, consoles, drafts, modes, started, root_owner })
+        let lacks = Vec::new();
+        Ok(Self { lifecycle, handles, consoles, drafts, modes, started, root_owner, lacks })
+    }
+
+    /// Has `dozed.status` tell that the daemon lacks these.
+    #[must_use]
+    pub fn lacking(self, lacks: Vec<String>) -> Self {
+        Self { lacks, ..self }
     }
 
     /// Returns the attributes of what `name` is in `parent`.

@@ -213,6 +213,7 @@ impl Tree {
             reaper_last_tick: self.lifecycle.last_tick().map(|at| clock.wall(at)),
             started: clock.wall(self.started),
             pid: std::process::id(),
+            lacks: &self.lacks,
         }
         .status()
     }

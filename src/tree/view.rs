@@ -173,7 +173,7 @@ impl Facts<'_> {
 
 /// What `dozed.status` is made of.
 #[derive(Debug)]
-pub struct DaemonFacts {
+pub struct DaemonFacts<'a> {
     /// Sandboxes in each state.
     pub counts: [(State, usize); State::ALL.len()],
     /// The memory of all that are awake, in bytes.
@@ -186,9 +186,11 @@ pub struct DaemonFacts {
     pub started: jiff::Timestamp,
     /// The daemon's process.
     pub pid: u32,
+    /// A few words for each thing that this daemon is forbidden and needs.
+    pub lacks: &'a [String],
 }
 
-impl DaemonFacts {
+impl DaemonFacts<'_> {
     /// `dozed.status`.
     #[must_use]
     pub fn status(&self) -> String {
@@ -205,6 +207,8 @@ impl DaemonFacts {
         line(&mut text, "memory_budget_bytes", or_none(self.memory_budget_bytes));
         let tick = self.reaper_last_tick.map(|at| format!("{at:.3}"));
         line(&mut text, "reaper_last_tick", or_none(tick));
+        let lacks = (!self.lacks.is_empty()).then(|| self.lacks.join("; "));
+        line(&mut text, "lacks", or_none(lacks));
         text
     }
 }

@@ -29,4 +29,5 @@ mod road;
 mod space;
 mod stuck;
 mod support;
+mod unit;
 mod watch;

@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use crate::support::{Host, Setup, command, wait_for, wait_until};
+use crate::support::{Host, Setup, command, example, wait_for, wait_until};
 
 /// A recipe of the page: its heading, its language, and what is to be run.
 struct Recipe {
@@ -81,17 +81,7 @@ fn built_by_cargo(text: &str) -> Command {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     let source = fs::read_to_string(manifest.join("tests/e2e/waiter/main.rs")).unwrap();
     assert_eq!(source.trim_end(), text, "the page has the text of the example");
-    // The test's own program is target/debug/deps/e2e-…
-    let own = std::env::current_exe().unwrap();
-    let profile = own.ancestors().nth(2).unwrap();
-    let mut cargo = with_args(env!("CARGO"), ["build", "--quiet", "--offline"]);
-    cargo.args(["--example", "waiter", "--target-dir"]).arg(profile.parent().unwrap());
-    if profile.ends_with("release") {
-        cargo.arg("--release");
-    }
-    cargo.current_dir(manifest);
-    build(cargo);
-    command(profile.join("examples/waiter"))
+    command(example("waiter"))
 }
 
 /// A unit is in the file that its first line names. It is looked at together with those before.

@@ -1,9 +1,10 @@
 //! A daemon of the test's own, and the tree that it serves.
 
 use std::{
+    ffi::OsString,
     fs::{self, File, OpenOptions},
     io::Write as _,
-    os::unix::fs::PermissionsExt as _,
+    os::{fd::AsRawFd as _, unix::fs::PermissionsExt as _},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     process::{Child, ExitStatus, Output},
@@ -11,7 +12,11 @@ use std::{
 };
 
 use dozed::sys::{mount, netns};
-use rustix::{io::Errno, process::Signal};
+use rustix::{
+    io::Errno,
+    mount::{MountPropagationFlags, mount_bind, mount_change},
+    process::Signal,
+};
 use tempfile::TempDir;
 
 use super::{
@@ -25,6 +30,9 @@ use super::{
 /// How much of the daemon's log is shown when a test fails.
 const LOG_LINES: usize = 150;
 
+/// What gives a program a mount namespace of its own, which is this one to begin with.
+const UNSHARE: [&str; 5] = ["unshare", "--mount", "--propagation", "unchanged", "--"];
+
 /// A daemon. When it is dropped all its sandboxes are deleted, and nothing may be left.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -35,6 +43,10 @@ pub(crate) struct Host {
     mount: PathBuf,
     store: PathBuf,
     daemon: Option<Child>,
+    /// What the daemon is started by, where a unit restricts it.
+    service: Vec<OsString>,
+    /// The mount namespace that it is then in, once it was started.
+    mounts: Option<File>,
     /// What the daemon held when it had just started, without any sandbox.
     first: Option<Footprint>,
 }
@@ -54,7 +66,9 @@ impl Host {
         fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let store = setup.own_store().map_or_else(|| disk.path().join("store"), Path::to_owned);
         let mount = place.path().join(setup.mount_in(place.path()));
-        let mut host = Self { disk, place, mount, store, daemon: None, first: None };
+        let service = setup.unit().map(|unit| as_service(unit, place.path())).unwrap_or_default();
+        let mut host =
+            Self { disk, place, mount, store, daemon: None, service, mounts: None, first: None };
         let document = setup.document(&host.mount, &host.store, &host.runtime());
         fs::write(host.config_file(), document).unwrap();
         host.restart();
@@ -96,7 +110,16 @@ impl Host {
 
     fn spawn(&self) -> Child {
         let log = OpenOptions::new().append(true).create(true).open(self.log_file()).unwrap();
-        let mut run = command(env!("CARGO_BIN_EXE_dozed"));
+        let mut words = self.service.clone();
+        if let Some(mounts) = &self.mounts {
+            // As with systemd, the next daemon has the mounts of the one before.
+            let (own, number) = (std::process::id(), mounts.as_raw_fd());
+            let enter = ["nsenter".into(), format!("--mount=/proc/{own}/fd/{number}"), "--".into()];
+            words.splice(..UNSHARE.len(), enter.map(OsString::from));
+        }
+        words.push(env!("CARGO_BIN_EXE_dozed").into());
+        let mut run = command(&words[0]);
+        run.args(&words[1..]);
         run.args(["run", "--log", "debug", "--config"]).arg(self.config_file());
         run.stdin(std::process::Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         run.spawn().unwrap()
@@ -116,6 +139,16 @@ impl Host {
             assert!(is_alive(pid), "the daemon did not start: {said}");
             said.contains("dozed: serving ")
         });
+        if !self.service.is_empty() {
+            self.mounts = Some(File::open(format!("/proc/{pid}/ns/mnt")).unwrap());
+        }
+    }
+
+    /// Runs the doctor for this daemon; returns its report.
+    pub(crate) fn doctor(&self) -> String {
+        let mut doctor = command(env!("CARGO_BIN_EXE_dozed"));
+        let output = doctor.args(["doctor", "--config"]).arg(self.config_file()).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// Runs a second daemon with the same configuration to its end.
@@ -383,6 +416,7 @@ impl Host {
         let first = self.first.take().expect("it was looked at after the start");
         Footprint::wait_for(self.daemon_pid(), &first);
         self.terminate();
+        self.stop_sharing();
         for dir in [self.place.path(), self.disk.path()] {
             let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
             assert!(!mounts.contains(dir.to_str().unwrap()), "{mounts}");
@@ -408,6 +442,14 @@ impl Host {
             netns::unpin(&pin.path()).ok();
         }
         mount::detach(&self.pins()).ok();
+        self.stop_sharing();
+    }
+
+    /// Undoes what [`as_service`] did to the mounts.
+    fn stop_sharing(&self) {
+        if !self.service.is_empty() {
+            mount::detach(self.place.path()).ok();
+        }
     }
 
     /// Shows the end of the daemon's log.
@@ -420,6 +462,19 @@ impl Host {
         let shown = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
         println!("--- the daemon said:\n{shown}\n---");
     }
+}
+
+/// Returns what starts a program as the service of `unit`, in a mount namespace of its own.
+/// What it mounts in `place` is mounted here too.
+fn as_service(unit: &Path, place: &Path) -> Vec<OsString> {
+    let program = process::example("as-service");
+    mount_bind(place, place).unwrap();
+    mount_change(place, MountPropagationFlags::SHARED).unwrap();
+    UNSHARE
+        .into_iter()
+        .map(OsString::from)
+        .chain([program.into(), unit.into(), place.into()])
+        .collect()
 }
 
 /// Writes by one write(2).

@@ -15,7 +15,7 @@ mod world;
 pub(crate) use disk::{Disk, FileSystem};
 pub(crate) use host::{Host, write_once};
 pub(crate) use index::LockedIndex;
-pub(crate) use process::{command, is_alive, signal};
+pub(crate) use process::{command, example, is_alive, signal};
 pub(crate) use setup::Setup;
 pub(crate) use wait::{wait_for, wait_until};
 pub(crate) use watcher::Watcher;

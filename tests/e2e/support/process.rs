@@ -1,6 +1,11 @@
 //! Processes: starting them, looking at them, and ending those that are ours.
 
-use std::{fs, os::unix::ffi::OsStrExt, path::Path, process::Command};
+use std::{
+    fs,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -10,6 +15,24 @@ pub(crate) fn command(program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = Command::new(program);
     command.env_remove("JOURNAL_STREAM");
     command
+}
+
+/// Builds an example of this crate, which a test runs; returns its program.
+pub(crate) fn example(name: &str) -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // The test's own program is target/debug/deps/e2e-…
+    let own = std::env::current_exe().unwrap();
+    let profile = own.ancestors().nth(2).unwrap();
+    let mut cargo = command(env!("CARGO"));
+    cargo.args(["build", "--quiet", "--offline", "--example", name, "--target-dir"]);
+    cargo.arg(profile.parent().unwrap()).current_dir(manifest);
+    if profile.ends_with("release") {
+        cargo.arg("--release");
+    }
+    let output = cargo.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{cargo:?}: {} {said}", output.status);
+    profile.join("examples").join(name)
 }
 
 /// Returns the processes that have `path` in their command line.

@@ -22,6 +22,7 @@ pub(crate) struct Setup {
     config: String,
     store: Option<PathBuf>,
     linked: bool,
+    unit: Option<PathBuf>,
 }
 
 impl Setup {
@@ -95,10 +96,21 @@ impl Setup {
         self
     }
 
+    /// Has the daemon restricted as the service of this unit is by systemd.
+    pub(crate) fn restricted_by(mut self, unit: &Path) -> Self {
+        self.unit = Some(unit.to_owned());
+        self
+    }
+
     /// Starts a daemon.
     #[track_caller]
     pub(crate) fn start(self) -> Host {
         Host::start(&self)
+    }
+
+    /// Returns the unit that restricts the daemon, if one does.
+    pub(super) fn unit(&self) -> Option<&Path> {
+        self.unit.as_deref()
     }
 
     /// Returns where the store is to be, if the test cares.
