@@ -53,7 +53,7 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(60);
 const END_LIMIT: Duration = Duration::from_secs(80);
 /// How long the reaper may take to end. What it has begun has had [`CLOSE_LIMIT`] by then.
 const REAPER_END_LIMIT: Duration = Duration::from_secs(2);
-/// How often we look whether somebody has unmounted the tree.
+/// How often we look whether somebody has unmounted the tree, or the index has failed.
 const SERVING_LOOK: Duration = Duration::from_secs(1);
 /// The subcommand by which we start ourselves as the announcer.
 const ANNOUNCE: &str = "announce";
@@ -116,6 +116,18 @@ pub enum Error {
     /// Another daemon on this host has the addresses that this one's sandboxes have.
     #[error("taking the addresses of sandboxes")]
     Range(#[source] net::Error),
+    /// The disk did not take what was written to the index.
+    #[error(
+        "the index {} cannot be written any more, so dozed ends: its next start goes on from what \
+         is on the disk; the guests run on",
+        .path.display()
+    )]
+    IndexFailed {
+        /// Where it is.
+        path: PathBuf,
+        /// What the disk said.
+        source: index::Error,
+    },
     /// Somebody took the tree away.
     #[error("{} was unmounted by somebody else; the guests run on", .dir.display())]
     Unmounted {
@@ -199,7 +211,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     }
     tell_ready(&config);
 
-    let serving = serve(&signals, &mounted, &config.mount);
+    let serving = serve(&signals, lifecycle.index(), &mounted, &config.mount);
     end(move || shut_down(&lifecycle, reaper, mounted, clock.as_ref()));
     serving
 }
@@ -372,10 +384,19 @@ fn tell_ready(config: &Config) {
     }
 }
 
-/// Waits for a signal.
-fn serve(signals: &mpsc::Receiver<i32>, mounted: &Mounted, dir: &Path) -> Result<(), Error> {
+/// Waits for a signal, or until there is no point in going on.
+fn serve(
+    signals: &mpsc::Receiver<i32>,
+    index: &Index,
+    mounted: &Mounted,
+    dir: &Path,
+) -> Result<(), Error> {
     loop {
-        match signals.recv_timeout(SERVING_LOOK) {
+        let signal = signals.recv_timeout(SERVING_LOOK);
+        if let Err(source) = index.check() {
+            return Err(Error::IndexFailed { path: index.path().to_owned(), source });
+        }
+        match signal {
             Ok(signal) => {
                 tracing::info!(signal, "shutting down");
                 return Ok(());
@@ -408,6 +429,9 @@ fn shut_down(lifecycle: &Lifecycle, reaper: Reaper, mounted: Mounted, clock: &Ho
         tracing::error!(%error, "unmounting");
     }
     lifecycle.retire_networks();
+    if lifecycle.index().check().is_err() {
+        return; // It is told, and nothing can be written any more.
+    }
     keep_clock(lifecycle.index(), clock);
     if let Err(error) = lifecycle.flush_activity() {
         tracing::error!(error = chain(&error), "writing activity to the index");

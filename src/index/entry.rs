@@ -22,7 +22,20 @@ pub struct Entry {
     activity_count: AtomicU64,
     /// Whether the row is in the list of those to write.
     is_dirty: AtomicBool,
+    /// Whether its row may be newer than `record`. What follows from the record is not written
+    /// meanwhile.
+    is_changing: AtomicBool,
     dirty: Arc<Dirty>,
+}
+
+/// A change of a row that does not show yet; it does, or was taken back, when this is dropped.
+#[derive(Debug)]
+pub(super) struct Change<'a>(&'a AtomicBool);
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
 }
 
 /// The rows whose activity is to be written, each at most once.
@@ -46,6 +59,7 @@ impl Entry {
             last_activity: AtomicI64::new(last_activity.as_millis()),
             activity_count: AtomicU64::new(activity_count),
             is_dirty: AtomicBool::new(false),
+            is_changing: AtomicBool::new(false),
             dirty: Arc::clone(dirty),
         }
     }
@@ -109,6 +123,16 @@ impl Entry {
     pub(super) fn activity_to_write(&self) -> Timestamp {
         self.is_dirty.store(false, Ordering::SeqCst);
         self.last_activity()
+    }
+
+    /// Begins a change of the row. The sandbox's lock is held.
+    pub(super) fn begin_change(&self) -> Change<'_> {
+        self.is_changing.store(true, Ordering::SeqCst);
+        Change(&self.is_changing)
+    }
+
+    pub(super) fn is_changing(&self) -> bool {
+        self.is_changing.load(Ordering::SeqCst)
     }
 
     /// Shows what has just been made durable.

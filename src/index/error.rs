@@ -76,10 +76,16 @@ pub enum Error {
         known: i64,
     },
     /// The disk did not take what was committed.
-    #[error("bringing the index to the disk; no more changes are taken until the next start")]
+    #[error("bringing the index to the disk, after which no change can be taken any more")]
     Unsynced {
         /// What the system said.
         source: std::io::Error,
+    },
+    /// The disk takes too long.
+    #[error("the disk has not taken a change of the index within {} s", .limit.as_secs())]
+    Stalled {
+        /// How long we waited.
+        limit: std::time::Duration,
     },
     /// It has been closed.
     #[error("the index is closed")]

@@ -7,18 +7,26 @@
 //! disk waits for its number. So commits of many at once share a sync, and a commit that
 //! is needed later is on its way while its owner does something else.
 //!
+//! The kernel tells of a failed write once, takes what it lost for written, and the next sync
+//! succeeds. So after one that failed nothing is believed any more, and whoever opens an index
+//! that was not closed writes what is in the log once more before it is built upon.
+//!
 //! The log is one file from the first commit until the index is closed, and SQLite takes
 //! no locks on it, so that we have a descriptor of our own harms nothing.
 
 use std::{
     fs::File,
     io,
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
     thread::{self, JoinHandle},
     time::Duration,
 };
 
+use rusqlite::Connection;
+
+use super::{Error, schema};
 use crate::{
     sync::{Arc, Condvar, Mutex, lock, wait, wait_while_within},
     sys::files,
@@ -27,6 +35,9 @@ use crate::{
 /// How long a sync of some KiB may take. A disk that is busy with the memory of guests
 /// takes seconds; one that takes this long is not well.
 const SYNC_LIMIT: Duration = Duration::from_secs(120);
+
+/// How much of the log is written anew at a time.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// A commit that may not be on the disk yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -51,9 +62,9 @@ struct Shared {
     wanted: Condvar,
     /// Something was synced, or cannot be.
     done: Condvar,
-    /// Whether the disk is to fail.
+    /// What the disk is to do.
     #[cfg(test)]
-    fails: std::sync::atomic::AtomicBool,
+    disk: Mutex<Disk>,
     /// How long the log was after each commit.
     #[cfg(test)]
     lengths: Mutex<Vec<u64>>,
@@ -68,25 +79,60 @@ struct Progress {
     synced: u64,
     /// Why nothing can be synced any more: after a failed sync nobody knows what is there,
     /// and a later one that succeeds says nothing of what was lost before.
-    broken: Option<io::ErrorKind>,
+    broken: Option<Broken>,
     over: bool,
 }
 
+/// Why nothing can be synced any more.
+#[derive(Debug, Clone, Copy)]
+enum Broken {
+    /// A sync failed: the number of the error, and its kind where it has none.
+    Failed(Option<i32>, io::ErrorKind),
+    /// A change was too late for its caller, and could not be taken back.
+    TooLate,
+}
+
+impl From<Broken> for Error {
+    fn from(broken: Broken) -> Self {
+        let source = match broken {
+            Broken::Failed(Some(number), _) => io::Error::from_raw_os_error(number),
+            Broken::Failed(None, kind) => kind.into(),
+            Broken::TooLate => io::ErrorKind::TimedOut.into(),
+        };
+        Self::Unsynced { source }
+    }
+}
+
+/// What the disk does, for tests.
+#[cfg(test)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Disk {
+    Works,
+    Fails,
+    /// It answers no sync, and who waits gives up at once.
+    Hangs,
+    /// It answers no sync for now, and who waits is patient.
+    Slow,
+}
+
 impl Log {
-    /// Opens the log of the index at `path`, which has one, and syncs what is in it.
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
+    /// Opens the log of the index at `path`, which has one, and brings it to the disk.
+    pub(super) fn open(connection: &Connection, path: &Path) -> Result<Self, Error> {
         let name = name_of(path);
-        let file = File::open(&name)?;
-        file.sync_data()?;
-        name.parent().map_or(Ok(()), files::sync_dir)?;
-        Self::over(file)
+        let file = File::options().read(true).write(true).open(&name);
+        let file = file.map_err(|source| Error::Unsynced { source })?;
+        schema::while_locked(connection, path, || write_anew(&file))?
+            .and_then(|()| file.sync_data())
+            .and_then(|()| name.parent().map_or(Ok(()), files::sync_dir))
+            .and_then(|()| Self::over(file))
+            .map_err(|source| Error::Unsynced { source })
     }
 
     /// Takes `file` for a log of which everything is on the disk.
     pub(super) fn over(file: File) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             #[cfg(test)]
-            fails: false.into(),
+            disk: Mutex::new(Disk::Works),
             #[cfg(test)]
             lengths: Mutex::default(),
             #[cfg(test)]
@@ -121,31 +167,52 @@ impl Log {
     }
 
     /// Waits until `commit`, and so all before it, is on the disk.
-    pub(super) fn wait_for(&self, commit: Commit) -> io::Result<()> {
+    pub(super) fn wait_for(&self, commit: Commit) -> Result<(), Error> {
         self.want(commit);
         let waits = |progress: &mut Progress| {
             progress.synced < commit.0 && progress.broken.is_none() && !progress.over
         };
+        let limit = self.limit();
         let progress = lock(&self.shared.progress);
-        let progress = wait_while_within(&self.shared.done, progress, SYNC_LIMIT, waits);
+        let progress = wait_while_within(&self.shared.done, progress, limit, waits);
         #[cfg(test)]
         self.note_needed(commit);
         match progress.broken {
             _ if progress.synced >= commit.0 => Ok(()),
-            Some(kind) => Err(kind.into()),
-            None => Err(io::ErrorKind::TimedOut.into()),
+            Some(broken) => Err(broken.into()),
+            None => Err(Error::Stalled { limit: SYNC_LIMIT }),
         }
     }
 
-    /// Says whether commits can still be brought to the disk.
-    pub(super) fn check(&self) -> io::Result<()> {
-        lock(&self.shared.progress).broken.map_or(Ok(()), |kind| Err(kind.into()))
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self, reason = "the twin for tests uses it")]
+    fn limit(&self) -> Duration {
+        SYNC_LIMIT
     }
 
-    /// Has the disk fail from now on.
     #[cfg(test)]
-    pub(super) fn fail(&self) {
-        self.shared.fails.store(true, Ordering::SeqCst);
+    fn limit(&self) -> Duration {
+        match *lock(&self.shared.disk) {
+            Disk::Hangs => Duration::from_millis(1),
+            Disk::Works | Disk::Fails | Disk::Slow => SYNC_LIMIT,
+        }
+    }
+
+    /// Takes no more commits: one could not be taken back.
+    pub(super) fn give_up(&self) {
+        tracing::error!("a change of the index came too late and cannot be taken back");
+        self.shared.break_by(Broken::TooLate);
+    }
+
+    /// Says whether commits can still be brought to the disk.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        lock(&self.shared.progress).broken.map_or(Ok(()), |broken| Err(broken.into()))
+    }
+
+    /// Says what the disk does from now on.
+    #[cfg(test)]
+    pub(super) fn disk(&self, disk: Disk) {
+        *lock(&self.shared.disk) = disk;
     }
 
     #[cfg(test)]
@@ -187,21 +254,53 @@ impl Shared {
             drop(progress);
             // All that is written by now is synced with it.
             let written = self.written.load(Ordering::SeqCst);
+            #[cfg(test)]
+            self.hang();
             let synced = self.file.sync_data();
             #[cfg(test)]
-            let synced = synced.and_then(|()| match self.fails.load(Ordering::SeqCst) {
-                true => Err(io::ErrorKind::StorageFull.into()),
-                false => Ok(()),
+            let synced = synced.and_then(|()| match *lock(&self.disk) {
+                Disk::Fails => Err(io::ErrorKind::StorageFull.into()),
+                Disk::Works | Disk::Hangs | Disk::Slow => Ok(()),
             });
-            let mut progress = lock(&self.progress);
             match synced {
-                Ok(()) => progress.synced = written,
+                Ok(()) => {
+                    lock(&self.progress).synced = written;
+                    self.done.notify_all();
+                }
                 Err(error) => {
                     tracing::error!(%error, "syncing the index; it takes no more changes");
-                    progress.broken = Some(error.kind());
+                    self.break_by(Broken::Failed(error.raw_os_error(), error.kind()));
                 }
             }
-            self.done.notify_all();
+        }
+    }
+
+    fn break_by(&self, broken: Broken) {
+        lock(&self.progress).broken.get_or_insert(broken);
+        self.done.notify_all();
+        self.wanted.notify_all();
+    }
+
+    #[cfg(test)]
+    fn hang(&self) {
+        while matches!(*lock(&self.disk), Disk::Hangs | Disk::Slow) && !lock(&self.progress).over {
+            crate::sys::clock::pause_for(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Writes what is in a log to it once more, so that the disk has to take all of it. Nobody
+/// else writes to it meanwhile.
+pub(super) fn write_anew(file: &File) -> io::Result<()> {
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut at = 0;
+    loop {
+        match file.read_at(&mut piece, at)? {
+            0 => return Ok(()),
+            count => {
+                file.write_all_at(&piece[..count], at)?;
+                at += count as u64;
+            }
         }
     }
 }

@@ -64,6 +64,21 @@ pub(super) fn insert(
         .map(|row| RowId(row.cast_unsigned()))
 }
 
+/// Inserts a record that was deleted, with the row that it had. Returns true.
+pub(super) fn put_back(
+    connection: &Connection,
+    record: &Record,
+    last_activity: Timestamp,
+) -> rusqlite::Result<bool> {
+    let columns = COLUMNS.join(", ");
+    let places = ", ?".repeat(COLUMNS.len());
+    let known = [unsigned(record.row.0), Value::from(record.id.to_string())];
+    connection
+        .prepare_cached(&format!("INSERT INTO sandbox (row, id, {columns}) VALUES (?, ?{places})"))?
+        .execute(params_from_iter(known.into_iter().chain(values(record, last_activity))))
+        .map(|count| count == 1)
+}
+
 /// Replaces the record `old` by `new`. Returns false, and has done nothing, where the row
 /// has another name, owner or state than `old`.
 pub(super) fn update(

@@ -20,8 +20,11 @@ pub(super) const MIGRATIONS: [&str; 4] = [
 
 /// Marks the file as ours: `dozd` in ASCII.
 const APPLICATION_ID: i64 = 0x646f_7a64;
-/// How long to wait for another process, such as a backup, that has the file locked.
-const BUSY_LIMIT: Duration = Duration::from_secs(5);
+/// How long an opening waits for another process, such as a backup, that has the file locked.
+const BUSY_LIMIT: Duration = Duration::from_secs(30);
+/// How long SQLite waits for it within a change, whose caller has the connection and tries
+/// again. Short, since others wait for the connection.
+const BUSY_STEP: Duration = Duration::from_millis(20);
 /// Upper pages of four small indexes and the rows of some thousand sandboxes; in KiB.
 const CACHE_KIB: i64 = 2048;
 /// The room that each opening has for its counts of activity. A billion touches of
@@ -61,8 +64,65 @@ pub(super) fn mark_open(connection: &mut Connection, path: &Path) -> Result<u64,
     marked().map_err(Error::sql(path, || format!("opening the index {}", path.display())))
 }
 
+/// Has each attempt to write wait but briefly for another process, from now on.
+pub(super) fn wait_briefly(connection: &Connection, path: &Path) -> Result<(), Error> {
+    let opening = || format!("opening the index {}", path.display());
+    connection.busy_timeout(BUSY_STEP).map_err(Error::sql(path, opening))
+}
+
+/// Says whether another process has the file locked.
+pub(super) fn is_locked(error: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked};
+    matches!(error.sqlite_error_code(), Some(DatabaseBusy | DatabaseLocked))
+}
+
+/// Does `work` while no other process can write.
+pub(super) fn while_locked<T>(
+    connection: &Connection,
+    path: &Path,
+    work: impl FnOnce() -> T,
+) -> Result<T, Error> {
+    let failed = || Error::sql(path, || format!("locking the index {}", path.display()));
+    connection.execute_batch("BEGIN IMMEDIATE").map_err(failed())?;
+    let done = work();
+    connection.execute_batch("ROLLBACK").map_err(failed())?;
+    Ok(done)
+}
+
+/// Opens a second connection, that moves the log into the file.
+pub(super) fn open_for_checkpoints(path: &Path) -> Result<Connection, Error> {
+    let opening = || Error::sql(path, || format!("opening the index {}", path.display()));
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags).map_err(opening())?;
+    let ready = || -> rusqlite::Result<()> {
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+        connection.pragma_update(None, "synchronous", "NORMAL")?;
+        // It opens its files now, and not when it is first needed.
+        connection
+            .query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))
+            .map(|_: i64| ())
+    };
+    ready().map_err(opening())?;
+    Ok(connection)
+}
+
+/// Moves of the log what nobody reads any more into the file, beside those who write. If the
+/// log is longer than so many pages after that, all of it, which they wait for: else one who
+/// writes all the time would have it grow for ever.
+pub(super) fn checkpoint(connection: &Connection, pages_max: i64) -> rusqlite::Result<()> {
+    let run = |mode: &str| {
+        let sql = format!("PRAGMA wal_checkpoint({mode})");
+        connection.query_row(&sql, [], |row| row.get::<_, i64>("log"))
+    };
+    if run("PASSIVE")? > pages_max {
+        run("RESTART")?;
+    }
+    Ok(())
+}
+
 /// Notes that all is written, and brings it from the log into the file.
 pub(super) fn mark_closed(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(BUSY_LIMIT)?;
     set_meta(connection, CLEAN, "yes")?;
     connection.pragma_update_and_check(None, "wal_checkpoint", "TRUNCATE", |_| Ok(()))
 }
@@ -151,6 +211,8 @@ fn configure(connection: &Connection) -> rusqlite::Result<()> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     // The log is synced before it is moved into the file, and otherwise as `log` says.
     connection.pragma_update(None, "synchronous", "NORMAL")?;
+    // See `checkpoint`.
+    connection.pragma_update(None, "wal_autocheckpoint", 0)?;
     connection.pragma_update(None, "foreign_keys", true)?;
     connection.pragma_update(None, "cache_size", -CACHE_KIB)
 }

@@ -80,6 +80,26 @@ impl Table {
         }
     }
 
+    /// Counts a user id as given, before a record says it.
+    pub(super) fn reserve_user(&mut self, user: u32) {
+        self.users.insert(user);
+    }
+
+    /// Takes back [`Table::reserve_user`].
+    pub(super) fn release_user(&mut self, user: u32) {
+        self.users.remove(&user);
+    }
+
+    /// Counts a slot as given, before a record says it.
+    pub(super) fn reserve_slot(&mut self, slot: u32, row: RowId) {
+        self.slots.take(slot, row);
+    }
+
+    /// Takes back [`Table::reserve_slot`].
+    pub(super) fn release_slot(&mut self, slot: u32) {
+        self.slots.give_back(slot);
+    }
+
     pub(super) fn changed(&mut self, from: &Record, to: &Record) {
         *self.count(from.state) -= 1;
         *self.count(to.state) += 1;

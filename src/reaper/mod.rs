@@ -141,6 +141,9 @@ impl Shared {
 
     /// One look: what counts as activity first, so that it is seen before the verdict.
     fn look(&self, give: &mpsc::Sender<Due>) {
+        if self.lifecycle.index().check().is_err() {
+            return; // It is told, and the daemon ends.
+        }
         self.lifecycle.sample_activity();
         self.lifecycle.sample_holds();
         self.lifecycle.trim_consoles();

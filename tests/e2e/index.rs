@@ -1,14 +1,24 @@
-//! An index that is lost, of an earlier time, or spoilt in places.
+//! An index that is lost, of an earlier time, spoilt in places, locked, or on a disk that fails.
 
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Output,
+    process::{Child, Output},
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 use rusqlite::Connection;
+use rustix::io::Errno;
 
-use crate::support::{Host, Setup, is_alive};
+use crate::support::{Host, Setup, command, is_alive, wait_until};
+
+/// How many write at once: more than a daemon has idle threads.
+const WRITERS: usize = 32;
+/// How long the first answer may take on a busy machine. It comes before the daemon gives up
+/// to wait for whoever has the index locked.
+const PATIENCE: Duration = Duration::from_secs(25);
 
 /// The files of the index.
 const FILES: [&str; 3] = ["index.db", "index.db-wal", "index.db-shm"];
@@ -159,4 +169,116 @@ fn a_row_that_makes_no_sense_is_left_out_and_the_others_are_served() {
     host.restart();
     assert_eq!(host.vmm("spoilt"), vmm);
     assert_eq!(host.counts_on("spoilt").boots, 1);
+}
+
+/// Has these calls of the daemon fail, all of them from now on, until the child has ended.
+fn inject(host: &Host, calls: &str, error: &str) -> Child {
+    let pid = host.daemon_pid();
+    let mut strace = command("strace");
+    strace.args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={calls}")]);
+    strace.args(["-e", &format!("inject={calls}:error={error}"), "-p", &pid.to_string()]);
+    let child = strace.spawn().unwrap();
+    let is_traced = |thread: PathBuf| {
+        // One that has ended meanwhile needs no tracing.
+        let status = fs::read_to_string(thread.join("status")).unwrap_or_default();
+        !status.lines().any(|line| line == "TracerPid:\t0")
+    };
+    wait_until("strace has all threads", || {
+        let mut threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        threads.all(|thread| is_traced(thread.unwrap().path()))
+    });
+    child
+}
+
+#[test]
+fn an_index_that_cannot_be_synced_ends_the_daemon_with_a_sentence_and_no_guest() {
+    let mut host = Setup::counter("").start();
+    host.boot("web-1");
+    let (vmm, before) = (host.vmm("web-1"), host.counts_on("web-1"));
+    let said = host.log().len();
+    let mut strace = inject(&host, "fdatasync", "EIO");
+    assert_eq!(host.mkdir("web-2"), Err(Errno::IO));
+    assert_eq!(host.ended().code(), Some(1));
+    strace.wait().unwrap();
+    let log = host.log().split_off(said);
+    let says = "cannot be written any more, so dozed ends: its next start goes on";
+    assert!(log.contains(says) && log.contains("Input/output error"), "{log}");
+    assert!(!log.contains("uncategorized"), "{log}");
+    assert!(log.matches(" ERROR ").count() <= 3, "{log}");
+    assert!(is_alive(vmm));
+    host.restart();
+    assert_eq!(host.vmm("web-1"), vmm);
+    let after = host.counts_on("web-1");
+    assert!(after.boots == 1 && after.count > before.count, "{before:?} {after:?}");
+    host.sleep("web-1");
+    host.wake("web-1");
+}
+
+#[test]
+fn another_process_that_has_the_index_locked_delays_and_breaks_nothing() {
+    let host = Setup::counter("").start();
+    for id in ["sleeps", "goes", "stays"] {
+        host.boot(id);
+    }
+    let other = Connection::open(host.store().join("index.db")).unwrap();
+    other.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    thread::scope(|scope| {
+        let changes = [
+            scope.spawn(|| host.write("sleeps/state", "sleep")),
+            scope.spawn(|| host.rmdir("goes")),
+            scope.spawn(|| host.mkdir("comes")),
+            scope.spawn(|| host.write("stays/idle_after", "99s")),
+        ];
+        // All is seen as it was, and goes on.
+        let before = host.counts_on("stays");
+        assert_eq!(host.state("stays"), "running");
+        assert!(host.counts_on("stays").count > before.count);
+        other.execute_batch("ROLLBACK").unwrap();
+        for change in changes {
+            assert_eq!(change.join().unwrap(), Ok(()));
+        }
+    });
+    assert_eq!(host.state("sleeps"), "snapshotted");
+    assert_eq!(host.state("comes"), "stopped");
+    assert!(!host.list().contains(&"goes".to_owned()));
+    drop(other);
+    host.wake("sleeps");
+    assert_eq!(host.counts_on("sleeps").boots, 1);
+}
+
+#[test]
+fn where_the_host_gives_no_thread_an_operation_is_refused_and_the_daemon_goes_on() {
+    let host = Setup::counter("").start();
+    host.boot("web-1");
+    let others: Vec<_> = (0..WRITERS).map(|number| format!("other-{number}")).collect();
+    for id in &others {
+        host.mkdir(id).unwrap();
+    }
+    let mut strace = inject(&host, "clone,clone3", "EAGAIN");
+    // Each waits in a thread that the daemon has already, until there is none.
+    let other = Connection::open(host.store().join("index.db")).unwrap();
+    other.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    thread::scope(|scope| {
+        let (tell, told) = mpsc::channel();
+        for id in &others {
+            let (tell, host) = (tell.clone(), &host);
+            let file = format!("{id}/idle_after");
+            scope.spawn(move || tell.send(host.write(&file, "99s")).unwrap());
+        }
+        drop(tell);
+        let first = told.recv_timeout(PATIENCE);
+        let state = host.try_read("web-1/state");
+        other.execute_batch("ROLLBACK").unwrap();
+        assert_eq!((first, state), (Ok(Err(Errno::NOMEM)), Ok("running\n".to_owned())));
+        assert!(told.iter().all(|answer| matches!(answer, Ok(()) | Err(Errno::NOMEM))));
+    });
+    rustix::process::kill_process(
+        rustix::process::Pid::from_child(&strace),
+        rustix::process::Signal::INT,
+    )
+    .unwrap();
+    strace.wait().unwrap();
+    host.sleep("web-1");
+    host.wake("web-1");
+    assert_eq!(host.counts_on("web-1").boots, 1);
 }

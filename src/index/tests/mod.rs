@@ -5,8 +5,13 @@ use std::{fs, time::Duration};
 use tempfile::TempDir;
 
 use super::*;
-use crate::{lock::Locks, sandbox::SnapshotFacts};
+use crate::{
+    index::change::FLUSH_MAX,
+    lock::{Held, Locks},
+    sandbox::SnapshotFacts,
+};
 
+mod change;
 mod file;
 mod load;
 mod sweep;

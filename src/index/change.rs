@@ -1,0 +1,449 @@
+//! Changes: executed, brought to the disk, and then shown.
+//!
+//! ```text
+//!   lock the connection ─▶ execute ─▶ unlock ─▶ wait for the disk ─▶ show in RAM
+//!                             │                        │
+//!      locked by another process: unlock, again   too late: take it back
+//! ```
+//!
+//! Nobody waits for the disk, or for another process, with the connection locked. A change
+//! that the disk does not take in time is taken back, so that RAM and SQLite say the same.
+//! Where that is not possible, or a sync failed, the log is broken: see [`Index::check`].
+
+use std::sync::{Arc, atomic::Ordering};
+
+use rusqlite::Connection;
+
+use super::{
+    Commit, Entry, Error, Index, NewSandbox, Record, RowId, SandboxId, State, Step, Timestamp,
+    Users, Waking, row, schema,
+};
+use crate::{
+    lock::Held,
+    sync::{lock, read, write},
+    sys::clock::Deadline,
+};
+
+/// How many activities one transaction writes: some milliseconds of work, during which
+/// a change of state has to wait.
+pub(super) const FLUSH_MAX: usize = 1000;
+
+/// What a change waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    ForDisk,
+    ForNothing,
+}
+
+impl Index {
+    /// Makes a sandbox, `stopped`, with the name whose lock is held.
+    ///
+    /// # Errors
+    /// `Exists`, or what SQLite says.
+    pub fn create(
+        &self,
+        held: &Held,
+        new: NewSandbox,
+        now: Timestamp,
+    ) -> Result<Arc<Entry>, Error> {
+        let id = held.id();
+        if self.by_id(id).is_some() || self.is_name_of_malformed(id) {
+            return Err(Error::Exists { id: id.clone() });
+        }
+        let mut record = Record {
+            row: RowId(0),
+            id: id.clone(),
+            owner: new.owner,
+            state: State::Stopped,
+            since: now,
+            created_at: now,
+            generation: 0,
+            spec: self.specs.intern(new.spec),
+            idle_after: new.idle_after,
+            delete_after: new.delete_after,
+            pinned: false,
+            vmm: None,
+            user: None,
+            slot: None,
+            process: None,
+            snapshot: None,
+            sleeps: 0,
+            wakes: 0,
+            last_sleep: None,
+            last_wake: None,
+            error: None,
+            retry_at: None,
+            waking: Waking::default(),
+        };
+        let (row, commit) = self.execute(&writing(id), |open| row::insert(open, &record, now))?;
+        record.row = row;
+        self.await_disk(commit, |open| row::delete(open, &record))?;
+        let first_count = self.first_count.load(Ordering::SeqCst);
+        let entry = Arc::new(Entry::new(record, now, first_count, &self.dirty));
+        write(&self.table).insert(Arc::clone(&entry));
+        Ok(entry)
+    }
+
+    /// Moves a sandbox to the state that `step` leads to, and sets with `change` what
+    /// goes with it. Every reader sees either all of it or nothing.
+    ///
+    /// # Errors
+    /// `Refused`, `Lost`, or what SQLite says.
+    ///
+    /// # Panics
+    /// Where `held` is another sandbox's lock, or `change` changes what no step changes.
+    pub fn advance(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        step: Step,
+        now: Timestamp,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<Arc<Record>, Error> {
+        let state = entry.record().state.after(step)?;
+        let (record, _synced) = self.update(held, entry, state, Wait::ForDisk, |record| {
+            record.since = now;
+            change(record);
+        })?;
+        Ok(record)
+    }
+
+    /// As [`Index::advance`], and does not wait for the disk. It is on its way there.
+    ///
+    /// # Errors
+    /// As [`Index::advance`].
+    ///
+    /// # Panics
+    /// As [`Index::advance`].
+    pub fn advance_unsynced(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        step: Step,
+        now: Timestamp,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(Arc<Record>, Commit), Error> {
+        let state = entry.record().state.after(step)?;
+        self.update(held, entry, state, Wait::ForNothing, |record| {
+            record.since = now;
+            change(record);
+        })
+    }
+
+    /// Changes what is known of a sandbox, but for its state.
+    ///
+    /// # Errors
+    /// `Lost`, or what SQLite says.
+    ///
+    /// # Panics
+    /// As [`Index::advance`].
+    pub fn amend(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<Arc<Record>, Error> {
+        let (record, _synced) =
+            self.update(held, entry, entry.record().state, Wait::ForDisk, change)?;
+        Ok(record)
+    }
+
+    /// As [`Index::amend`], and does not wait for the disk. It is on its way there.
+    ///
+    /// # Errors
+    /// As [`Index::amend`].
+    ///
+    /// # Panics
+    /// As [`Index::advance`].
+    pub fn amend_unsynced(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(Arc<Record>, Commit), Error> {
+        self.update(held, entry, entry.record().state, Wait::ForNothing, change)
+    }
+
+    /// Waits until `commit`, and so whatever was changed before it, is on the disk.
+    ///
+    /// # Errors
+    /// `Stalled`: it is not there yet. `Unsynced`: what is there is not known, and nothing can
+    /// be changed any more.
+    pub fn sync(&self, commit: Commit) -> Result<(), Error> {
+        self.log.wait_for(commit)
+    }
+
+    /// Gives a sandbox one of `users` that no other has, or returns `None` where all are
+    /// given. One that it has already it keeps.
+    ///
+    /// # Errors
+    /// As [`Index::amend`].
+    ///
+    /// # Panics
+    /// As [`Index::advance`].
+    pub fn give_user(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        users: Users,
+    ) -> Result<Option<u32>, Error> {
+        let record = entry.record();
+        if let Some(user) = record.user.filter(|user| users.contains(*user)) {
+            return Ok(Some(user));
+        }
+        // Nobody else is given it meanwhile.
+        let free = {
+            let mut table = write(&self.table);
+            let free = users.free(entry.row().0, |user| table.has_user(user));
+            free.inspect(|user| table.reserve_user(*user))
+        };
+        let Some(user) = free else {
+            return Ok(None);
+        };
+        // It is on the disk before any file belongs to it.
+        let give = |record: &mut Record| record.user = Some(user);
+        self.update(held, entry, record.state, Wait::ForDisk, give)
+            .map(|_synced| Some(user))
+            .inspect_err(|_| write(&self.table).release_user(user))
+    }
+
+    /// Gives a sandbox the lowest number below `count` that no other has as its slot, or
+    /// returns `None` where all are given. One that it has already it keeps.
+    ///
+    /// # Errors
+    /// As [`Index::amend`].
+    ///
+    /// # Panics
+    /// As [`Index::advance`].
+    pub fn give_slot(&self, held: &Held, entry: &Entry, count: u32) -> Result<Option<u32>, Error> {
+        let record = entry.record();
+        if let Some(slot) = record.slot.filter(|slot| *slot < count) {
+            return Ok(Some(slot));
+        }
+        // Nobody else is given it meanwhile.
+        let free = {
+            let mut table = write(&self.table);
+            let free = Some(table.free_slot()).filter(|slot| *slot < count);
+            free.inspect(|slot| table.reserve_slot(*slot, entry.row()))
+        };
+        let Some(slot) = free else {
+            return Ok(None);
+        };
+        let give = |record: &mut Record| record.slot = Some(slot);
+        self.update(held, entry, record.state, Wait::ForDisk, give)
+            .map(|_synced| Some(slot))
+            .inspect_err(|_| write(&self.table).release_slot(slot))
+    }
+
+    /// Removes a sandbox. Its number is never used again.
+    ///
+    /// # Errors
+    /// `Lost`, or what SQLite says.
+    ///
+    /// # Panics
+    /// Where `held` is another sandbox's lock.
+    pub fn remove(&self, held: &Held, entry: &Entry) -> Result<(), Error> {
+        assert_eq!(held.id(), entry.id(), "the lock is that of the sandbox");
+        let record = entry.record();
+        let doing = || format!("removing {} from the index", record.id);
+        let (gone, commit) = self.execute(&doing, |open| row::delete(open, &record))?;
+        if !gone {
+            return Err(Error::lost(&record));
+        }
+        self.await_disk(commit, |open| row::put_back(open, &record, entry.last_activity()))?;
+        // Whoever has the count of this one and writes it to the next of its name is refused.
+        self.first_count.fetch_max(entry.activity_count() + 1, Ordering::SeqCst);
+        write(&self.table).remove(entry);
+        Ok(())
+    }
+
+    /// Writes activities that have not been written, up to a thousand, and returns how many
+    /// it was. The deadlines to sleep that follow from them are written with them, so a
+    /// sweep that must not see stale ones flushes first, until nought is returned. It waits
+    /// for nobody: a power cut may take it back, and while another process has the file
+    /// locked it does nothing.
+    ///
+    /// # Errors
+    /// What SQLite says; the activities then wait for the next time.
+    pub fn flush_activity(&self) -> Result<usize, Error> {
+        let mut connection = lock(&self.connection);
+        self.log.check()?;
+        self.flush_into(connection.as_mut().ok_or(Error::Closed)?)
+    }
+
+    /// Stores a text for `key`, durably. Keys that begin with `index.` are the index's own.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn set_meta(&self, key: &str, value: &str) -> Result<(), Error> {
+        self.put_meta(key, Some(value), Wait::ForDisk)
+    }
+
+    /// Removes a key, if it is there.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn remove_meta(&self, key: &str) -> Result<(), Error> {
+        self.put_meta(key, None, Wait::ForDisk)
+    }
+
+    /// As [`Index::remove_meta`], but a power cut may take it back.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn remove_meta_unsynced(&self, key: &str) -> Result<(), Error> {
+        self.put_meta(key, None, Wait::ForNothing)
+    }
+
+    /// Writes what is left to write, and notes that all is well, so that the next opening
+    /// need not look. What is asked of the index from now on is refused, but for reads
+    /// of entries.
+    ///
+    /// # Errors
+    /// What SQLite says; the index is closed all the same.
+    pub fn close(&self) -> Result<(), Error> {
+        let mut connection = lock(&self.connection).take().ok_or(Error::Closed)?;
+        // What is in the page cache then need not be what is on the disk: the next opening
+        // sees to that.
+        self.log.check()?;
+        while self.flush_into(&mut connection)? > 0 {}
+        schema::mark_closed(&connection)
+            .and_then(|()| connection.close().map_err(|(_, error)| error))
+            .map_err(Error::sql(&self.path, || "closing the index".to_owned()))
+    }
+
+    fn put_meta(&self, key: &str, value: Option<&str>, wait: Wait) -> Result<(), Error> {
+        let put = |open: &Connection, value: Option<&str>| match value {
+            Some(value) => schema::set_meta(open, key, value),
+            None => schema::remove_meta(open, key),
+        };
+        let doing = || format!("writing `{key}` to the index");
+        let (before, commit) = self.execute(&doing, |open| {
+            let before = schema::meta(open, key)?;
+            put(open, value).map(|()| before)
+        })?;
+        match wait {
+            Wait::ForDisk => {
+                self.await_disk(commit, |open| put(open, before.as_deref()).map(|()| true))
+            }
+            Wait::ForNothing => {
+                self.log.want(commit);
+                Ok(())
+            }
+        }
+    }
+
+    fn update(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        state: State,
+        wait: Wait,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(Arc<Record>, Commit), Error> {
+        assert_eq!(held.id(), entry.id(), "the lock is that of the sandbox");
+        let old = entry.record();
+        let mut new = Record { state, ..Record::clone(&old) };
+        change(&mut new);
+        let fixed = |record: &Record| (record.row, record.id.clone(), record.created_at);
+        assert_eq!(fixed(&new), fixed(&old), "a change keeps what is fixed");
+        assert_eq!(new.state, state, "the state is changed by steps only");
+        new.spec = self.specs.intern(new.spec);
+        let _change = entry.begin_change();
+        let (found, commit) = self.execute(&writing(&old.id), |open| {
+            row::update(open, &old, &new, entry.last_activity())
+        })?;
+        if !found {
+            return Err(Error::lost(&old));
+        }
+        match wait {
+            Wait::ForDisk => self
+                .await_disk(commit, |open| row::update(open, &new, &old, entry.last_activity()))?,
+            Wait::ForNothing => self.log.want(commit),
+        }
+        let new = Arc::new(new);
+        entry.publish(Arc::clone(&new));
+        write(&self.table).changed(&old, &new);
+        Ok((new, commit))
+    }
+
+    /// Does `work` with the connection, and gives it the number of a commit. Where another
+    /// process has the file locked it is tried again for a while; meanwhile others try.
+    fn execute<T>(
+        &self,
+        doing: &dyn Fn() -> String,
+        work: impl Fn(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<(T, Commit), Error> {
+        let deadline = Deadline::after(self.locked_limit);
+        loop {
+            let connection = lock(&self.connection);
+            self.log.check()?;
+            match work(connection.as_ref().ok_or(Error::Closed)?) {
+                Ok(done) => {
+                    let commit = self.log.wrote();
+                    self.checkpoints.wrote(1);
+                    return Ok((done, commit));
+                }
+                Err(error) if schema::is_locked(&error) && !deadline.passed() => {}
+                Err(error) => return Err(Error::sql(&self.path, doing)(error)),
+            }
+        }
+    }
+
+    /// Waits until a change is on the disk. One that the disk does not take in time is taken
+    /// back, by `take_back`, which says whether it could.
+    fn await_disk(
+        &self,
+        commit: Commit,
+        take_back: impl Fn(&Connection) -> rusqlite::Result<bool>,
+    ) -> Result<(), Error> {
+        let error = match self.log.wait_for(commit) {
+            Err(error @ Error::Stalled { .. }) => error,
+            done => return done,
+        };
+        let doing = || "taking back a change of the index".to_owned();
+        match self.execute(&doing, take_back) {
+            Ok((true, commit)) => self.log.want(commit),
+            Ok((false, _)) | Err(_) => self.log.give_up(),
+        }
+        Err(error)
+    }
+
+    fn flush_into(&self, connection: &mut Connection) -> Result<usize, Error> {
+        let rows = self.dirty.take(FLUSH_MAX);
+        if rows.is_empty() {
+            return Ok(0);
+        }
+        // One that has been removed meanwhile has nothing to write.
+        let entries = rows.iter().filter_map(|row| read(&self.table).by_row(*row));
+        let (later, entries): (Vec<_>, Vec<_>) = entries.partition(|entry| entry.is_changing());
+        for entry in later {
+            entry.activity_to_write();
+            entry.mark_dirty();
+        }
+        let written = connection.transaction().and_then(|transaction| {
+            for entry in &entries {
+                let last_activity = entry.activity_to_write();
+                row::update_activity(&transaction, &entry.record(), last_activity)?;
+            }
+            transaction.commit()
+        });
+        if let Err(error) = written {
+            for entry in &entries {
+                entry.mark_dirty();
+            }
+            if schema::is_locked(&error) {
+                return Ok(0);
+            }
+            let doing = || "writing activities to the index".to_owned();
+            return Err(Error::sql(&self.path, doing)(error));
+        }
+        let _unsynced = self.log.wrote();
+        self.checkpoints.wrote(entries.len());
+        Ok(entries.len())
+    }
+}
+
+fn writing(id: &SandboxId) -> impl Fn() -> String {
+    move || format!("writing {id} to the index")
+}
