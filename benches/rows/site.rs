@@ -16,7 +16,7 @@ use std::{
 use dozed::sys::{
     clock::{Deadline, pause_for},
     mount,
-    process::{Launch, Process},
+    process::{Launch, Process, Search},
 };
 use tempfile::{Builder, TempDir};
 
@@ -105,13 +105,10 @@ pub(crate) fn complain(what: &str) {
 
 /// Ends what runs in `dir`, and takes away what is mounted there.
 pub(crate) fn clear_place(dir: &Path) -> Result<()> {
-    let text = dir.to_str().ok_or("the path is not in UTF-8")?;
     let deadline = Deadline::after(EXIT_LIMIT);
     // A daemon that is killed may just have started one more.
     loop {
-        let mut found: Vec<_> =
-            Process::find(text)?.into_iter().filter(|process| is_ours(process)).collect();
-        found.extend(cloud_guests(dir)?);
+        let found = processes_of(dir)?;
         for process in &found {
             process.kill();
         }
@@ -142,37 +139,21 @@ pub(crate) fn unpin(runtime: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Says whether this is a program that a run starts, and not somebody who looks at it.
-fn is_ours(process: &Process) -> bool {
-    let name = program_name(process.identity().pid).unwrap_or_default();
-    ["dozed", "rows-", "qemu-system", CLOUD].iter().any(|ours| name.starts_with(ours))
-}
-
-fn program_name(pid: u32) -> Option<String> {
-    let program = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
-    Some(program.file_name()?.to_str()?.to_owned())
-}
-
-/// Returns the Cloud Hypervisors that have their log below `dir`.
-fn cloud_guests(dir: &Path) -> Result<Vec<Arc<Process>>> {
-    let mut guests = Vec::new();
-    for entry in fs::read_dir("/proc")? {
-        let name = entry?.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-        let has_log = |pid: u32| {
-            program_name(pid).is_some_and(|name| name.starts_with(CLOUD))
-                && fs::read_link(format!("/proc/{pid}/fd/2")).is_ok_and(|log| log.starts_with(dir))
-        };
-        if !has_log(pid) {
-            continue;
-        }
+/// Returns what runs of the programs that a run starts and has `dir` in its arguments, or, of
+/// Cloud Hypervisor, its log in it.
+fn processes_of(dir: &Path) -> Result<Vec<Arc<Process>>> {
+    let programs = ["dozed", "rows-", "qemu-system", CLOUD].map(str::to_owned);
+    let search = Search { programs: &programs, is_user: &|_| true, prefix: "" };
+    let dir_bytes = dir.as_os_str().as_encoded_bytes();
+    let is_of_dir = |process: &Process| {
+        let pid = process.identity().pid;
         // It may end at any moment, and then it is not found any more.
-        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let token = line.split('\0').next().unwrap_or_default();
-        let found = Process::find(token)?;
-        guests.extend(found.into_iter().filter(|process| has_log(process.identity().pid)));
-    }
-    Ok(guests)
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.windows(dir_bytes.len()).any(|part| part == dir_bytes)
+            || fs::read_link(format!("/proc/{pid}/fd/2")).is_ok_and(|log| log.starts_with(dir))
+    };
+    let found = Process::find(&search)?.into_iter().map(|(process, _)| process);
+    Ok(found.filter(|process| is_of_dir(process)).collect())
 }
 
 /// Waits until `look` finds something.

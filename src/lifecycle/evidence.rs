@@ -18,11 +18,19 @@ use std::{
 use super::{Entry, Error, Lifecycle, wake::snapshot_failed};
 use crate::{
     sandbox::{ProcessIdentity, Record, RowId, State},
-    snapshot::Survey,
+    snapshot::{Home, Survey},
     sync::Arc,
-    sys::process::Process,
+    sys::{
+        files::ids_below,
+        host::own_ids,
+        process::{Process, Search},
+    },
 };
 
+/// What the names of VMMs' programs have in them, also where none is installed any more.
+const PROGRAM_NAMES: [&str; 2] = ["qemu-system", "cloud-hypervisor"];
+/// How deep the files of a sandbox are in its directory: those of a snapshot are in their own.
+const HOME_DEPTH: usize = 2;
 /// How many contradictions an error names.
 const NAMED_MAX: usize = 5;
 
@@ -122,20 +130,46 @@ impl Lifecycle {
         behind(self.index.path(), found)
     }
 
-    /// Returns the processes that have the token of this store.
+    /// Returns the VMMs that have the token of this store and files of it open.
     pub(super) fn tokened(&self) -> Vec<Tokened> {
         let prefix = self.token_prefix();
-        let found = Process::find(&prefix).unwrap_or_else(|error| {
+        let found = self.named(&prefix).unwrap_or_else(|error| {
             tracing::warn!(%error, "looking for VMMs");
             Vec::new()
         });
-        let with_row = |process: Arc<Process>| {
+        let with_row = |(process, name): (Arc<Process>, String)| {
+            let rest = name.strip_prefix(&prefix)?;
+            let row = rest.strip_suffix(':').and_then(row_of);
             // One that has ended meanwhile is no VMM any more.
-            let rest = process.argument_after(&prefix).ok()??;
-            let row = rest.split_once(':').and_then(|(row, _)| row_of(row));
-            Some(Tokened { process, row })
+            self.uses_files_of(row?, &process).ok()?.then_some(Tokened { process, row })
         };
         found.into_iter().filter_map(with_row).collect()
+    }
+
+    /// Returns the processes that run a VMM, as we would start it, by a name that begins so.
+    pub(super) fn named(&self, prefix: &str) -> io::Result<Vec<(Arc<Process>, String)>> {
+        let mut programs = PROGRAM_NAMES.map(str::to_owned).to_vec();
+        for vmm in &self.vmms {
+            // By its own name and by that of what a link leads to.
+            let paths = [vmm.program().canonicalize().ok(), Some(vmm.program().to_owned())];
+            let names = paths.iter().flatten().filter_map(|path| path.file_name());
+            programs.extend(names.map(|name| name.to_string_lossy().into_owned()));
+        }
+        let ours = own_ids().0;
+        let is_user =
+            |uid| uid == ours || self.settings.users.is_some_and(|users| users.contains(uid));
+        Process::find(&Search { programs: &programs, is_user: &is_user, prefix })
+    }
+
+    /// Says whether a process has files of a sandbox open. The VMM of a sandbox always has; one
+    /// of the same name has not where this store is a copy of another, or the other of this.
+    pub(super) fn uses_files_of(&self, row: RowId, process: &Process) -> io::Result<bool> {
+        let dir = Home::new(&self.settings.store, row).dir().to_owned();
+        match ids_below(&dir, HOME_DEPTH) {
+            Ok(files) => process.has_open(&files),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Says whether a VMM is of no use to a sandbox whose lock is held: a crash left it before

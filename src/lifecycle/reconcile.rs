@@ -39,7 +39,7 @@
 //! And the memory file proves nothing then: what the guest wrote to it may never have left
 //! the page cache, so it may be as it was though the guest ran.
 
-use std::thread;
+use std::{io, thread};
 
 use super::{
     Entry, Error, Lifecycle, Outcome, Signal, chain,
@@ -53,7 +53,7 @@ use super::{
 };
 use crate::{
     lifecycle::Held,
-    sandbox::{Cause, RowId, SnapshotFacts, State, Step},
+    sandbox::{Cause, Record, RowId, SnapshotFacts, State, Step},
     snapshot::{self, Memory},
     sync::{Arc, Mutex, lock},
     sys::{cancel::Cancel, clock::boot_id, files::sync_dir, process::Process},
@@ -423,13 +423,40 @@ impl Lifecycle {
         }
         let token = self.token(record.row);
         if let Some(identity) = &record.process {
-            return Process::adopt(identity, &token).map_err(failed);
+            let adopted = Process::adopt(identity, &token).map_err(failed)?;
+            return self.first_of_ours(&record, adopted).map_err(failed);
         }
         match record.state {
             State::Booting | State::Restoring | State::Deleting => {
-                Process::find(&token).map(|found| found.into_iter().next()).map_err(failed)
+                let found = self.named(&token).map_err(failed)?;
+                let found = found.into_iter().map(|(process, _)| process);
+                self.first_of_ours(&record, found).map_err(failed)
             }
             State::Stopped | State::Running | State::Snapshotting | State::Snapshotted => Ok(None),
         }
+    }
+
+    /// Returns the first that uses the files of this sandbox. The record and the token may be
+    /// in a copy of the store too, whose VMMs are not ours.
+    fn first_of_ours(
+        &self,
+        record: &Record,
+        found: impl IntoIterator<Item = Arc<Process>>,
+    ) -> io::Result<Option<Arc<Process>>> {
+        for process in found {
+            match self.uses_files_of(record.row, &process) {
+                Ok(true) => return Ok(Some(process)),
+                Ok(false) => {
+                    let pid = process.identity().pid;
+                    tracing::warn!(
+                        id = %record.id, pid,
+                        "a VMM of this name uses none of the files of this store and is left alone"
+                    );
+                }
+                Err(_) if process.exited().is_some() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
     }
 }

@@ -24,6 +24,7 @@ use crate::{
     sync::{Arc, Mutex, lock},
     sys::{
         clock::{Clock, Deadline, ManualClock, pause_for},
+        command::output,
         pool::Pool,
         process::reserve_places,
     },
@@ -178,6 +179,22 @@ impl Host {
             &self.clock,
             self.budget_bytes,
         );
+    }
+
+    /// Another daemon starts on a copy of the store, as it is now. The first one's VMMs stay.
+    pub(crate) fn start_on_a_copy(&mut self) {
+        for (row, _) in self.daemon.machines.all() {
+            self.daemon.machines.strike(row);
+        }
+        let dir = self.dir.path().join("copy");
+        std::fs::create_dir(&dir).unwrap();
+        let (from, to) = (self.dir.path().join("store"), dir.join("store"));
+        let args = ["-a", from.to_str().unwrap(), to.to_str().unwrap()];
+        let copied = output(Path::new("/bin/cp"), &args, PATIENCE).unwrap();
+        assert!(copied.status.success());
+        let index = index_name(self.cuts);
+        let budget_bytes = self.budget_bytes;
+        self.daemon = start_on(&dir, &index, &self.vmm, &self.network, &self.clock, budget_bytes);
     }
 
     /// Does what crashes at `arrow`, if it gets there. Says whether it did.

@@ -32,6 +32,8 @@ use crate::{
 
 /// How long a call hangs whose plan says so, unless it is called off: longer than a test waits
 /// for anything meanwhile, however busy the machine is.
+/// What the fake's processes run.
+const PROGRAM: &str = "/bin/sh";
 const HANG_MAX: Duration = Duration::from_secs(120);
 
 /// A call of a VMM.
@@ -316,12 +318,13 @@ impl FakeVmm {
         // A shell that waits for a line, with the token as its name. It ends by itself when
         // the host of the test is gone, and with it the other end.
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-        let args = ["-c", "read line", &plan.token].map(OsString::from);
-        let log = log.map_err(failed)?;
-        let stdin = Some(theirs.into());
-        let process =
-            Process::spawn(Launch { stdin, ..Launch::new(Path::new("/bin/sh"), &args, log) })
-                .map_err(failed)?;
+        let args = ["-c", "read line"].map(OsString::from);
+        let launch = Launch {
+            name: Some(plan.token.as_ref()),
+            stdin: Some(theirs.into()),
+            ..Launch::new(Path::new(PROGRAM), &args, log.map_err(failed)?)
+        };
+        let process = Process::spawn(launch).map_err(failed)?;
         plan.cancel.ends_with(&process);
         let copies = self.0.copies_memory(plan.memory_mode);
         let memory = if copies {
@@ -374,6 +377,10 @@ impl Vmm for FakeVmm {
             machine: "none".to_owned(),
             cpu: "none".to_owned(),
         }))
+    }
+
+    fn program(&self) -> &Path {
+        Path::new(PROGRAM)
     }
 
     fn name(&self) -> &'static str {

@@ -57,6 +57,9 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// As for [`Vmm::identity`].
     fn identity_of(&self, process: &Process) -> Result<Arc<VmmIdentity>, Error>;
 
+    /// Returns the file of its program.
+    fn program(&self) -> &Path;
+
     /// Says whether its machines can have a vsock.
     fn has_vsock(&self) -> bool;
 
@@ -209,8 +212,9 @@ pub struct VmmIdentity {
 pub struct Plan {
     /// The sandbox, for messages.
     pub id: SandboxId,
-    /// A word in the command line of the process that no other process has, by which
-    /// a later daemon finds it. It has no comma and no blank.
+    /// The name that the process is given, which no other process has, and by which a later
+    /// daemon finds it: as its first argument or after `-name guest=`. It has no comma and no
+    /// blank.
     pub token: String,
     /// The user id that the VMM is to run as, by a driver that does so, if it is not ours.
     pub user: Option<u32>,

@@ -1,11 +1,11 @@
 //! Daemons that end, in order and otherwise, and what the next one finds.
 
-use std::{thread, time::Duration};
+use std::{process::Stdio, thread, time::Duration};
 
 use dozed::sys::clock::pause_for;
 use rustix::{io::Errno, process::Signal};
 
-use crate::support::{Host, Setup, is_alive, wait_until};
+use crate::support::{Host, Setup, command, is_alive, wait_until};
 
 #[test]
 fn guests_outlive_the_daemon_and_the_next_one_takes_them_over() {
@@ -187,4 +187,46 @@ fn a_daemon_whose_tree_is_taken_away_says_so_and_ends() {
     assert!(is_alive(vmm));
     host.restart();
     assert_eq!(host.counts_on("web-1").boots, 1);
+}
+
+#[test]
+fn a_vmm_that_is_stopped_when_the_daemon_dies_lives_on() {
+    let mut host = Setup::counter("").start();
+    host.boot("web-1");
+    let vmm = host.vmm("web-1");
+    let before = host.counts_on("web-1");
+    host.signal_vmm(vmm, Signal::STOP);
+    host.kill_daemon();
+    // A stopped job whose shell dies gets SIGHUP, and this is none.
+    host.signal_vmm(vmm, Signal::CONT);
+    host.restart();
+    assert_eq!((host.vmm("web-1"), host.state("web-1").as_str()), (vmm, "running"));
+    assert!(host.counts_on("web-1").count > before.count);
+}
+
+#[test]
+fn processes_that_only_mention_the_name_of_a_vmm_are_left_alone() {
+    let mut host = Setup::counter("").start();
+    host.boot("web-1");
+    let cmdline = std::fs::read(format!("/proc/{}/cmdline", host.vmm("web-1"))).unwrap();
+    let cmdline = String::from_utf8(cmdline).unwrap();
+    let name = cmdline.split('\0').find_map(|argument| argument.strip_prefix("guest=")).unwrap();
+    assert!(name.starts_with("dozed:"), "{name}");
+    host.sleep("web-1");
+    let named = format!("guest={name}");
+    let strangers: Vec<_> = [["-c", "read line", name, ""], ["-c", "read line", "-name", &named]]
+        .iter()
+        .map(|args| {
+            let mut shell = command("/bin/sh");
+            shell.args(args).stdin(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    host.kill_daemon();
+    host.restart();
+    for mut stranger in strangers {
+        assert!(stranger.try_wait().unwrap().is_none(), "a stranger was killed");
+        drop(stranger.stdin.take());
+        stranger.wait().unwrap();
+    }
+    host.wake("web-1");
 }

@@ -13,7 +13,7 @@ use dozed::{
     sandbox::{MemoryMode, RestoreMode},
     sys::{
         cancel::Cancel,
-        process::{Exit, Process},
+        process::{Exit, Process, Search},
     },
     vmm::{Machine, Plan},
 };
@@ -84,7 +84,9 @@ impl Host {
     }
 
     pub(crate) fn processes(&self) -> Vec<Arc<Process>> {
-        Process::find(&self.plan.token).unwrap()
+        let any = [String::new()];
+        let search = Search { programs: &any, is_user: &|_| true, prefix: &self.plan.token };
+        Process::find(&search).unwrap().into_iter().map(|(process, _)| process).collect()
     }
 
     /// The lines `count N sum S`, as pairs. An unfinished line at the end is left out.

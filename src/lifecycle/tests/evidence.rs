@@ -204,3 +204,32 @@ fn a_vmm_is_a_leftover_only_where_the_files_prove_it() {
     std::fs::remove_dir_all(home.snapshot_dir(generation)).unwrap();
     assert!(!host.daemon.is_leftover(&entry));
 }
+
+#[test]
+fn the_vmms_of_the_store_that_this_is_a_copy_of_are_not_ours() {
+    let mut host = Host::new();
+    for id in ["a", "b"] {
+        host.create(id);
+        host.wake(id).unwrap();
+    }
+    let theirs = host.daemon.tokened();
+    assert_eq!(theirs.len(), 2);
+    // The same index and names, and other files.
+    host.start_on_a_copy();
+    assert_eq!(vmms(&host), [0; 0]);
+    host.daemon.check_index().unwrap();
+    let found = host.daemon.reconcile();
+    assert_eq!((found.adopted, found.orphans), (0, 0));
+    for (vmm, id) in theirs.iter().zip(["a", "b"]) {
+        assert_eq!(host.state(id), State::Stopped);
+        assert!(host.error(id).contains("the VMM died"), "{id}");
+        assert!(vmm.process.exited().is_none());
+    }
+    host.wake("a").unwrap();
+    host.destroy("a").unwrap();
+    for vmm in theirs {
+        assert!(vmm.process.exited().is_none(), "deleting the copy ended the original's guest");
+        vmm.process.kill();
+        vmm.process.wait(PATIENCE).unwrap();
+    }
+}

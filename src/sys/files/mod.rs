@@ -11,6 +11,7 @@ use super::cancel::CalledOff;
 mod cached;
 mod durable;
 mod flock;
+mod identity;
 mod opening;
 mod owner;
 mod rewrite;
@@ -23,6 +24,7 @@ pub use durable::{
     sync_file, write_durably,
 };
 pub use flock::{LockFile, Use, is_image_locked, lock_file, lock_holder};
+pub use identity::{FileId, ids_below};
 pub use opening::{handle_path, open_as};
 pub use owner::{
     Wish, check_plain, give_dir, give_file, let_pass, let_read, may, open_path, take_back,

@@ -13,7 +13,7 @@ use std::{
 };
 
 use rustix::{
-    process::{Gid, Resource, Rlimit, Uid, setrlimit},
+    process::{Gid, Resource, Rlimit, Uid, setrlimit, setsid},
     thread::{
         CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs, set_thread_groups,
         set_thread_res_gid, set_thread_res_uid,
@@ -103,8 +103,9 @@ impl<'a> Launch<'a> {
 }
 
 impl Process {
-    /// Starts a process: in a process group of its own, so that a Ctrl-C for us is not
-    /// for it, with `/` as its directory, and with no environment and no file of ours but
+    /// Starts a process: in a session of its own, so that a Ctrl-C for us is not for it, and
+    /// that the kernel does not end it (SIGHUP) where it is stopped when we end; with `/` as
+    /// its directory, and with no environment and no file of ours but
     /// those of `launch`. One without privileges leaves no core file, which would have
     /// all of its memory in it.
     ///
@@ -118,7 +119,6 @@ impl Process {
             .env_clear()
             .envs(launch.environment.iter().copied())
             .current_dir("/")
-            .process_group(0)
             .stdin(launch.stdin.map_or_else(Stdio::null, Stdio::from))
             .stdout(launch.stdout.map_or_else(|| launch.log.try_clone(), Ok)?)
             .stderr(launch.log);
@@ -126,6 +126,7 @@ impl Process {
             command.arg0(name);
         }
         // The steps of the child, in their order.
+        before_exec(&mut command, || Ok(setsid().map(drop)?));
         close_on_exec(&mut command);
         // Whatever comes of it, our copies are closed when this is over.
         let (inherited, lent, placed) = (launch.inherited, launch.lent, launch.placed);

@@ -15,6 +15,7 @@ mod proc_files;
 mod watch;
 
 use std::{
+    collections::HashSet,
     fmt, fs, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
@@ -29,7 +30,10 @@ use rustix::{
 use crate::{
     sandbox::ProcessIdentity,
     sync::{Arc, Mutex, lock},
-    sys::clock::{self, Deadline},
+    sys::{
+        clock::{self, Deadline},
+        files::FileId,
+    },
 };
 
 pub use device::OwnDevices;
@@ -70,8 +74,8 @@ impl Process {
     }
 
     /// Takes over the process that an earlier daemon knew as `identity`. Returns `None`
-    /// if it is gone, also if its number is another's now. `token` is in its command
-    /// line, which is looked at where the kernel has no pidfs to tell them apart.
+    /// if it is gone, also if its number is another's now. `token` is its name, which is looked
+    /// at where the kernel has no pidfs to tell them apart.
     ///
     /// # Errors
     /// Where the kernel does not let us look.
@@ -84,7 +88,7 @@ impl Process {
                 (Some(known), Some(inode)) => known == inode,
                 (None, _) | (_, None) => {
                     seen.start_ticks == identity.start_ticks
-                        && proc_files::has_argument(seen.pid, token)?
+                        && proc_files::names(seen.pid)?.iter().any(|name| name == token)
                 }
             };
         // Only of a process that is still there can it be said that its files in /proc,
@@ -92,29 +96,48 @@ impl Process {
         Ok((same && !has_ended(pidfd.as_fd())?).then(|| Self::hold(seen, pidfd, false)))
     }
 
-    /// Finds all processes but our own of which an argument contains `token`.
+    /// Finds all processes but our own that are what `search` says, with their names.
     ///
     /// # Errors
     /// Where `/proc` cannot be read.
-    pub fn find(token: &str) -> io::Result<Vec<Arc<Self>>> {
+    pub fn find(search: &Search<'_>) -> io::Result<Vec<(Arc<Self>, String)>> {
         let mut found = Vec::new();
         for entry in fs::read_dir("/proc")? {
             let name = entry?.file_name();
             let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
-            if pid == std::process::id() || !proc_files::has_argument(pid, token)? {
+            if pid == std::process::id() || !search.is_candidate(pid) {
                 continue;
             }
             let Some((identity, pidfd)) = open(pid)? else {
                 continue;
             };
-            // Between the look and the opening the number may have changed hands.
-            if proc_files::has_argument(pid, token)? && !has_ended(pidfd.as_fd())? {
-                found.push(Self::hold(identity, pidfd, false));
+            let names = match proc_files::names(pid) {
+                Ok(names) => names,
+                Err(error) => {
+                    tracing::warn!(pid, %error, "a process does not let its name be read");
+                    continue;
+                }
+            };
+            let name = names.into_iter().find(|name| name.starts_with(search.prefix));
+            // What was seen before the opening may have been another's of the same number.
+            if let Some(name) = name
+                && search.is_candidate(pid)
+                && !has_ended(pidfd.as_fd())?
+            {
+                found.push((Self::hold(identity, pidfd, false), name));
             }
         }
         Ok(found)
+    }
+
+    /// Says whether it has one of these files open.
+    ///
+    /// # Errors
+    /// As [`Process::io`].
+    pub fn has_open(&self, files: &HashSet<FileId>) -> io::Result<bool> {
+        self.unless_ended(proc_files::has_open(self.identity.pid, files))
     }
 
     /// Returns what tells it from every other process.
@@ -193,14 +216,6 @@ impl Process {
         self.unless_ended(proc_files::frames(self.identity.pid, device))
     }
 
-    /// Returns what follows `prefix` in the first of its arguments that contains it.
-    ///
-    /// # Errors
-    /// As [`Process::io`].
-    pub fn argument_after(&self, prefix: &str) -> io::Result<Option<String>> {
-        self.unless_ended(proc_files::argument_after(self.identity.pid, prefix))
-    }
-
     /// Returns the user that it acts as.
     ///
     /// # Errors
@@ -224,6 +239,36 @@ impl Process {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
         }
         seen
+    }
+}
+
+/// Which processes are looked for.
+///
+/// A process of somebody else may make the kernel wait when its memory is looked at, which has
+/// its arguments. So whose it is and which program it runs is looked at first, and that is in
+/// the kernel's own memory.
+#[derive(Clone, Copy)]
+pub struct Search<'a> {
+    /// The name of the program's file contains one of these.
+    pub programs: &'a [String],
+    /// Says whether it may run as this user.
+    pub is_user: &'a dyn Fn(u32) -> bool,
+    /// What the name that it was given begins with, see [`Process::find`].
+    pub prefix: &'a str,
+}
+
+impl Search<'_> {
+    fn is_candidate(&self, pid: u32) -> bool {
+        // A process that is gone meanwhile, or that we may not look at, is none.
+        let program = proc_files::program(pid);
+        let is_one = |name: &String| self.programs.iter().any(|part| name.contains(part.as_str()));
+        program.is_ok_and(|name| is_one(&name)) && proc_files::user(pid).is_ok_and(self.is_user)
+    }
+}
+
+impl fmt::Debug for Search<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Search").field("prefix", &self.prefix).finish_non_exhaustive()
     }
 }
 

@@ -3,12 +3,20 @@
 
 use std::{
     collections::HashSet,
-    fs, io,
+    fs::{self, File},
+    io::{self, Read as _},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use crate::sys::{bounded, files::FileId};
+
+/// How long the arguments of a process may take to be read. The kernel answers at once unless
+/// the process has its memory locked, or served by somebody who does not answer.
+const CMDLINE_LIMIT: Duration = Duration::from_secs(1);
+/// Names are at the beginning of the arguments.
+const CMDLINE_MAX_BYTES: u64 = 64 * 1024;
 /// What the links in `/proc/PID/fd` to files of `memfd_create` begin with.
 const MEMFD: &[u8] = b"/memfd:";
 
@@ -137,29 +145,48 @@ fn parse_user(text: &str) -> Option<u32> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// Says whether an argument of the process, its name included, contains `token`.
-pub(super) fn has_argument(pid: u32, token: &str) -> io::Result<bool> {
-    match fs::read(format!("/proc/{pid}/cmdline")) {
-        Ok(cmdline) => Ok(cmdline
-            .split(|byte| *byte == 0)
-            .any(|argument| contains(argument, token.as_bytes()))),
-        Err(error) if is_gone(&error) => Ok(false),
+/// Returns the name of the file of the program that the process runs. It is read from the
+/// kernel's memory and not from the process's.
+pub(super) fn program(pid: u32) -> io::Result<String> {
+    let path = fs::read_link(format!("/proc/{pid}/exe"))?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    Ok(name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned())
+}
+
+/// Returns the names that a process was given: its first argument, and what follows `-name`
+/// or `-name guest=`.
+pub(super) fn names(pid: u32) -> io::Result<Vec<String>> {
+    // These are in the memory of the process, which may have the kernel wait.
+    let read = bounded::within(CMDLINE_LIMIT, move || {
+        let mut cmdline = Vec::new();
+        let file = File::open(format!("/proc/{pid}/cmdline"))?;
+        file.take(CMDLINE_MAX_BYTES).read_to_end(&mut cmdline)?;
+        Ok(cmdline)
+    })?;
+    match read {
+        Ok(cmdline) => Ok(names_in(&cmdline)),
+        Err(error) if is_gone(&error) => Ok(Vec::new()),
         Err(error) => Err(error),
     }
 }
 
-/// Returns what follows `prefix` in the first argument of the process that contains it.
-pub(super) fn argument_after(pid: u32, prefix: &str) -> io::Result<Option<String>> {
-    let cmdline = fs::read(format!("/proc/{pid}/cmdline"))?;
-    let after = |argument: &[u8]| {
-        let at = argument.windows(prefix.len()).position(|part| part == prefix.as_bytes())?;
-        Some(String::from_utf8_lossy(&argument[at + prefix.len()..]).into_owned())
-    };
-    Ok(cmdline.split(|byte| *byte == 0).find_map(after))
+fn names_in(cmdline: &[u8]) -> Vec<String> {
+    let arguments: Vec<_> = cmdline.split(|byte| *byte == 0).collect();
+    let named = arguments.windows(2).filter(|pair| pair[0] == b"-name").map(|pair| pair[1]);
+    let named = named.map(|name| name.strip_prefix(b"guest=").unwrap_or(name));
+    let first = arguments.first().copied();
+    first.into_iter().chain(named).map(|name| String::from_utf8_lossy(name).into_owned()).collect()
 }
 
-fn contains(argument: &[u8], token: &[u8]) -> bool {
-    !token.is_empty() && argument.windows(token.len()).any(|part| part == token)
+/// Says whether the process has one of these files open.
+pub(super) fn has_open(pid: u32, files: &HashSet<FileId>) -> io::Result<bool> {
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        // A descriptor may be closed while we look, and no file system is asked.
+        if FileId::of(&entry?.path()).is_ok_and(|id| files.contains(&id)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Returns the bytes in memory of all files that the process has by `memfd_create`.
@@ -226,6 +253,15 @@ mod tests {
         assert_eq!(parse_frames(text, "tap0"), Some(Frames { count: 420, bytes: 310 }));
         assert_eq!(parse_frames(text, "tap"), None);
         assert_eq!(parse_frames("tap0: 1 2 3\n", "tap0"), None);
+    }
+
+    #[test]
+    fn a_name_is_the_first_argument_or_what_is_said_to_be_one() {
+        let names = |cmdline: &str| names_in(cmdline.replace(' ', "\0").as_bytes());
+        assert_eq!(names("dozed:a:1: --api x"), ["dozed:a:1:"]);
+        assert_eq!(names("/bin/qemu -name guest=dozed:a:1: -S"), ["/bin/qemu", "dozed:a:1:"]);
+        assert_eq!(names("bash -c dozed:a:1: guest=dozed:a:1:"), ["bash"]);
+        assert_eq!(names(""), [""]);
     }
 
     #[test]

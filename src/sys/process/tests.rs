@@ -66,8 +66,20 @@ fn sleeper() -> Child {
 /// and then leaves with code 3.
 fn sleeper_called(word: &str) -> (Child, io::PipeWriter) {
     let (read, write) = io::pipe().unwrap();
-    let child = spawn(&["-c", "read line; exit 3", word], Some(read.into()));
-    (child, write)
+    let args = ["-c", "read line; exit 3"].map(OsString::from);
+    let launch = Launch {
+        name: Some(word.as_ref()),
+        stdin: Some(read.into()),
+        ..Launch::new(Path::new("/bin/sh"), &args, null())
+    };
+    (Child(Process::spawn(launch).unwrap()), write)
+}
+
+/// Finds the processes of a name, whatever they run.
+fn named(token: &str) -> Vec<Arc<Process>> {
+    let any = [String::new()];
+    let search = Search { programs: &any, is_user: &|_| true, prefix: token };
+    Process::find(&search).unwrap().into_iter().map(|(process, _)| process).collect()
 }
 
 /// A word that no other process of this machine has in its command line.
@@ -191,16 +203,13 @@ fn how_somebody_elses_child_ended_is_told_after_it_was_reaped() {
     let parent = spawn(
         &[
             "-c",
-            "exec 3<&0; /bin/sh -c 'read line; exit 7' \"$0\" <&3 & wait; exec sleep 1000",
+            "exec 3<&0; /bin/sh -c 'read line; exit 7' -name \"$0\" <&3 & wait; exec sleep 1000",
             &token,
         ],
         Some(read.into()),
     );
     let grandchild = eventually(|| {
-        Process::find(&token)
-            .unwrap()
-            .into_iter()
-            .find(|found| found.identity().pid != parent.identity().pid)
+        named(&token).into_iter().find(|found| found.identity().pid != parent.identity().pid)
     });
     drop(write);
     assert!(poll_pidfd(grandchild.as_fd(), SOON).unwrap());
@@ -212,13 +221,53 @@ fn how_somebody_elses_child_ended_is_told_after_it_was_reaped() {
 #[test]
 fn a_process_is_found_by_its_token_while_it_lives() {
     let token = new_token();
-    let (child, _stay) = sleeper_called(&format!("name={token},x=y"));
-    let found = Process::find(&token).unwrap();
+    let (child, _stay) = sleeper_called(&format!("{token}:7:"));
+    // These have the word too, and not as their name.
+    let (_other, _stays) = sleeper_called(&format!("x{token}"));
+    let _args = spawn(&["-c", "read line", &token, &format!("guest={token}")], None);
+    let found = named(&token);
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].identity(), child.identity());
+    let find = |program: &str, uid| {
+        let programs = [program.to_owned()];
+        let search = Search { programs: &programs, is_user: &|is| is == uid, prefix: &token };
+        Process::find(&search).unwrap().into_iter().map(|(_, name)| name).collect::<Vec<_>>()
+    };
+    let shell = Path::new("/bin/sh").canonicalize().unwrap();
+    let shell = shell.file_name().unwrap().to_str().unwrap();
+    let ours = crate::sys::host::own_ids().0;
+    assert_eq!(find(shell, ours), [format!("{token}:7:")]);
+    assert_eq!(find("qemu-system", ours), [""; 0], "it runs another program");
+    assert_eq!(find(shell, ours + 1), [""; 0], "it is somebody else's");
     child.kill();
     child.wait(SOON).unwrap();
-    assert!(Process::find(&token).unwrap().is_empty());
+    assert!(named(&token).is_empty());
+}
+
+#[test]
+fn a_process_is_known_by_the_files_that_it_has_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let (own, copy) = (dir.path().join("own"), dir.path().join("copy"));
+    let log = File::create(&own).unwrap();
+    fs::write(&copy, "").unwrap();
+    let args = ["-c", "exec sleep 1000"].map(OsString::from);
+    let child = Process::spawn(Launch::new(Path::new("/bin/sh"), &args, log)).unwrap();
+    let child = Child(child);
+    let ids = |path: &Path| HashSet::from([FileId::of(path).unwrap()]);
+    assert!(child.has_open(&ids(&own)).unwrap());
+    assert!(!child.has_open(&ids(&copy)).unwrap());
+    child.kill();
+    child.wait(SOON).unwrap();
+    assert_eq!(child.has_open(&ids(&own)).unwrap_err().kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn a_child_that_is_stopped_outlives_whoever_started_it() {
+    // It leads a session of its own, so the kernel does not take it for a stopped job.
+    let child = sleeper();
+    let pid = i32::try_from(child.identity().pid).unwrap();
+    let pid = rustix::process::Pid::from_raw(pid);
+    assert_eq!(rustix::process::getsid(pid).unwrap(), pid.unwrap());
 }
 
 #[test]
@@ -514,11 +563,12 @@ fn a_network_that_cannot_be_entered_is_an_error_and_leaves_no_process() {
     let token = format!("dozed-no-network-{}", std::process::id());
     let args = ["-c".into(), format!("exec /bin/sleep 1000 {token}").into()];
     let mut launch = Launch::new(Path::new("/bin/sh"), &args, null());
+    launch.name = Some(token.as_ref());
     launch.namespace = Namespace::open(&pin.0).unwrap();
     assert!(launch.namespace.is_some());
     let error = Process::spawn(launch).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
-    assert!(Process::find(&token).unwrap().is_empty());
+    assert!(named(&token).is_empty());
     assert_eq!(Namespace::current().unwrap().identity(), here);
 }
 

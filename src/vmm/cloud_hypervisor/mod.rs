@@ -132,6 +132,10 @@ impl Vmm for CloudHypervisor {
         running.identity(|version, digest| self.describe(version, digest))
     }
 
+    fn program(&self) -> &Path {
+        self.program.path()
+    }
+
     fn has_vsock(&self) -> bool {
         true
     }

@@ -115,6 +115,10 @@ impl Vmm for Qemu {
         running.identity(|version, digest| self.describe(version, digest))
     }
 
+    fn program(&self) -> &Path {
+        self.program.path()
+    }
+
     fn has_vsock(&self) -> bool {
         // It has none of its own: vhost-vsock is the host kernel's, with one address for
         // each guest on it.

@@ -24,7 +24,7 @@ use crate::{
     sys::{
         cancel::Cancel,
         clock::{self, Deadline},
-        process::{Exit, ExitWatch, Process},
+        process::{Exit, ExitWatch, Process, Search},
     },
     vmm::{log, peer::Peer},
 };
@@ -101,7 +101,9 @@ impl Host {
     }
 
     fn processes(&self) -> Vec<Arc<Process>> {
-        Process::find(&self.plan.token).unwrap()
+        let any = [String::new()];
+        let search = Search { programs: &any, is_user: &|_| true, prefix: &self.plan.token };
+        Process::find(&search).unwrap().into_iter().map(|(process, _)| process).collect()
     }
 }
 

@@ -257,17 +257,19 @@ fn a_vmm_that_never_answers_is_ended_when_the_work_is_called_off() {
         Qemu { program: Program::new(program, parse_version), accelerator: Accelerator::Tcg };
     let dir = host.snapshot_dir("snapshot");
     fs::write(dir.join("vmstate"), b"").unwrap();
-    let plan = host.plan.clone();
-    let caller = thread::Builder::new()
-        .spawn(move || {
-            eventually("the process", || Process::find(&plan.token).unwrap().pop());
-            plan.cancel.call_off();
-        })
-        .unwrap();
-    let error = qemu.restore(&host.plan, &dir).unwrap_err();
+    let error = thread::scope(|scope| {
+        let caller = thread::Builder::new()
+            .spawn_scoped(scope, || {
+                eventually("the process", || host.processes().pop());
+                host.plan.cancel.call_off();
+            })
+            .unwrap();
+        let error = qemu.restore(&host.plan, &dir).unwrap_err();
+        caller.join().unwrap();
+        error
+    });
     assert!(matches!(error, Error::Cancelled { .. }), "{error}");
     assert!(host.processes().is_empty());
-    caller.join().unwrap();
 
     // And what is called off before it began is not begun.
     let error = qemu.restore(&host.plan, &dir).unwrap_err();
