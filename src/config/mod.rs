@@ -18,7 +18,7 @@ use crate::{
     sandbox::{
         Activity, ActivityKeys, Period, Spec, SpecDocument, SpecError, Users, line_of,
         memory_from_text,
-        network::{AddressPlan, Ignored},
+        network::{AddressPlan, Destinations, Ignored, Span},
     },
     sys::{command::is_program, files::why_unusable},
 };
@@ -270,6 +270,8 @@ impl Config {
                 "is too long for the sockets below it; write at most {RUNTIME_MAX_BYTES} bytes"
             )));
         }
+        let template = document.template.into_spec(&Spec::default(), text, missing)?;
+        refuse_own_range(&template, &document.network.range)?;
         Ok(Self {
             mount: mount.path,
             store: store.path,
@@ -281,9 +283,22 @@ impl Config {
             snapshot: document.snapshot,
             vmm: document.vmm.into_vmm(text)?,
             network: document.network,
-            template: document.template.into_spec(&Spec::default(), text, missing)?,
+            template,
         })
     }
+}
+
+/// Refuses a template that allows what no sandbox reaches.
+fn refuse_own_range(template: &Spec, range: &AddressPlan) -> Result<(), SpecError> {
+    let own = Span::from(range.range());
+    let Some(network) = template.allowed.in_vain(&Destinations::default(), &[own]) else {
+        return Ok(());
+    };
+    let message = format!(
+        "`allowed` of [template] has `{network}`, which cannot be allowed: it is of the sandboxes' \
+         own range, {range}"
+    );
+    Err(SpecError { line: None, message })
 }
 
 fn place(file: &Path, line: Option<usize>) -> String {

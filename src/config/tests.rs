@@ -220,3 +220,12 @@ fn users_of_their_own_are_switched_off_by_a_word() {
     assert_eq!(parse("[vmm]\nqemu = \"/bin/true\"").unwrap().vmm.users, Some(Users::default()));
     assert_eq!(parse("[vmm]\nusers = \"off\"").unwrap().vmm.users, None);
 }
+
+#[test]
+fn a_template_that_allows_the_sandboxes_own_range_is_refused() {
+    let text = "[network]\nrange = \"10.7.0.0/16\"\n[template]\nallowed = [\"10.7.1.0/24\"]";
+    let error = parse(text).map(drop).unwrap_err();
+    let says = "`10.7.1.0/24`, which cannot be allowed: it is of the sandboxes' own range";
+    assert!(error.message.contains(says), "{error}");
+    parse("[template]\nallowed = [\"10.7.1.0/24\", \"10.0.0.0/8\"]").unwrap();
+}

@@ -149,6 +149,14 @@ pub enum Error {
         /// All that there are.
         range: AddressPlan,
     },
+    /// The firewall would never let through what is to be allowed.
+    #[error("`{network}` cannot be allowed: {why}")]
+    NotAllowed {
+        /// What is to be allowed.
+        network: String,
+        /// What it is, as a clause.
+        why: String,
+    },
     /// The network failed.
     #[error("{doing} {id}")]
     Network {
@@ -338,6 +346,7 @@ impl Error {
             | Self::TooMany { .. }
             | Self::NoUser { .. }
             | Self::NoAddress { .. }
+            | Self::NotAllowed { .. }
             | Self::NoSlot { .. }
             | Self::ShuttingDown
             | Self::NoVmm { .. }

@@ -1,11 +1,11 @@
 //! What may be set of a sandbox without waking it or putting it to sleep.
 
-use super::{Entry, Error, Lifecycle, chain, create::free_name};
+use super::{Entry, Error, Lifecycle, chain, create::free_name, network::net_failed};
 use crate::{
     lifecycle::Held,
     sandbox::{
         Owner, Period, Record, Spec, State,
-        network::{Destinations, Nameservers},
+        network::{Destinations, Nameservers, Span},
     },
     snapshot::Home,
     sync::{Arc, lock},
@@ -36,10 +36,14 @@ impl Lifecycle {
     /// Sets one thing, durably.
     ///
     /// # Errors
-    /// `NotStopped` for hardware of a sandbox that is not stopped.
+    /// `NotStopped` for hardware of a sandbox that is not stopped, `NotAllowed` for a network
+    /// that cannot be allowed.
     pub fn set(&self, held: &Held, entry: &Arc<Entry>, policy: Policy) -> Result<(), Error> {
         self.operate(held, entry, |operation| {
             let before = entry.record();
+            let mut after = Record::clone(&before);
+            apply(&mut after, policy.clone());
+            self.check_allowed(entry, &before.spec, &after.spec)?;
             if let Policy::Spec(spec) = &policy
                 && !before.spec.is_equal_but_for_activity(spec)
             {
@@ -53,8 +57,6 @@ impl Lifecycle {
                     Error::Host { doing, id, source }
                 })?;
             }
-            let mut after = Record::clone(&before);
-            apply(&mut after, policy.clone());
             if after != *before {
                 let awake_min = self.activity_of(&after).awake_min;
                 let is_new = awake_min != self.activity_of(&before).awake_min;
@@ -72,6 +74,28 @@ impl Lifecycle {
             }
             Ok(())
         })
+    }
+
+    /// Refuses a network in `allowed` that the firewall would never let through, as it is the
+    /// sandboxes' or the host's own.
+    fn check_allowed(&self, entry: &Entry, before: &Spec, after: &Spec) -> Result<(), Error> {
+        if after.allowed == before.allowed {
+            return Ok(());
+        }
+        let range = self.settings.addresses.range();
+        let failed = net_failed(entry, "looking which addresses are the host's, for");
+        let own = self.network.host_addresses().map_err(failed)?;
+        let protected: Vec<Span> =
+            own.into_iter().map(Span::from).chain([Span::from(range)]).collect();
+        let Some(network) = after.allowed.in_vain(&before.allowed, &protected) else {
+            return Ok(());
+        };
+        let why = if range.contains(&network) {
+            format!("it is of the sandboxes' own range, {range}")
+        } else {
+            "the host itself has its addresses, which no sandbox reaches".to_owned()
+        };
+        Err(Error::NotAllowed { network: network.to_string(), why })
     }
 
     /// Puts a change of what a guest may reach, or of what wakes it, in force, or takes it

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
+    net::Ipv4Addr,
     os::fd::OwnedFd,
     path::PathBuf,
 };
@@ -21,6 +22,9 @@ use crate::{
     sync::{Mutex, lock},
     sys::netns::Identity,
 };
+
+/// The one address that the host has.
+pub(crate) const HOST_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 5);
 
 /// What can be made to fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -257,6 +261,10 @@ impl Network for FakeNetwork {
 
     fn retire(&self) -> Result<(), Error> {
         Ok(())
+    }
+
+    fn host_addresses(&self) -> Result<Vec<Ipv4Addr>, Error> {
+        Ok(vec![HOST_ADDRESS])
     }
 
     fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error> {

@@ -169,6 +169,12 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// Where something stays.
     fn retire(&self) -> Result<(), Error>;
 
+    /// Returns the host's own addresses, which no sandbox reaches.
+    ///
+    /// # Errors
+    /// Where the kernel does not say.
+    fn host_addresses(&self) -> Result<Vec<Ipv4Addr>, Error>;
+
     /// Returns what has passed and what has not. `None`: the sandbox has no network.
     ///
     /// # Errors

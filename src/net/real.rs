@@ -216,7 +216,7 @@ impl RealNetwork {
     }
 
     fn design(&self, wanted: &Wanted) -> Result<Design, Error> {
-        let host_addresses: Vec<Ipv4Addr> = link::addresses(&link::here()?)?;
+        let host_addresses = self.host_addresses()?;
         Ok(Design::new(&self.plan, &host_addresses, wanted, &self.ignored))
     }
 
@@ -489,6 +489,10 @@ impl Network for RealNetwork {
         // The directory is there since a network was, perhaps an earlier daemon's.
         let is_there = self.pins.exists();
         if is_there && self.pinned()?.is_empty() { self.dismantle() } else { Ok(()) }
+    }
+
+    fn host_addresses(&self) -> Result<Vec<Ipv4Addr>, Error> {
+        link::addresses(&link::here()?)
     }
 
     fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error> {

@@ -341,3 +341,26 @@ fn a_host_that_cannot_hear_has_its_sandboxes_sleep_all_the_same() {
     assert_ne!(host.entry("a").record().spec.wake_ports, ports, "nor is it recorded");
     host.wake("a").unwrap();
 }
+
+#[test]
+fn what_no_sandbox_reaches_cannot_be_allowed() {
+    let host = connected();
+    let allow =
+        |text: &str| host.set("a", Policy::Allowed(Destinations::allowed(text.lines()).unwrap()));
+    for (text, says) in [
+        ("10.1.0.0/16\n10.213.7.0/24", "it is of the sandboxes' own range, 10.213.0.0/16"),
+        ("192.168.1.5", "the host itself has its addresses, which no sandbox reaches"),
+    ] {
+        let error = allow(text).unwrap_err();
+        let network = text.lines().last().unwrap();
+        assert!(error.to_string().starts_with(&format!("`{network}")), "{error}");
+        assert!(error.to_string().ends_with(says), "{error}");
+        let in_config = reconfigure(&host, |spec| {
+            spec.allowed = Destinations::allowed(text.lines()).unwrap();
+        });
+        assert!(matches!(in_config, Err(Error::NotAllowed { .. })));
+    }
+    assert_eq!(host.entry("a").record().spec.allowed.to_string(), "");
+    // What has them in it opens the rest.
+    allow("10.0.0.0/8\n192.168.1.0/24").unwrap();
+}

@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use super::{
     plan::shown,
     port::Ports,
-    span::{Span, merged},
+    span::{Span, merged, read_network},
 };
 
 /// As many as anybody writes by hand. Each port is two rules more for each packet.
@@ -36,7 +36,7 @@ impl Ignored {
         for entry in entries.iter().map(AsRef::as_ref) {
             let refused = |why: &str| Err(format!("`{}` {why}", shown(entry)));
             let address = entry.parse::<Ipv4Addr>().map(Ipv4Net::from);
-            if let Ok(network) = address.or_else(|_| entry.parse::<Ipv4Net>()) {
+            if let Some(network) = address.ok().or_else(|| read_network(entry)) {
                 if network.trunc() != network {
                     return refused(&format!(
                         "has bits set after its prefix; write `{}`",
@@ -105,6 +105,7 @@ mod tests {
             ("ignore = ['keepalive']", "`ignore` `keepalive` is no address, network or port;"),
             ("ignore = ['10.0.0.1/8']", "`10.0.0.1/8` has bits set after its prefix; write `10."),
             ("ignore = ['tcp/0']", "`tcp/0` has no port from 1 to 65535"),
+            ("ignore = ['010.0.0.0/8']", "is no address"),
             ("ignore = ['::1']", "is no address"),
             (many.as_str(), "has 33 entries, and at most 32"),
         ] {

@@ -9,6 +9,8 @@ use std::{fmt, net::Ipv4Addr, str::FromStr};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
+use super::span::read_network;
+
 /// The address of every guest, in the namespace of its sandbox.
 pub const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 21);
 /// The address of its gateway, which is also its resolver.
@@ -70,8 +72,8 @@ impl FromStr for AddressPlan {
 
     fn from_str(text: &str) -> Result<Self, PlanError> {
         let refused = |why: &str| PlanError { text: shown(text), why: why.to_owned() };
-        let range: Ipv4Net =
-            text.parse().map_err(|_| refused("it is not an IPv4 address and a prefix"))?;
+        let range =
+            read_network(text).ok_or_else(|| refused("it is not an IPv4 address and a prefix"))?;
         if range.trunc() != range {
             return Err(refused("it has bits set after its prefix"));
         }
@@ -243,6 +245,7 @@ mod tests {
         for (text, why) in [
             ("10.0.0.0", "not an IPv4 address and a prefix"),
             ("10.0.0.1/16", "bits set after its prefix"),
+            ("010.0.0.0/8", "not an IPv4 address and a prefix"),
             ("0.0.0.0/0", "from 8 to 28"),
             ("10.0.0.0/29", "from 8 to 28"),
             ("8.8.0.0/16", "in none of 10.0.0.0/8"),

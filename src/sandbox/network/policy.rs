@@ -7,8 +7,8 @@ use serde::{Serialize, Serializer};
 
 use super::{
     plan::shown,
-    span::{Span, merged},
-    special::{why_never_reachable, why_not_public},
+    span::{Span, merged, read_network, without},
+    special::{never_reachable, why_never_reachable, why_not_public},
 };
 
 /// As many as a resolver asks (`MAXNS` of `resolv.conf(5)`).
@@ -154,6 +154,16 @@ impl Destinations {
         &self.0
     }
 
+    /// Returns the first of these networks that is not of `before` and has nothing in it but
+    /// what the firewall never lets through: addresses of the `protected` and special ones.
+    #[must_use]
+    pub fn in_vain(&self, before: &Self, protected: &[Span]) -> Option<Ipv4Net> {
+        let never = || never_reachable().into_iter().chain(protected.iter().copied());
+        let is_new = |network: &&Ipv4Net| !before.0.contains(network);
+        let mut new = self.0.iter().filter(is_new);
+        new.find(|network| without([Span::from(**network)], never()).is_empty()).copied()
+    }
+
     /// Returns all that is in them, in order.
     #[must_use]
     pub fn spans(&self) -> Vec<Span> {
@@ -198,7 +208,9 @@ fn entries<'a, T>(
 fn network(entry: &str) -> Result<Ipv4Net, String> {
     let network = match entry.parse::<Ipv4Addr>() {
         Ok(address) => Ipv4Net::from(address),
-        Err(_) => entry.parse().map_err(|_| no_ipv4(entry, "a network", "`192.0.2.0/24`"))?,
+        Err(_) => {
+            read_network(entry).ok_or_else(|| no_ipv4(entry, "a network", "`192.0.2.0/24`"))?
+        }
     };
     if network.trunc() == network {
         return Ok(network);
@@ -209,6 +221,10 @@ fn network(entry: &str) -> Result<Ipv4Net, String> {
 fn no_ipv4(entry: &str, wanted: &str, such_as: &str) -> String {
     if entry.contains(':') {
         return "is IPv6, which sandboxes do not have".to_owned();
+    }
+    let numbers = entry.split(['.', '/']);
+    if numbers.into_iter().any(|number| number.len() > 1 && number.starts_with('0')) {
+        return format!("has a number that begins with 0; write {wanted} as {such_as}");
     }
     format!("is not {wanted}; write an IPv4 address, as {such_as}")
 }
@@ -251,6 +267,9 @@ mod tests {
             (nameservers("1.0.0.1\n1.0.0.2\n1.0.0.3\n1.0.0.4"), "there are 4, and at most 3"),
             (denied("10.0.0.1/8"), "write `10.0.0.0/8`"),
             (denied("10.0.0.0/33"), "is not a network"),
+            (denied("010.0.0.0/8"), "line 1: `010.0.0.0/8` has a number that begins with 0; write"),
+            (allowed("10.0.0.0/08"), "has a number that begins with 0"),
+            (denied("010.0.0.1"), "has a number that begins with 0"),
             (denied("::/0"), "is IPv6"),
             (allowed("169.254.169.254"), "cannot be allowed: it is link-local, with the"),
             (allowed("10.0.0.0/8\n127.0.0.0/8"), "line 2: `127.0.0.0/8` cannot be allowed"),
@@ -268,6 +287,21 @@ mod tests {
             Destinations::allowed("10.1.0.0/16\n0.0.0.0/0".lines()).unwrap().networks().len(),
             2
         );
+    }
+
+    #[test]
+    fn a_network_of_which_nothing_can_be_reached_is_allowed_in_vain() {
+        let list = |text: &str| Destinations::allowed(text.lines()).unwrap();
+        let protected = ["10.213.0.0/16", "192.168.1.5/32", "192.168.1.4/32"]
+            .map(|text| Span::from(text.parse::<Ipv4Net>().unwrap()));
+        let none = Destinations::default();
+        let in_vain =
+            |text: &str| list(text).in_vain(&none, &protected).map(|network| network.to_string());
+        assert_eq!(in_vain("10.0.0.0/8\n192.168.1.0/24\n0.0.0.0/0"), None);
+        assert_eq!(in_vain("10.1.0.0/16\n10.213.7.0/24").as_deref(), Some("10.213.7.0/24"));
+        assert_eq!(in_vain("192.168.1.4/31").as_deref(), Some("192.168.1.4/31"));
+        let before = list("10.213.7.0/24");
+        assert_eq!(list("10.1.0.0/16\n10.213.7.0/24").in_vain(&before, &protected), None);
     }
 
     proptest! {

@@ -97,6 +97,15 @@ pub fn without(
     left
 }
 
+/// Reads a network as people write it: an IPv4 address, a slash and a length in decimal. Numbers
+/// with zeros before them, which some programs take for octal, are none.
+pub(super) fn read_network(text: &str) -> Option<Ipv4Net> {
+    let (address, prefix) = text.split_once('/')?;
+    let is_plain = prefix == "0" || !prefix.starts_with(['0', '+']);
+    let prefix: u8 = prefix.parse().ok().filter(|_| is_plain)?;
+    Ipv4Net::new(address.parse().ok()?, prefix).ok()
+}
+
 /// Returns the address after this one, if it is not the last.
 #[must_use]
 pub(crate) fn after(address: Ipv4Addr) -> Option<Ipv4Addr> {
@@ -156,6 +165,18 @@ mod tests {
                     && !taken.iter().any(|span| span.contains(probe));
                 prop_assert_eq!(left.iter().any(|span| span.contains(probe)), wanted, "{}", probe);
             }
+        }
+    }
+
+    #[test]
+    fn a_network_is_read_in_one_form_only() {
+        for text in ["0.0.0.0/0", "10.0.0.0/8", "192.0.2.1/32"] {
+            assert_eq!(read_network(text).map(|net| net.to_string()).as_deref(), Some(text));
+        }
+        for text in
+            ["010.0.0.0/8", "10.0.0.00/8", "10.0.0.0/08", "10.0.0.0/+8", "10.0.0.0/33", "10.0.0.0"]
+        {
+            assert_eq!(read_network(text), None, "{text}");
         }
     }
 
