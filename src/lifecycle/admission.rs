@@ -6,17 +6,24 @@ use super::Error;
 use crate::{
     sandbox::{RowId, SandboxId},
     sync::{Arc, Condvar, Mutex, lock, wait_while_within},
+    sys::{cancel::Cancel, clock::Deadline},
 };
 
 /// How long an operation waits for a slot. Longer than any healthy operation takes,
 /// short enough that a caller learns of an overload.
 const SLOT_WAIT: Duration = Duration::from_secs(60);
+/// How long one waits that is to copy disks: a copy of 100 GiB to a disk that writes 200 MB/s
+/// takes nine minutes.
+const COPY_WAIT: Duration = Duration::from_secs(600);
+/// How soon who waits to copy notices that it is called off.
+const CANCEL_LOOK: Duration = Duration::from_millis(200);
 
 /// The gate that every sleep, wake and boot passes before it touches anything.
 #[derive(Debug)]
 pub(super) struct Admission {
     sleeps: Slots,
     wakes: Slots,
+    copies: Slots,
     budget_bytes: Option<u64>,
     /// The memory that each awake sandbox was admitted with. A leaf lock.
     awake: Mutex<HashMap<RowId, u64>>,
@@ -36,7 +43,7 @@ struct Slots {
 #[must_use = "the place is free again as soon as it is dropped"]
 pub(super) struct Slot {
     admission: Arc<Admission>,
-    wake: bool,
+    of: fn(&Admission) -> &Slots,
 }
 
 impl Admission {
@@ -46,6 +53,7 @@ impl Admission {
         Arc::new(Self {
             sleeps: slots("sleep", sleeps),
             wakes: slots("wake", wakes),
+            copies: slots("copy the disks of", wakes),
             budget_bytes,
             awake: Mutex::new(HashMap::new()),
         })
@@ -56,8 +64,7 @@ impl Admission {
     /// # Errors
     /// `NoSlot` when none is free for too long.
     pub(super) fn sleep(self: &Arc<Self>, id: &SandboxId) -> Result<Slot, Error> {
-        self.sleeps.take(id)?;
-        Ok(Slot { admission: Arc::clone(self), wake: false })
+        self.take(id, SLOT_WAIT, |admission| &admission.sleeps)
     }
 
     /// Waits for a place among the wakes and boots.
@@ -65,8 +72,35 @@ impl Admission {
     /// # Errors
     /// `NoSlot` when none is free for too long.
     pub(super) fn wake(self: &Arc<Self>, id: &SandboxId) -> Result<Slot, Error> {
-        self.wakes.take(id)?;
-        Ok(Slot { admission: Arc::clone(self), wake: true })
+        self.take(id, SLOT_WAIT, |admission| &admission.wakes)
+    }
+
+    /// Waits for a place among those that copy disks, of which there are as many as of wakes.
+    ///
+    /// # Errors
+    /// `NoSlot` when none is free for too long, `Gone` when it is called off.
+    pub(super) fn copy(self: &Arc<Self>, id: &SandboxId, cancel: &Cancel) -> Result<Slot, Error> {
+        let deadline = Deadline::after(COPY_WAIT);
+        loop {
+            cancel.check().map_err(|_| Error::Gone { id: id.clone() })?;
+            match self.take(id, CANCEL_LOOK, |admission| &admission.copies) {
+                Err(Error::NoSlot { what, id, .. }) if deadline.passed() => {
+                    return Err(Error::NoSlot { what, id, limit: COPY_WAIT });
+                }
+                Err(Error::NoSlot { .. }) => {}
+                taken => return taken,
+            }
+        }
+    }
+
+    fn take(
+        self: &Arc<Self>,
+        id: &SandboxId,
+        limit: Duration,
+        of: fn(&Self) -> &Slots,
+    ) -> Result<Slot, Error> {
+        of(self).take(id, limit)?;
+        Ok(Slot { admission: Arc::clone(self), of })
     }
 
     /// Books the memory of a sandbox that is about to be awake.
@@ -100,6 +134,11 @@ impl Admission {
         lock(&self.awake).remove(&row);
     }
 
+    /// Returns the memory that each awake sandbox was admitted with.
+    pub(super) fn awake(&self) -> Vec<(RowId, u64)> {
+        lock(&self.awake).iter().map(|(row, bytes)| (*row, *bytes)).collect()
+    }
+
     /// Returns the memory booked and the budget, in bytes.
     pub(super) fn memory(&self) -> (u64, Option<u64>) {
         (lock(&self.awake).values().sum(), self.budget_bytes)
@@ -107,11 +146,11 @@ impl Admission {
 }
 
 impl Slots {
-    fn take(&self, id: &SandboxId) -> Result<(), Error> {
+    fn take(&self, id: &SandboxId, limit: Duration) -> Result<(), Error> {
         let none = |free: &mut usize| *free == 0;
-        let mut free = wait_while_within(&self.freed, lock(&self.free), SLOT_WAIT, none);
+        let mut free = wait_while_within(&self.freed, lock(&self.free), limit, none);
         if *free == 0 {
-            return Err(Error::NoSlot { what: self.what, id: id.clone(), limit: SLOT_WAIT });
+            return Err(Error::NoSlot { what: self.what, id: id.clone(), limit });
         }
         *free -= 1;
         Ok(())
@@ -125,6 +164,6 @@ impl Slots {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        if self.wake { self.admission.wakes.give_back() } else { self.admission.sleeps.give_back() }
+        (self.of)(&self.admission).give_back();
     }
 }

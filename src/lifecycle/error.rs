@@ -168,9 +168,12 @@ pub enum Error {
         source: net::Error,
     },
     /// Too many operations of that kind for too long.
-    #[error("no slot to {what} {id} within {} s ([limits] {what}s)", .limit.as_secs())]
+    #[error(
+        "no slot to {what} {id} within {} s ([limits] {}s)",
+        .limit.as_secs(), if *.what == "sleep" { "sleep" } else { "wake" }
+    )]
     NoSlot {
-        /// `wake` or `sleep`.
+        /// Such as `wake`.
         what: &'static str,
         /// The sandbox.
         id: SandboxId,

@@ -118,7 +118,7 @@ impl Lifecycle {
                 "the VMM failed with exit code {code}; its words are in {}",
                 self.home(&entry.record()).vmm_log().display()
             ),
-            Exit::Signal(signal) => format!("the VMM was killed by signal {signal}"),
+            Exit::Signal(signal) => self.reason_of_signal(signal),
             Exit::Unknown => "the VMM ended, and the kernel does not tell how".to_owned(),
         }
     }

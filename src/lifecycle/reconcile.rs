@@ -251,6 +251,7 @@ impl Lifecycle {
             let failed = snapshot_failed(entry, "finishing the snapshot of");
             home.end_life().map_err(failed)?;
             let bytes = home.snapshot_bytes(&record.id, generation).map_err(failed)?;
+            let bytes = self.give_back_room(&record, generation).unwrap_or(bytes);
             let at = self.now();
             self.step(held, entry, Step::Slept, |record| {
                 record.generation += 1;
@@ -327,6 +328,9 @@ impl Lifecycle {
                     return Err(snapshot_failed(entry, "taking back the snapshot of")(error));
                 }
             }
+        }
+        if let Some(generation) = generation {
+            self.give_back_room(&record, generation);
         }
         self.step(held, entry, Step::Undo, |record| record.process = None)?;
         self.leave_asleep(entry);

@@ -123,6 +123,7 @@ impl Lifecycle {
         // It takes a moment to go; meanwhile we tidy up. What stays, the next wake removes.
         self.home(&record).end_life().ok();
         self.release(entry).inspect_err(|_| self.settle_later(entry.row()))?;
+        let left = self.give_back_room(&record, committed.generation);
         self.reach(Arrow::SleepKilled);
         // After a power cut the record says at least `snapshotting`, and the manifest the rest.
         let recorded = self.step_unsynced(held, entry, Step::Slept, |record| {
@@ -134,7 +135,7 @@ impl Lifecycle {
             record.last_sleep = Some(took.elapsed());
             record.snapshot = Some(SnapshotFacts {
                 generation: committed.generation,
-                bytes: committed.bytes,
+                bytes: left.unwrap_or(committed.bytes),
                 at: self.now(),
             });
         });

@@ -9,12 +9,12 @@ use super::{
 use crate::{
     lifecycle::Held,
     sandbox::{NetMode, Record, Spec, State, Step},
-    snapshot::{self, Home, Memory, Snapshot},
+    snapshot::{self, Memory, Snapshot},
     sync::{Arc, lock},
     sys::{
         cancel::Cancel,
         clock::Stopwatch,
-        files::{PieceError, copy_image, let_through, make_private_dir},
+        files::{let_through, make_private_dir},
     },
     vmm::{self, Machine, Plan, PlannedDisk, PlannedNic, PlannedVsock, Vmm, VmmIdentity},
 };
@@ -56,6 +56,7 @@ impl Lifecycle {
     ) -> Result<(), Error> {
         let took = Stopwatch::start();
         let record = entry.record();
+        let _slot = self.admission.wake(&record.id)?;
         let memory = self.start(held, entry, operation, |undo, intended| {
             self.restore_acts(held, entry, operation, undo, intended)
         })?;
@@ -76,7 +77,7 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Does the acts of a restore or a boot, admitted, and takes them back if they fail.
+    /// Does the acts of a restore or a boot, within the budget, and takes them back if they fail.
     /// They say whether they have recorded their intent.
     fn start<'a, T>(
         &'a self,
@@ -86,7 +87,6 @@ impl Lifecycle {
         acts: impl FnOnce(&mut Undo<'a>, &mut bool) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let record = entry.record();
-        let _slot = self.admission.wake(&record.id)?;
         self.admission.book(record.row, &record.id, record.spec.memory_bytes)?;
         let mut undo = Undo::new();
         undo.push("giving back its memory", || {
@@ -134,6 +134,19 @@ impl Lifecycle {
         *intended = true;
         self.reach(Arrow::WakeIntended);
 
+        if memory == Memory::Mapped {
+            undo.push("giving back its room", move || {
+                let dir = self.home(&record).snapshot_dir(facts.generation);
+                if dir.exists() {
+                    self.give_back_room(&record, facts.generation);
+                }
+                Ok(())
+            });
+            snapshot
+                .take_room()
+                .map_err(snapshot_failed(entry, "taking space for the memory of"))?;
+        }
+
         let nic = self.connect(held, entry, undo)?;
         self.reach(Arrow::WakeConnected);
 
@@ -172,20 +185,6 @@ impl Lifecycle {
         self.deflate(entry, &live);
         self.reach(Arrow::WakeResumed);
         Ok(memory)
-    }
-
-    /// Makes sure that the disk has room for all of the memory that the guest has not yet
-    /// touched, where that is a file. A guest that touches a page which the disk has no block
-    /// for would be killed by the kernel (SIGBUS), and its work with it.
-    fn check_room(&self, entry: &Entry, memory: Memory, allocated_bytes: u64) -> Result<(), Error> {
-        if memory == Memory::Copied {
-            return Ok(());
-        }
-        let record = entry.record();
-        let untouched = record.spec.memory_bytes.saturating_sub(allocated_bytes);
-        self.home(&record)
-            .check_space(untouched + snapshot::SLEEP_RESERVE_BYTES)
-            .map_err(snapshot_failed(entry, "finding space for the memory of"))
     }
 
     /// Loads the machine, while its memory is checked beside it.
@@ -307,11 +306,12 @@ impl Lifecycle {
 
         home.create().map_err(snapshot_failed(entry, "making the directory of"))?;
         self.check_room(entry, memory, 0)?;
-        self.make_disks(entry, &home, &files, &operation.cancel)?;
         let life = home
-            .begin_life(record.generation, memory)
+            .begin_life(record.generation, memory, record.spec.memory_bytes)
             .map_err(snapshot_failed(entry, "making the memory of"))?;
         undo.push("removing its memory", move || Ok(self.home(&entry.record()).end_life()?));
+        let may_have_run = self.make_disks(entry, &files, operation, undo)?;
+        let _slot = self.admission.wake(&record.id)?;
 
         let nic = self.connect(held, entry, undo)?;
         self.reach(Arrow::BootConnected);
@@ -327,6 +327,7 @@ impl Lifecycle {
         self.amend(held, entry, |record| record.process = Some(process))?;
         self.reach(Arrow::BootRecorded);
 
+        may_have_run.set(true);
         lock(&live.machine).resume().map_err(vmm_failed(entry, "starting"))?;
         self.reach(Arrow::BootResumed);
         Ok(())
@@ -343,29 +344,6 @@ impl Lifecycle {
             .give_user(held, entry, users)
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
         given.map(drop).ok_or_else(|| Error::NoUser { id: entry.id().clone(), users })
-    }
-
-    /// Copies the writable disks that this sandbox does not have yet.
-    fn make_disks(
-        &self,
-        entry: &Entry,
-        home: &Home,
-        files: &Files,
-        cancel: &Cancel,
-    ) -> Result<(), Error> {
-        let record = entry.record();
-        for (number, disk) in record.spec.disks.iter().enumerate() {
-            let own = home.disk(number);
-            if disk.readonly || own.exists() {
-                continue;
-            }
-            let (id, doing) = (record.id.clone(), "copying a disk of");
-            copy_image(&files.disk(disk), &own, cancel).map_err(|error| match error {
-                PieceError::CalledOff(_) => Error::Gone { id: id.clone() },
-                PieceError::Io(source) => Error::Host { doing, id: id.clone(), source },
-            })?;
-        }
-        Ok(())
     }
 
     /// Says everything that a driver has to know; `life` is the directory of its memory, and

@@ -148,6 +148,7 @@ impl Shared {
         self.lifecycle.sample_holds();
         self.lifecycle.trim_consoles();
         self.lifecycle.cool();
+        self.lifecycle.keep_room();
         if let Err(error) = self.lifecycle.flush_activity() {
             tracing::error!(error = chain(&error), "writing activity to the index");
         }

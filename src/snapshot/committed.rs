@@ -60,6 +60,18 @@ impl Snapshot {
         self.dir().join(MEMORY)
     }
 
+    /// Takes the room on the disk for all of the memory, where the file system can, before a
+    /// VMM maps it. [`Home::give_back_room`] gives it back.
+    ///
+    /// # Errors
+    /// Where the disk has less; some of it may be taken then.
+    pub fn take_room(&self) -> Result<(), Error> {
+        let path = self.memory();
+        files::take_room(&path, self.manifest.hardware.memory_bytes)
+            .map(drop)
+            .map_err(Error::io(|| format!("taking room for {}", path.display())))
+    }
+
     /// Reads the whole memory and compares it with its digest. It may run while the VMM
     /// loads the snapshot, and must be through before the guest does.
     ///

@@ -126,26 +126,52 @@ impl Home {
         })
     }
 
-    /// Makes the directory of a new life, with an empty memory file if its VMM is to map
-    /// one, and returns it. Every earlier life is over and its directory is removed.
+    /// Makes the directory of a new life, with a memory file of zeros if its VMM is to map
+    /// one, and returns it. The file has all the room that it needs, where the file system can
+    /// do that. Every earlier life is over and its directory is removed.
     ///
     /// # Errors
-    /// Where the store cannot be written.
-    pub fn begin_life(&self, generation: u64, memory: Memory) -> Result<PathBuf, Error> {
+    /// Where the store cannot be written, or has no room. Then there is no life.
+    pub fn begin_life(
+        &self,
+        generation: u64,
+        memory: Memory,
+        memory_bytes: u64,
+    ) -> Result<PathBuf, Error> {
         self.remove_lives()?;
         let dir = self.live_dir(generation);
-        files::make_private_dir(&dir)
-            .and_then(|()| match memory {
-                Memory::Copied => Ok(()),
-                Memory::Mapped => OpenOptions::new()
-                    .write(true)
-                    .create_new(true)
-                    .mode(0o600)
-                    .open(dir.join(MEMORY))
-                    .map(drop),
-            })
-            .map_err(Error::io(|| format!("making {}", dir.display())))?;
+        let file = dir.join(MEMORY);
+        let made = files::make_private_dir(&dir).and_then(|()| {
+            if memory == Memory::Copied {
+                return Ok(());
+            }
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&file)?;
+            files::take_room(&file, memory_bytes).map(drop)
+        });
+        if let Err(error) = made {
+            // It may have taken all that there was.
+            files::remove_tree(&dir).ok();
+            return Err(Error::io(|| format!("making {}", dir.display()))(error));
+        }
         Ok(dir)
+    }
+
+    /// Gives back the room of the snapshot `generation` that nobody wrote to, and returns how
+    /// many bytes it takes then. No VMM may have its memory.
+    ///
+    /// # Errors
+    /// What the system says. The snapshot is as good as before.
+    pub fn give_back_room(&self, generation: u64) -> Result<u64, Error> {
+        let dir = self.snapshot_dir(generation);
+        let given_back = || {
+            files::give_back_room(&dir.join(MEMORY))?;
+            let mut bytes = 0;
+            for entry in fs::read_dir(&dir)? {
+                bytes += files::allocated_bytes(&entry?.path())?;
+            }
+            Ok(bytes)
+        };
+        given_back().map_err(Error::io(|| format!("giving back room of {}", dir.display())))
     }
 
     /// Makes the directory that a sleep collects the snapshot `generation` in. What an

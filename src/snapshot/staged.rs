@@ -287,7 +287,11 @@ fn describe(
                 .map_err(Error::piece(reading_it))?
         }
     };
-    facts.push(facts_of(&path, MEMORY, digest).map_err(Error::io(reading_it))?);
+    let mut memory = facts_of(&path, MEMORY, digest).map_err(Error::io(reading_it))?;
+    // Room that nobody wrote to is given back.
+    let data = files::data_bytes(&path).map_err(Error::io(reading_it))?;
+    memory.stored_bytes = memory.stored_bytes.min(data);
+    facts.push(memory);
     Ok(facts)
 }
 

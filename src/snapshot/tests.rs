@@ -39,9 +39,8 @@ impl Store {
     /// One whose machine lives since `generation`, and has written to its memory.
     fn alive(generation: u64) -> Self {
         let store = Self::new();
-        store.home.begin_life(generation, Memory::Mapped).unwrap();
+        store.home.begin_life(generation, Memory::Mapped, MEMORY_BYTES).unwrap();
         let memory = write_open(&store.home.live_memory(generation));
-        memory.set_len(MEMORY_BYTES).unwrap();
         memory.write_all_at(b"a guest", 3 << 20).unwrap();
         store
     }
@@ -469,9 +468,9 @@ fn names_that_are_not_ours_are_passed_over() {
 #[test]
 fn a_new_life_ends_the_one_before() {
     let store = Store::alive(3);
-    store.home.begin_life(3, Memory::Mapped).unwrap();
-    assert_eq!(fs::metadata(store.home.live_memory(3)).unwrap().len(), 0);
-    store.home.begin_life(5, Memory::Mapped).unwrap();
+    store.home.begin_life(3, Memory::Mapped, MEMORY_BYTES).unwrap();
+    assert!(!has_the_guest(&store.home.live_memory(3)));
+    store.home.begin_life(5, Memory::Mapped, MEMORY_BYTES).unwrap();
     assert_eq!(store.names(), ["5.live"]);
 }
 

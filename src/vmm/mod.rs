@@ -241,7 +241,7 @@ pub struct Plan {
     /// The network device, if there is one.
     pub nic: Option<PlannedNic>,
     /// The file that the memory is mapped from, shared, where it is in a file. `boot` finds
-    /// an empty file here, `restore` the memory of the snapshot.
+    /// a file of zeros here, or an empty one, `restore` the memory of the snapshot.
     pub memory: PathBuf,
     /// A directory for sockets, this sandbox's own, on a tmpfs. It exists.
     pub runtime_dir: PathBuf,

@@ -8,7 +8,7 @@ use crate::support::{Host, Setup, wait_until};
 
 /// Types a line, and waits until the guest has printed `answer`.
 #[track_caller]
-fn asks(host: &Host, id: &str, line: &str, answer: &str) {
+pub(crate) fn asks(host: &Host, id: &str, line: &str, answer: &str) {
     assert!(!line.contains(answer), "the guest prints also what is typed");
     let before = host.read(&format!("{id}/console")).len();
     host.types(id, line);

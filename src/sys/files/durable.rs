@@ -98,6 +98,17 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Removes the file `path`. That it is gone already is fine.
+///
+/// # Errors
+/// Those of unlink(2).
+pub fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
 /// Returns how many bytes the file system of `dir` has left for us.
 ///
 /// # Errors

@@ -15,13 +15,14 @@ mod identity;
 mod opening;
 mod owner;
 mod rewrite;
+mod room;
 mod socket;
 mod sparse;
 
 pub use cached::{cached_bytes, drop_cache};
 pub use durable::{
-    create_private, free_bytes, make_private_dir, remove_tree, rename, rename_durably, sync_dir,
-    sync_file, write_durably,
+    create_private, free_bytes, make_private_dir, remove_file, remove_tree, rename, rename_durably,
+    sync_dir, sync_file, write_durably,
 };
 pub use flock::{LockFile, Use, is_image_locked, lock_file, lock_holder};
 pub use identity::{FileId, ids_below};
@@ -30,10 +31,11 @@ pub use owner::{
     Wish, check_plain, give_dir, give_file, let_pass, let_read, may, open_path, take_back,
 };
 pub use rewrite::write_anew;
+pub use room::{Room, give_back_room, keeps_room, take_room};
 pub use socket::{give_socket, let_through};
 pub use sparse::{
-    DataExtents, allocated_bytes, begin_sync, copy_image, data_extents, punch, reflink_works,
-    sync_in_pieces,
+    DataExtents, allocated_bytes, begin_sync, bytes_to_copy, copy_image, data_bytes, data_extents,
+    punch, reflink_works, sync_in_pieces,
 };
 
 /// Why work that is done in pieces stopped before its end.

@@ -71,6 +71,28 @@ pub fn allocated_bytes(path: &Path) -> io::Result<u64> {
     Ok(fs::metadata(path)?.blocks().saturating_mul(512))
 }
 
+/// Returns how many bytes of the file `path` are no holes, nor room that nobody wrote to.
+///
+/// # Errors
+/// Those of open(2) and lseek(2).
+pub fn data_bytes(path: &Path) -> io::Result<u64> {
+    let file = File::open(path)?;
+    data_extents(&file).map(|extent| extent.map(|extent| extent.end - extent.start)).sum()
+}
+
+/// Returns how much of its disk a copy of the image `path` in `dir` takes: nothing where the two
+/// can share it.
+///
+/// # Errors
+/// Those of stat(2).
+pub fn bytes_to_copy(path: &Path, dir: &Path) -> io::Result<u64> {
+    let (image, place) = (fs::metadata(path)?, fs::metadata(dir)?);
+    if image.dev() == place.dev() && reflink_works(dir) {
+        return Ok(0);
+    }
+    Ok(image.blocks().saturating_mul(512).min(image.len()))
+}
+
 /// Has the bytes of `file` written to the disk, and does not wait for it.
 ///
 /// # Errors

@@ -30,6 +30,12 @@ impl Exit {
             signal => Self::Signal(signal),
         }
     }
+
+    /// Says whether it touched a page of a mapped file that could not be had (SIGBUS).
+    #[must_use]
+    pub fn is_bus_error(self) -> bool {
+        self == Self::Signal(libc::SIGBUS)
+    }
 }
 
 impl fmt::Display for Exit {

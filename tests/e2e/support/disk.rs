@@ -98,6 +98,26 @@ impl Disk {
         path
     }
 
+    /// Takes what room is left, to the last byte that anybody gets.
+    pub(crate) fn fill_to_the_byte(&self) {
+        let file = File::create(self.last()).unwrap();
+        // Most of it at once.
+        let len = self.free().saturating_sub(8 << 20);
+        fallocate(&file, FallocateFlags::empty(), 0, len).unwrap();
+        write_all_there_is(&file);
+        file.sync_all().unwrap();
+        write_all_there_is(&file);
+    }
+
+    /// Gives that room back.
+    pub(crate) fn make_room(&self) {
+        fs::remove_file(self.last()).unwrap();
+    }
+
+    fn last(&self) -> PathBuf {
+        self.store().join("last")
+    }
+
     /// Has every write of the content of `file` fail from now on, and no other write.
     /// What it has on the disk is lost. It must be larger than 0 and have all its blocks.
     #[track_caller]
@@ -116,21 +136,26 @@ impl Disk {
         }
         assert!(lost > 0, "it has no blocks: {listed}");
         let ballast = File::create(self.ballast()).unwrap();
-        let mut at = 0;
-        loop {
-            match ballast.write_at(&[1; 4096], at) {
-                Ok(written) => at += u64::try_from(written).unwrap(),
-                Err(error) => {
-                    assert_eq!(Errno::from_io_error(&error), Some(Errno::NOSPC));
-                    return;
-                }
-            }
-        }
+        write_all_there_is(&ballast);
     }
 
     /// Has all writes succeed again.
     pub(crate) fn mend(&self) {
         fs::remove_file(self.ballast()).unwrap();
+    }
+}
+
+/// Appends to a file until the disk is full.
+fn write_all_there_is(file: &File) {
+    let mut at = file.metadata().unwrap().len();
+    loop {
+        match file.write_at(&[1; 4096], at) {
+            Ok(written) => at += u64::try_from(written).unwrap(),
+            Err(error) => {
+                assert_eq!(Errno::from_io_error(&error), Some(Errno::NOSPC));
+                return;
+            }
+        }
     }
 }
 

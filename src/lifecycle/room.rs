@@ -1,0 +1,139 @@
+//! Room on the disk for the memory of guests, where that is a file.
+//!
+//! A guest that touches a page which the disk has no block for is killed by the kernel
+//! (SIGBUS), and its work with it. So all of its memory has its blocks before its first
+//! instruction. They are given back when it sleeps. Where the file system cannot do that
+//! (tmpfs, btrfs) the room that all who are awake may still want is counted.
+
+use super::{Entry, Error, Lifecycle, chain, machines::Live, memory_of, wake::snapshot_failed};
+use crate::{
+    sandbox::{Record, RowId, State},
+    snapshot::{self, Home, Memory},
+    sync::Arc,
+    sys::{
+        files::{allocated_bytes, free_bytes, keeps_room, take_room},
+        process::Exit,
+    },
+};
+
+impl Lifecycle {
+    /// Makes sure that the disk has room for all of the memory that the guest has not yet
+    /// touched, so that nothing is begun that would fail for want of it.
+    pub(super) fn check_room(
+        &self,
+        entry: &Entry,
+        memory: Memory,
+        allocated_bytes: u64,
+    ) -> Result<(), Error> {
+        if memory == Memory::Copied {
+            return Ok(());
+        }
+        let record = entry.record();
+        let untouched = record.spec.memory_bytes.saturating_sub(allocated_bytes);
+        let promised = if self.store_keeps_room() { 0 } else { self.promised_bytes(record.row) };
+        self.home(&record)
+            .check_space(untouched + promised + snapshot::SLEEP_RESERVE_BYTES)
+            .map_err(snapshot_failed(entry, "finding space for the memory of"))
+    }
+
+    /// Gives back the room that a sleeper does not need, and returns how many bytes its
+    /// snapshot takes then. That it cannot be given back is no reason to fail.
+    pub(super) fn give_back_room(&self, record: &Record, generation: u64) -> Option<u64> {
+        match self.home(record).give_back_room(generation) {
+            Ok(bytes) => Some(bytes),
+            Err(error) => {
+                let error = chain(&error);
+                tracing::warn!(id = %record.id, error, "giving back room that nobody uses");
+                None
+            }
+        }
+    }
+
+    /// Takes the room again that guests gave back while they ran: what a guest reports as free
+    /// is a hole in its memory from then on. Called at each tick.
+    pub fn keep_room(&self) {
+        if !self.store_keeps_room() {
+            return;
+        }
+        for (row, live) in self.machines.all() {
+            if let Some(entry) = self.by_row(row) {
+                self.keep_room_of(&entry, &live);
+            }
+        }
+    }
+
+    fn keep_room_of(&self, entry: &Entry, live: &Arc<Live>) {
+        let record = entry.record();
+        let is_mapped = self
+            .vmm_of(&record)
+            .is_ok_and(|vmm| memory_of(vmm.as_ref(), &record) == Memory::Mapped);
+        let bytes = record.spec.memory_bytes;
+        if record.state != State::Running
+            || !is_mapped
+            || memory_taken(&self.home(&record)) >= bytes
+        {
+            return;
+        }
+        // Who is at work on it knows better, and may be about to give it back.
+        let Some(_lock) = self.locks.try_lock(entry.id()) else { return };
+        let still = self.machines.get(record.row).is_some_and(|now| Arc::ptr_eq(&now, live));
+        let life = self.home(&record).survey().ok().and_then(|survey| survey.live);
+        if let (true, Some(life)) = (still && entry.record().state == State::Running, life)
+            && let Err(error) = take_room(&self.home(&record).live_memory(life), bytes)
+        {
+            tracing::warn!(
+                id = %record.id, %error,
+                "no room on the disk for memory that its guest gave back; it is killed if it \
+                 wants that again before there is room"
+            );
+        }
+    }
+
+    fn store_keeps_room(&self) -> bool {
+        keeps_room(&self.settings.store).unwrap_or(false)
+    }
+
+    /// Returns how many bytes of the disk all who are awake may still want, but for `row`.
+    fn promised_bytes(&self, row: RowId) -> u64 {
+        let others = self.admission.awake().into_iter().filter(|(other, _)| *other != row);
+        let wants = others.filter_map(|(other, bytes)| {
+            let record = self.by_row(other)?.record();
+            let memory = memory_of(self.vmm_of(&record).ok()?.as_ref(), &record);
+            let taken = || memory_taken(&self.home(&record));
+            (memory == Memory::Mapped).then(|| bytes.saturating_sub(taken()))
+        });
+        wants.sum()
+    }
+
+    /// Says in one line how the VMM of a sandbox came to end by a signal.
+    pub(super) fn reason_of_signal(&self, signal: i32) -> String {
+        let killed = format!("the VMM was killed by signal {signal}");
+        if !Exit::Signal(signal).is_bus_error() {
+            return killed;
+        }
+        let store = self.settings.store.display();
+        let free = free_bytes(&self.settings.store).unwrap_or(u64::MAX);
+        if free < snapshot::SLEEP_RESERVE_BYTES {
+            format!(
+                "{killed} (SIGBUS), as its guest touched memory that the disk had no room for: \
+                 {free} bytes are free in {store}; make room there"
+            )
+        } else {
+            format!(
+                "{killed} (SIGBUS): memory of its guest could not be read from or written to the \
+                 disk of {store}; the kernel's log may say why"
+            )
+        }
+    }
+}
+
+/// Returns how many bytes of the disk the memory of a sandbox takes.
+fn memory_taken(home: &Home) -> u64 {
+    let Ok(survey) = home.survey() else { return 0 };
+    let dir = match (survey.live, survey.committed) {
+        (Some(life), _) => home.live_dir(life),
+        (None, Some(generation)) => home.snapshot_dir(generation),
+        (None, None) => return 0,
+    };
+    allocated_bytes(&dir.join(snapshot::MEMORY)).unwrap_or(0)
+}
