@@ -25,11 +25,14 @@ use crate::{
     sandbox::RowId,
     sync::Arc,
     sys::{growth::GrowthWatch, pool::Pool},
-    tree::{Access, AttrChange, Closed, Errno, File, Job, Node, Opened, Tree, Written},
+    tree::{Access, Answer, AttrChange, Closed, Errno, File, Job, Node, Opened, Tree, Written},
 };
 
 /// The largest write. A document is smaller; a larger one arrives whole, to be refused.
 const WRITE_MAX_BYTES: u32 = 128 * 1024;
+
+/// How many questions may wait for a disk or the kernel at a time. A crawler has one.
+const LOOKS_MAX: usize = 256;
 
 /// The file system that fuser serves.
 #[derive(Debug)]
@@ -37,9 +40,12 @@ pub(super) struct Adapter {
     tree: Arc<Tree>,
     news: Arc<News>,
     pool: Arc<Pool>,
+    /// For questions that wait for a disk or the kernel: those that hang leave the threads
+    /// of `pool` to those who write.
+    looks: Pool,
     waiting: Arc<Waiting>,
     polls: Arc<Polls>,
-    consoles: GrowthWatch,
+    consoles: Arc<GrowthWatch>,
 }
 
 impl Adapter {
@@ -53,7 +59,9 @@ impl Adapter {
         let woken = Arc::clone(&polls);
         let consoles =
             GrowthWatch::start(move |row| woken.wake(Node::File(RowId(row), File::Console)))?;
-        Ok(Self { tree, news, pool, waiting, polls, consoles })
+        let consoles = Arc::new(consoles);
+        let looks = Pool::with_limit(LOOKS_MAX);
+        Ok(Self { tree, news, pool, looks, waiting, polls, consoles })
     }
 
     /// Runs a call of the tree's; a panic in it is an EIO for this caller only.
@@ -82,16 +90,14 @@ impl Adapter {
     }
 }
 
-impl Adapter {
-    /// Has the pollers of a console woken when its guest prints. Before its first boot there
-    /// is nothing to watch; they are woken when it boots.
-    fn watch_console(&self, tree: &Tree, row: RowId) {
-        let Some(log) = tree.console_log(row) else { return };
-        if let Err(error) = self.consoles.watch(row.0, &log)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(%error, "watching a console for a program that polls");
-        }
+/// Has the pollers of a console woken when its guest prints. Before its first boot there
+/// is nothing to watch; they are woken when it boots.
+fn watch_console(tree: &Tree, consoles: &GrowthWatch, row: RowId) {
+    let Some(log) = tree.console_log(row) else { return };
+    if let Err(error) = consoles.watch(row.0, &log)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(%error, "watching a console for a program that polls");
     }
 }
 
@@ -106,6 +112,18 @@ impl Adapter {
         answer: fn(R, Result<T, Number>),
         unwanted: impl FnOnce(T) + Send + 'static,
     ) {
+        self.run_unless_signalled(&self.pool, job, tid, reply, answer, unwanted);
+    }
+
+    fn run_unless_signalled<T: Send + 'static, R: Send + 'static>(
+        &self,
+        pool: &Pool,
+        job: Job<T>,
+        tid: u32,
+        reply: R,
+        answer: fn(R, Result<T, Number>),
+        unwanted: impl FnOnce(T) + Send + 'static,
+    ) {
         let reply = Once::new(reply);
         let (interrupted, mine) = (reply.clone(), reply.clone());
         let waiting = Arc::clone(&self.waiting);
@@ -114,7 +132,7 @@ impl Adapter {
                 answer(reply, Err(Number::EINTR));
             }
         });
-        let queued = self.pool.run(move || {
+        let queued = pool.run(move || {
             let result = caught(job).map_err(number);
             waiting.leave(place);
             match (mine.take(), result) {
@@ -136,6 +154,25 @@ impl Adapter {
         self.later_unless_signalled(job, tid, reply, AnnouncedWrite::give, drop);
     }
 
+    /// Answers a question. One that waits for a disk ends, for a caller that is signalled,
+    /// without an answer.
+    fn reply<T: Send + 'static, R: Send + 'static>(
+        &self,
+        answer: Result<Answer<T>, Number>,
+        tid: u32,
+        reply: R,
+        give: fn(R, Result<T, Number>),
+    ) {
+        match answer {
+            Ok(Answer::Now(now)) => give(reply, Ok(now)),
+            Ok(Answer::Failed(errno)) => give(reply, Err(number(errno))),
+            Ok(Answer::Later(job)) => {
+                self.run_unless_signalled(&self.looks, job, tid, reply, give, drop);
+            }
+            Err(errno) => give(reply, Err(errno)),
+        }
+    }
+
     /// Answers a close or an fsync.
     fn reply_closed(&self, closed: Result<Closed, Number>, tid: u32, reply: ReplyEmpty) {
         match closed {
@@ -148,9 +185,9 @@ impl Adapter {
         }
     }
 
-    fn open_later(&self, job: Job<u64>, tid: u32, reply: ReplyOpen) {
+    fn open_later(&self, pool: &Pool, job: Job<u64>, tid: u32, reply: ReplyOpen) {
         let tree = Arc::clone(&self.tree);
-        self.later_unless_signalled(job, tid, reply, reply_opened, move |handle| {
+        self.run_unless_signalled(pool, job, tid, reply, reply_opened, move |handle| {
             drop(tree.close(handle));
         });
     }
@@ -197,12 +234,16 @@ impl Filesystem for Adapter {
 
     fn getattr(&self, request: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         let caller = caller(request);
-        let attr = |tree: &Arc<Tree>| {
+        let attr = self.call(|tree| {
             let node = node(ino)?;
-            tree.attr_for(node, caller)
-                .or_else(|errno| ghosts::attr(tree, caller.tid, node).map_err(|_| errno))
-        };
-        reply_attr(reply, self.call(attr));
+            Ok(match tree.attr_for(node, caller) {
+                Answer::Failed(errno) => {
+                    ghosts::attr(tree, caller.tid, node).map_err(|_| errno).into()
+                }
+                answer @ (Answer::Now(_) | Answer::Later(_)) => answer,
+            })
+        });
+        self.reply(attr, caller.tid, reply, reply_attr);
     }
 
     fn setattr(
@@ -307,7 +348,8 @@ impl Filesystem for Adapter {
                 reply_opened_document(reply, handle);
             }
             Ok(Opened::Now(handle)) => reply_opened(reply, Ok(handle)),
-            Ok(Opened::Later(job)) => self.open_later(job, request.pid(), reply),
+            Ok(Opened::Later(job)) => self.open_later(&self.pool, job, request.pid(), reply),
+            Ok(Opened::Look(job)) => self.open_later(&self.looks, job, request.pid(), reply),
             Ok(Opened::Started(handle, job)) => {
                 let started = self.pool.run(move || {
                     // Nobody waits for the result; `error` has it.
@@ -334,15 +376,9 @@ impl Filesystem for Adapter {
         reply: ReplyData,
     ) {
         let caller = caller(request);
-        if let Ok(node) = node(ino)
-            && Tree::reads_slowly(node, offset)
-        {
-            let tree = Arc::clone(&self.tree);
-            let job = Box::new(move || tree.read(node, handle.0, offset, size as usize, caller));
-            return self.later(job, reply, reply_data);
-        }
-        let read = self.call(|tree| tree.read(node(ino)?, handle.0, offset, size as usize, caller));
-        reply_data(reply, read);
+        let read =
+            self.call(|tree| Ok(tree.read(node(ino)?, handle.0, offset, size as usize, caller)));
+        self.reply(read, caller.tid, reply, reply_data);
     }
 
     fn write(
@@ -498,7 +534,7 @@ impl Filesystem for Adapter {
 
     fn poll(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         handle: FileHandle,
         notifier: PollNotifier,
@@ -509,18 +545,25 @@ impl Filesystem for Adapter {
         let ready = self.call(|tree| {
             let node = node(ino)?;
             // First this, and then the look: what changes between them is not missed.
-            if flags.contains(PollFlags::FUSE_POLL_SCHEDULE_NOTIFY) {
+            let is_scheduled = flags.contains(PollFlags::FUSE_POLL_SCHEDULE_NOTIFY);
+            if is_scheduled {
                 self.polls.enter(node, handle.0, notifier);
-                if let Node::File(row, File::Console) = node {
-                    self.watch_console(tree, row);
-                }
             }
-            Ok(tree.poll(node, handle.0))
+            Ok(match (tree.poll(node, handle.0), node) {
+                (Answer::Later(look), Node::File(row, File::Console)) if is_scheduled => {
+                    let (tree, consoles) = (Arc::clone(tree), Arc::clone(&self.consoles));
+                    Answer::Later(Box::new(move || {
+                        watch_console(&tree, &consoles, row);
+                        look()
+                    }))
+                }
+                (answer, _) => answer,
+            })
         });
-        match ready {
+        self.reply(ready, request.pid(), reply, |reply, ready| match ready {
             Ok(ready) => reply.poll(polls::events(ready)),
             Err(errno) => reply.error(errno),
-        }
+        });
     }
 
     /// Programs that ask whether a file is a terminal come with this.

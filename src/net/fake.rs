@@ -19,7 +19,7 @@ use crate::{
             GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, SandboxAddress, WakePorts,
         },
     },
-    sync::{Mutex, lock},
+    sync::{Mutex, MutexGuard, lock},
     sys::netns::Identity,
 };
 
@@ -56,12 +56,25 @@ pub(crate) struct FakeNetwork {
     activity: Mutex<BTreeMap<SandboxId, Activity>>,
     between_reads: Mutex<BTreeMap<SandboxId, Count>>,
     unreadable: Mutex<BTreeSet<SandboxId>>,
+    /// Whoever has it keeps all waiting who ask for counters.
+    counting: Mutex<()>,
+    asked: Mutex<usize>,
 }
 
 impl FakeNetwork {
     /// Makes everything of one kind fail from now on, or nothing.
     pub(crate) fn set_fault(&self, fault: Option<Fault>) {
         *lock(&self.fault) = fault;
+    }
+
+    /// Keeps all waiting who ask for counters, for as long as this is held.
+    pub(crate) fn hold_counters(&self) -> MutexGuard<'_, ()> {
+        lock(&self.counting)
+    }
+
+    /// Returns how often counters were asked for.
+    pub(crate) fn asked(&self) -> usize {
+        *lock(&self.asked)
     }
 
     /// Forgets what is in no kernel but in the memory of a daemon that is gone.
@@ -268,6 +281,8 @@ impl Network for FakeNetwork {
     }
 
     fn counters(&self, id: &SandboxId) -> Result<Option<Counters>, Error> {
+        *lock(&self.asked) += 1;
+        drop(lock(&self.counting));
         if self.in_force(id).is_none() {
             return Ok(None);
         }

@@ -10,6 +10,7 @@ mod command;
 mod console;
 mod document;
 mod errno;
+mod glance;
 mod handle;
 mod idle;
 #[cfg(test)]
@@ -18,6 +19,7 @@ mod modes;
 mod node;
 mod open;
 mod read;
+mod root_error;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -33,17 +35,19 @@ use console::Consoles;
 pub use document::Closed;
 use document::DraftBudget;
 pub use errno::Errno;
+use glance::Glances;
 use handle::Handles;
 use modes::Modes;
 pub use node::{DaemonFile, File, Node};
 pub use open::{Access, Opened};
 pub use read::Readiness;
+use root_error::RootErrors;
 pub use view::{DaemonFacts, Facts};
 pub use write::{AttrChange, Job, Removal, Written};
 
 use crate::{
     lifecycle::{Entry, Lifecycle, News, View, Viewer},
-    sandbox::{IdError, Owner, RowId, SandboxId, Timestamp},
+    sandbox::{Owner, RowId, SandboxId, Timestamp},
     sync::Arc,
     sys::{host::own_ids, task::groups_of},
 };
@@ -64,11 +68,53 @@ pub struct Tree {
     handles: Handles,
     consoles: Arc<Consoles>,
     drafts: Arc<DraftBudget>,
+    glances: Glances,
+    root_errors: RootErrors,
     modes: Modes,
     started: Timestamp,
     root_owner: (u32, u32),
     /// What this daemon is forbidden and needs.
     lacks: Vec<String>,
+}
+
+/// How a question is answered.
+pub enum Answer<T> {
+    /// At once, from memory.
+    Now(T),
+    /// At once: it cannot be had.
+    Failed(Errno),
+    /// By a job that may wait for a disk or the kernel.
+    Later(Job<T>),
+}
+
+impl<T> Answer<T> {
+    /// Returns the answer, and waits for it.
+    ///
+    /// # Errors
+    /// Where it cannot be had.
+    pub fn wait(self) -> Result<T, Errno> {
+        match self {
+            Self::Now(answer) => Ok(answer),
+            Self::Failed(errno) => Err(errno),
+            Self::Later(job) => job(),
+        }
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for Answer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Now(answer) => f.debug_tuple("Now").field(answer).finish(),
+            Self::Failed(errno) => f.debug_tuple("Failed").field(errno).finish(),
+            Self::Later(_) => f.write_str("Later"),
+        }
+    }
+}
+
+impl<T> From<Result<T, Errno>> for Answer<T> {
+    fn from(result: Result<T, Errno>) -> Self {
+        result.map_or_else(Self::Failed, Self::Now)
+    }
 }
 
 /// Who asks.
@@ -93,7 +139,7 @@ pub struct Attr {
     pub uid: u32,
     /// The group's.
     pub gid: u32,
-    /// Its size. Nought for what is made anew at each read.
+    /// Its size.
     pub size: u64,
     /// When it last changed.
     pub mtime: SystemTime,
@@ -121,7 +167,19 @@ impl Tree {
         let root_owner = own_ids();
         let (handles, consoles, drafts) = (Handles::new(), Arc::default(), Arc::default());
         let lacks = Vec::new();
-        Ok(Self { lifecycle, handles, consoles, drafts, modes, started, root_owner, lacks })
+        let (glances, root_errors) = Default::default();
+        Ok(Self {
+            lifecycle,
+            handles,
+            consoles,
+            drafts,
+            glances,
+            root_errors,
+            modes,
+            started,
+            root_owner,
+            lacks,
+        })
     }
 
     /// Has `dozed.status` tell that the daemon lacks these.
@@ -141,10 +199,8 @@ impl Tree {
                 if let Some(file) = daemon {
                     return self.attr(Node::Daemon(file));
                 }
-                let id = SandboxId::from_bytes(name).map_err(|error| match error {
-                    IdError::TooLong => Errno::NameTooLong,
-                    IdError::Malformed => Errno::NoEnt,
-                })?;
+                // That there can be none is said to who makes one, in `dozed.error`.
+                let id = SandboxId::from_bytes(name).map_err(|_| Errno::NoEnt)?;
                 let entry = self.lifecycle.by_id(&id).ok_or(Errno::NoEnt)?;
                 Ok(self.dir_attr(&entry))
             }
@@ -169,18 +225,48 @@ impl Tree {
     }
 
     /// Returns the attributes of a node as `caller` sees them, who may see a part of it only.
-    ///
-    /// # Errors
-    /// `NoEnt` where its sandbox is gone.
-    pub fn attr_for(&self, node: Node, caller: Caller) -> Result<Attr, Errno> {
-        let mut attr = self.attr(node)?;
-        if node == Node::Daemon(DaemonFile::Events) {
-            (attr.size, attr.mtime) = self.events_facts(&View::Viewer(viewer(caller)), attr.mtime);
+    /// The size is the length of what a read right after it gives.
+    pub fn attr_for(self: &Arc<Self>, node: Node, caller: Caller) -> Answer<Attr> {
+        let this = Arc::clone(self);
+        match node {
+            Node::Daemon(DaemonFile::List) => Answer::Later(Box::new(move || {
+                Ok(Attr { size: this.daemon_list_len(caller), ..this.attr(node)? })
+            })),
+            Node::Daemon(DaemonFile::Events) => {
+                let view = View::Viewer(viewer(caller));
+                let attr = self.attr(node).map(|attr| {
+                    let (size, mtime) = self.events_facts(&view, attr.mtime);
+                    Attr { size, mtime, ..attr }
+                });
+                attr.into()
+            }
+            Node::Daemon(DaemonFile::Error) => {
+                let size = self.root_error(caller).len() as u64;
+                self.attr(node).map(|attr| Attr { size, ..attr }).into()
+            }
+            Node::File(row, File::Console) => Answer::Later(Box::new(move || {
+                let (size, mtime) = this.console_facts(&this.entry(row)?.record());
+                Ok(Attr { size, mtime, ..this.attr(node)? })
+            })),
+            Node::File(row, file) if Self::is_slow(file) => Answer::Later(Box::new(move || {
+                let size = this.told_len(&*this.entry(row)?, file);
+                Ok(Attr { size, ..this.attr(node)? })
+            })),
+            Node::File(row, file) if Self::changes_by_itself(file) => {
+                let attr = self.entry(row).map(|entry| {
+                    let size = self.told_len(&entry, file);
+                    Attr { size, ..self.file_attr(&entry, file) }
+                });
+                attr.into()
+            }
+            Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::NetDir(_) | Node::File(..) => {
+                self.attr(node).into()
+            }
         }
-        Ok(attr)
     }
 
-    /// Returns the attributes of a node.
+    /// Returns the attributes of a node, from memory: the size may be the one that was told
+    /// last. The kernel asks again before it opens a file.
     ///
     /// # Errors
     /// `NoEnt` where its sandbox is gone.
@@ -188,7 +274,10 @@ impl Tree {
         match node {
             Node::Root => Ok(self.root_attr(node, self.modes.get(node).unwrap_or(0o755))),
             // Strangers see their own in the list, so anybody may read it.
-            Node::Daemon(_) => Ok(self.root_attr(node, self.modes.get(node).unwrap_or(0o444))),
+            Node::Daemon(file) => {
+                let attr = self.root_attr(node, self.modes.get(node).unwrap_or(0o444));
+                Ok(Attr { size: self.daemon_len(file), ..attr })
+            }
             Node::Dir(row) => self.entry(row).map(|entry| self.dir_attr(&entry)),
             Node::NetDir(row) => self.entry(row).map(|entry| self.net_dir_attr(&entry)),
             Node::File(row, file) => self.entry(row).map(|entry| self.file_attr(&entry, file)),
@@ -254,8 +343,10 @@ impl Tree {
         let node = Node::File(entry.row(), file);
         let (size, mtime) = match file {
             File::State => (STATE_SIZE, self.system_time(record.since)),
-            File::Activity => (0, self.system_time(entry.last_activity())),
-            File::Console => self.console_facts(&record),
+            File::Console => (0, self.system_time(record.since)),
+            File::Activity => {
+                (self.known_len(entry, file), self.system_time(entry.last_activity()))
+            }
             File::Events => {
                 let created = self.system_time(record.created_at);
                 self.events_facts(&View::Sandbox(entry.row()), created)
@@ -274,7 +365,7 @@ impl Tree {
             | File::Nameservers
             | File::Denied
             | File::Allowed
-            | File::Counters => (0, self.system_time(record.since)),
+            | File::Counters => (self.known_len(entry, file), self.system_time(record.since)),
         };
         Attr {
             node,

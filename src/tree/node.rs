@@ -38,6 +38,8 @@ pub enum DaemonFile {
     Events,
     /// `dozed.metrics`
     Metrics,
+    /// `dozed.error`
+    Error,
 }
 
 /// The files of a sandbox.
@@ -67,7 +69,7 @@ pub enum File {
 
 impl DaemonFile {
     /// All of them, in the order in which they are listed.
-    pub const ALL: [Self; 4] = [Self::Status, Self::List, Self::Events, Self::Metrics];
+    pub const ALL: [Self; 5] = [Self::Status, Self::List, Self::Events, Self::Metrics, Self::Error];
 
     /// Returns its name.
     #[must_use]
@@ -77,6 +79,7 @@ impl DaemonFile {
             Self::List => "dozed.list",
             Self::Events => "dozed.events",
             Self::Metrics => "dozed.metrics",
+            Self::Error => "dozed.error",
         }
     }
 
@@ -87,6 +90,7 @@ impl DaemonFile {
             Self::List => 3,
             Self::Events => 4,
             Self::Metrics => 5,
+            Self::Error => 6,
         }
     }
 }

@@ -47,6 +47,8 @@ pub enum Opened {
     Now(u64),
     /// By a job that may take long.
     Later(Job<u64>),
+    /// By a job that may wait for a disk, and changes nothing.
+    Look(Job<u64>),
     /// At once; the job that was started goes on.
     Started(u64, Job<()>),
 }
@@ -56,6 +58,7 @@ impl std::fmt::Debug for Opened {
         match self {
             Self::Now(handle) => f.debug_tuple("Now").field(handle).finish(),
             Self::Later(_) => f.write_str("Later"),
+            Self::Look(_) => f.write_str("Look"),
             Self::Started(handle, _) => f.debug_tuple("Started").field(handle).finish(),
         }
     }
@@ -74,7 +77,10 @@ impl Tree {
         access: Access,
         caller: Caller,
     ) -> Result<Opened, Errno> {
-        let attr = self.attr(node)?;
+        match node {
+            Node::Root | Node::Daemon(_) => {}
+            Node::Dir(row) | Node::NetDir(row) | Node::File(row, _) => drop(self.entry(row)?),
+        }
         // The kernel has checked the caller's permissions; root passes all of them.
         let read_only = match node {
             Node::Root | Node::Daemon(_) => true,
@@ -85,12 +91,16 @@ impl Tree {
             return Err(Errno::Acces);
         }
         let mut handle = Handle::new(node);
-        match attr.node {
+        match node {
             Node::File(row, File::Awake) if access != Access::Read => {
                 return self.open_hold(row, access, caller);
             }
             Node::File(row, File::Console) => {
-                handle.console = Some(Arc::new(self.open_console(row)));
+                let this = Arc::clone(self);
+                return Ok(Opened::Look(Box::new(move || {
+                    handle.console = Some(Arc::new(this.open_console(row)));
+                    Ok(this.handles.open(handle))
+                })));
             }
             Node::Daemon(DaemonFile::Events) | Node::File(_, File::Events) => {
                 handle.events = Some(self.open_events(node, caller));

@@ -3,11 +3,11 @@
 use std::{fmt::Display, time::SystemTime};
 
 use super::{
-    Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree, document::DocumentKind, shown,
-    view, viewer, write::answer,
+    Answer, Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree,
+    document::DocumentKind, glance::Glance, shown, viewer, write::answer,
 };
 use crate::{
-    lifecycle::{Counters, Entry, Gauges, Reader, View},
+    lifecycle::{Entry, Gauges, Reader, View},
     sandbox::{Record, RowId},
     sync::Arc,
 };
@@ -29,8 +29,16 @@ pub enum Readiness {
 
 impl Tree {
     /// Says whether an open file has news for its reader.
-    #[must_use]
-    pub fn poll(&self, node: Node, handle: u64) -> Readiness {
+    pub fn poll(self: &Arc<Self>, node: Node, handle: u64) -> Answer<Readiness> {
+        if matches!(node, Node::File(_, File::Console)) {
+            let this = Arc::clone(self);
+            return Answer::Later(Box::new(move || Ok(this.readiness(node, handle))));
+        }
+        Answer::Now(self.readiness(node, handle))
+    }
+
+    /// As [`Self::poll`], here and now.
+    pub(super) fn readiness(&self, node: Node, handle: u64) -> Readiness {
         let open = self.handles.get(handle, node);
         let entry = match node {
             Node::Root | Node::Daemon(_) => None,
@@ -69,6 +77,35 @@ impl Tree {
     /// # Errors
     /// `NoDev` where the sandbox is gone, `IsDir` for a directory.
     pub fn read(
+        self: &Arc<Self>,
+        node: Node,
+        handle: u64,
+        offset: u64,
+        size: usize,
+        caller: Caller,
+    ) -> Answer<Vec<u8>> {
+        let is_kept = offset > 0 && self.handles.get(handle, node).text.is_some();
+        let waits = match node {
+            Node::File(_, File::Console) => true,
+            Node::File(_, file) => Self::is_slow(file) && !is_kept,
+            // It is as long as there are sandboxes.
+            Node::Daemon(DaemonFile::List) => !is_kept,
+            Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::NetDir(_) => false,
+        };
+        if waits {
+            let this = Arc::clone(self);
+            return Answer::Later(Box::new(move || {
+                this.read_here(node, handle, offset, size, caller)
+            }));
+        }
+        match self.read_here(node, handle, offset, size, caller) {
+            Ok(data) => Answer::Now(data),
+            Err(errno) => Answer::Failed(errno),
+        }
+    }
+
+    /// As [`Self::read`], here and now.
+    pub(super) fn read_here(
         &self,
         node: Node,
         handle: u64,
@@ -93,19 +130,18 @@ impl Tree {
             }
             (_, Some(text)) if offset > 0 => text,
             (Node::File(row, File::State), _) => self.state_text(row, handle)?.into_bytes().into(),
-            (Node::File(row, file), _) => self.file_text(row, file)?.into_bytes().into(),
+            (Node::File(row, file), _) => self.text_to_read(row, file)?.into_bytes().into(),
             (Node::Daemon(DaemonFile::Status), _) => self.daemon_status().into_bytes().into(),
             (Node::Daemon(DaemonFile::Metrics), _) => self.daemon_metrics().into_bytes().into(),
             (Node::Daemon(DaemonFile::List), _) => self.daemon_list(caller).into_bytes().into(),
+            (Node::Daemon(DaemonFile::Error), _) => self.root_error(caller).into_bytes().into(),
             (Node::Root | Node::Dir(_) | Node::NetDir(_), _) => return Err(Errno::IsDir),
         };
         let from = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
         let end = from.saturating_add(size).min(text.len());
         let part = text[from..end].to_vec();
-        if offset == 0 {
-            // Also a reader that had it all comes back, to see the end of it.
-            self.handles.keep(handle, text);
-        }
+        // Also a reader that had it all comes back, to see the end of it.
+        self.handles.keep(handle, text);
         Ok(part)
     }
 
@@ -131,32 +167,44 @@ impl Tree {
         Ok(format!("{}\n", record.state))
     }
 
-    fn file_text(&self, row: RowId, file: File) -> Result<String, Errno> {
+    fn text_to_read(&self, row: RowId, file: File) -> Result<String, Errno> {
         let entry = self.open_entry(row)?;
+        let now = self.lifecycle.clock().now();
+        let told =
+            Self::changes_by_itself(file).then(|| self.glances.take(Node::File(row, file), now));
+        let glance = match told.flatten() {
+            Some(glance) => glance,
+            None => self.glance(&entry, file).map_err(|error| {
+                answer(&self.lifecycle, &entry, "counting the packets of", &error)
+            })?,
+        };
+        Ok(self.text(&entry, file, &glance))
+    }
+
+    /// Returns the text of a file that is no log, from memory.
+    pub(super) fn text(&self, entry: &Entry, file: File, glance: &Glance) -> String {
         let record = entry.record();
-        Ok(match file {
+        let facts = |view: &dyn Fn(&Facts<'_>) -> String| self.facts(entry, &record, glance, view);
+        match file {
             File::State => format!("{}\n", record.state),
-            File::Status => self.facts(&entry, &record, |facts| facts.status()),
-            File::Error => self.facts(&entry, &record, |facts| facts.error()),
-            File::Awake => self.facts(&entry, &record, |facts| facts.awake()),
-            File::Activity => self.facts(&entry, &record, |facts| facts.activity()),
-            File::Idle => self.facts(&entry, &record, |facts| facts.idle()),
+            File::Status => facts(&|facts| facts.status()),
+            File::Error => facts(&|facts| facts.error()),
+            File::Config => DocumentKind::Config.text(&record.spec),
+            File::Awake => facts(&|facts| facts.awake()),
+            File::Activity => facts(&|facts| facts.activity()),
+            File::Idle => facts(&|facts| facts.idle()),
             File::IdleAfter => format!("{}\n", record.idle_after),
             File::DeleteAfter => format!("{}\n", record.delete_after),
             File::Pinned => format!("{}\n", u8::from(record.pinned)),
             File::Address => Self::line(self.lifecycle.address(&record)),
             File::Mac => Self::line(self.lifecycle.mac(&record)),
-            File::Namespace => {
-                let path = self.lifecycle.namespace(&record);
-                Self::line(path.as_ref().map(|path| path.display()))
-            }
-            File::Config => DocumentKind::Config.text(&record.spec),
+            File::Namespace => Self::line(glance.facts.namespace().map(|path| path.display())),
             File::Nameservers => DocumentKind::Nameservers.text(&record.spec),
             File::Denied => DocumentKind::Denied.text(&record.spec),
             File::Allowed => DocumentKind::Allowed.text(&record.spec),
-            File::Counters => view::counters(&self.counters(&entry)?),
+            File::Counters => glance.facts.counters(),
             File::Console | File::Events => String::new(), // Read from their logs, not from here.
-        })
+        }
     }
 
     /// Returns a file of one value, and an empty one where there is none.
@@ -164,35 +212,26 @@ impl Tree {
         value.map_or_else(String::new, |value| format!("{value}\n"))
     }
 
-    /// Says whether a read asks the kernel, and so is not done at once. What it reads later
-    /// than at the beginning was kept.
-    #[must_use]
-    pub fn reads_slowly(node: Node, offset: u64) -> bool {
-        offset == 0 && matches!(node, Node::File(_, File::Counters))
-    }
-
-    /// Returns what passed the firewall of a sandbox and what did not, since its network was
-    /// made; nothing if it has none now.
-    fn counters(&self, entry: &Entry) -> Result<Counters, Errno> {
-        let counted = self.lifecycle.network_counters(entry);
-        counted
-            .map(Option::unwrap_or_default)
-            .map_err(|error| answer(&self.lifecycle, entry, "counting the packets of", &error))
-    }
-
-    fn facts<T>(&self, entry: &Entry, record: &Record, view: impl FnOnce(&Facts<'_>) -> T) -> T {
+    fn facts<T>(
+        &self,
+        entry: &Entry,
+        record: &Record,
+        glance: &Glance,
+        view: impl FnOnce(&Facts<'_>) -> T,
+    ) -> T {
+        let (disk_bytes, cached_bytes) = glance.facts.disks();
         let clock = self.lifecycle.clock();
         view(&Facts {
             record,
-            now: clock.now(),
+            now: glance.at,
             last_activity: entry.last_activity(),
             activity_count: entry.activity_count(),
             signals: self.lifecycle.signals(entry.row()),
             limits: self.lifecycle.activity_of(record),
             busyness: self.lifecycle.busyness(entry.row()),
             error: self.lifecycle.last_error(entry),
-            disk_bytes: self.lifecycle.disk_bytes(record),
-            cached_bytes: self.lifecycle.cached_bytes(record),
+            disk_bytes,
+            cached_bytes,
             lacks: self.lifecycle.lacks(record),
             stale: self.lifecycle.stale_at(record),
             spared_until: self.lifecycle.spared_until(record.row),
@@ -201,6 +240,21 @@ impl Tree {
             vsock: self.lifecycle.vsock(record),
             wall: &|at| clock.wall(at),
         })
+    }
+
+    /// Returns the length of a file of the daemon's that no reader sees as another does.
+    pub(super) fn daemon_len(&self, file: DaemonFile) -> u64 {
+        let len = match file {
+            DaemonFile::Status => self.daemon_status().len(),
+            DaemonFile::Metrics => self.daemon_metrics().len(),
+            DaemonFile::List | DaemonFile::Events | DaemonFile::Error => 0,
+        };
+        len as u64
+    }
+
+    /// Returns the length of `dozed.list` for a reader.
+    pub(super) fn daemon_list_len(&self, caller: Caller) -> u64 {
+        self.daemon_list(caller).len() as u64
     }
 
     fn daemon_status(&self) -> String {

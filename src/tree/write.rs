@@ -66,17 +66,22 @@ impl Removal {
     /// error nothing has changed.
     pub fn run(self, answer: impl FnOnce(Result<(), Errno>)) {
         let Self { tree, entry, by } = self;
-        let lifecycle = &tree.lifecycle;
+        let (lifecycle, uid) = (&tree.lifecycle, by.uid);
         lifecycle.delete(&entry, &Cause::Rmdir(by), |deleted| {
             answer(match deleted {
                 Ok(()) => {
+                    tree.root_errors.note(uid, None);
                     tree.modes.forget(entry.row());
                     Ok(())
                 }
                 Err(Error::Gone { .. }) => Err(Errno::NoEnt),
                 // Another removal of it does not come to an end.
-                Err(Error::Locked { .. }) => Err(Errno::Busy),
+                Err(error @ Error::Locked { .. }) => {
+                    tree.root_errors.note(uid, Some(&chain(&error)));
+                    Err(Errno::Busy)
+                }
                 Err(error) => {
+                    tree.root_errors.note(uid, Some(&chain(&error)));
                     lifecycle.note(&entry, &error);
                     Err(self::answer(lifecycle, &entry, "deleting", &error))
                 }
@@ -317,15 +322,22 @@ impl Tree {
             Node::Dir(_) | Node::NetDir(_) => return Err(Errno::Perm),
             Node::Daemon(_) | Node::File(..) => return Err(Errno::NotDir),
         }
-        let id = SandboxId::from_bytes(name).map_err(|error| match error {
-            IdError::TooLong => Errno::NameTooLong,
-            IdError::Malformed => Errno::Inval,
+        let id = SandboxId::from_bytes(name).map_err(|error| {
+            let start: String = String::from_utf8_lossy(name).chars().take(64).collect();
+            self.root_errors.note(caller.uid, Some(&format!("`{start}`: {error}")));
+            match error {
+                IdError::TooLong => Errno::NameTooLong,
+                IdError::Malformed => Errno::Inval,
+            }
         })?;
         let this = Arc::clone(self);
         let cause = Cause::Mkdir(actor(caller));
         Ok(Box::new(move || {
             let owner = Owner { uid: caller.uid, gid: caller.gid };
-            match this.lifecycle.create(&id, owner, cause) {
+            let created = this.lifecycle.create(&id, owner, cause);
+            let reason = created.as_ref().err().map(|error| chain(error));
+            this.root_errors.note(caller.uid, reason.as_deref());
+            match created {
                 Ok(entry) => Ok(this.dir_attr(&entry)),
                 // The name is still held by the end of an earlier sandbox.
                 Err(Error::Locked { .. }) => Err(Errno::Busy),

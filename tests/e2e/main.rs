@@ -10,6 +10,7 @@
 mod activity;
 mod bad_disk;
 mod contract;
+mod copy;
 mod crash;
 mod damage;
 mod deletion;

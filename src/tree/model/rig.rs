@@ -324,7 +324,7 @@ pub(super) fn try_read(tree: &Arc<Tree>, node: Node) -> Result<String, Errno> {
     let Opened::Now(handle) = tree.open(node, Access::Read, ROOT)? else {
         panic!("to open a file for reading is no job");
     };
-    let text = tree.read(node, handle, 0, 1 << 20, ROOT);
+    let text = tree.read_here(node, handle, 0, 1 << 20, ROOT);
     drop(tree.close(handle));
     Ok(String::from_utf8(text?).unwrap())
 }
@@ -368,7 +368,7 @@ pub(super) fn hold(tree: &Arc<Tree>, id: &str, nonblocking: bool) -> Result<u64,
     let access = if nonblocking { Access::WriteNonblocking } else { Access::Write };
     match tree.open(node(tree, id, File::Awake)?, access, ROOT)? {
         Opened::Now(handle) => Ok(handle),
-        Opened::Later(job) => job(),
+        Opened::Later(job) | Opened::Look(job) => job(),
         Opened::Started(handle, job) => {
             job().ok();
             Ok(handle)

@@ -24,7 +24,7 @@ impl Open {
         let host = Host::new();
         host.create("a");
         let tree = tree(&host);
-        let node = net_node(&tree, file);
+        let node = node(&tree, "a", file);
         let Opened::Now(handle) = tree.open(node, access, caller).unwrap() else { panic!() };
         Self { _host: host, tree, file, node, handle }
     }
@@ -52,7 +52,7 @@ impl Open {
 
     fn text(&self) -> String {
         let handle = open(&self.tree, self.node, Access::Read).unwrap();
-        let text = self.tree.read(self.node, handle, 0, 1 << 20, ROOT).unwrap();
+        let text = self.tree.read_here(self.node, handle, 0, 1 << 20, ROOT).unwrap();
         assert!(self.tree.close(handle).is_none());
         String::from_utf8(text).unwrap()
     }
@@ -60,14 +60,6 @@ impl Open {
     fn error(&self) -> String {
         read(&self.tree, "a", File::Error)
     }
-}
-
-fn net_node(tree: &Tree, file: File) -> Node {
-    let mut node = Node::Root;
-    for name in format!("a/{}", file.path()).split('/') {
-        node = tree.lookup(node, name.as_bytes()).unwrap().node;
-    }
-    node
 }
 
 #[test]

@@ -21,15 +21,18 @@ fn tree(host: &Host) -> Arc<Tree> {
 }
 
 fn node(tree: &Tree, id: &str, file: File) -> Node {
-    let dir = tree.lookup(Node::Root, id.as_bytes()).unwrap().node;
-    tree.lookup(dir, file.name().as_bytes()).unwrap().node
+    let mut node = Node::Root;
+    for name in format!("{id}/{}", file.path()).split('/') {
+        node = tree.lookup(node, name.as_bytes()).unwrap().node;
+    }
+    node
 }
 
 /// Opens a file, and does the job at once if there is one.
 fn open(tree: &Arc<Tree>, node: Node, access: Access) -> Result<u64, Errno> {
     match tree.open(node, access, ROOT)? {
         Opened::Now(handle) => Ok(handle),
-        Opened::Later(job) => job(),
+        Opened::Later(job) | Opened::Look(job) => job(),
         Opened::Started(handle, job) => job().map(|()| handle),
     }
 }
@@ -37,7 +40,7 @@ fn open(tree: &Arc<Tree>, node: Node, access: Access) -> Result<u64, Errno> {
 fn read(tree: &Arc<Tree>, id: &str, file: File) -> String {
     let node = node(tree, id, file);
     let handle = open(tree, node, Access::Read).unwrap();
-    let text = tree.read(node, handle, 0, 1 << 20, ROOT).unwrap();
+    let text = tree.read_here(node, handle, 0, 1 << 20, ROOT).unwrap();
     assert!(tree.close(handle).is_none());
     String::from_utf8(text).unwrap()
 }
@@ -211,14 +214,14 @@ fn a_reader_sees_one_text_from_its_first_byte_to_its_last() {
     let tree = tree(&host);
     let state = node(&tree, "a", File::State);
     let handle = open(&tree, state, Access::Read).unwrap();
-    assert_eq!(tree.read(state, handle, 0, 3, ROOT).unwrap(), b"sto");
+    assert_eq!(tree.read_here(state, handle, 0, 3, ROOT).unwrap(), b"sto");
     host.wake("a").unwrap();
-    assert_eq!(tree.read(state, handle, 3, 100, ROOT).unwrap(), b"pped\n");
-    assert_eq!(tree.read(state, handle, 8, 100, ROOT).unwrap(), b"");
-    assert_eq!(tree.read(state, handle, 0, 100, ROOT).unwrap(), b"running\n");
+    assert_eq!(tree.read_here(state, handle, 3, 100, ROOT).unwrap(), b"pped\n");
+    assert_eq!(tree.read_here(state, handle, 8, 100, ROOT).unwrap(), b"");
+    assert_eq!(tree.read_here(state, handle, 0, 100, ROOT).unwrap(), b"running\n");
     drop(tree.close(handle));
     // A handle that an earlier daemon gave out still reads.
-    assert_eq!(tree.read(state, handle, 0, 100, ROOT).unwrap(), b"running\n");
+    assert_eq!(tree.read_here(state, handle, 0, 100, ROOT).unwrap(), b"running\n");
 }
 
 #[test]
@@ -232,7 +235,7 @@ fn an_open_file_of_a_deleted_sandbox_answers_enodev_and_its_inode_is_not_used_ag
     assert!(tree.lookup(Node::Root, b"a").is_ok(), "nothing has happened yet");
     assert_eq!(removal.wait(), Ok(()));
     assert_eq!(tree.lookup(Node::Root, b"a"), Err(Errno::NoEnt));
-    assert_eq!(tree.read(state, handle, 0, 9, ROOT), Err(Errno::NoDev));
+    assert_eq!(tree.read_here(state, handle, 0, 9, ROOT), Err(Errno::NoDev));
     assert!(matches!(
         tree.write(state, 0, 0, b"wake", false, ROOT),
         Written::Now(Err(Errno::NoDev))
@@ -285,7 +288,17 @@ fn a_listing_goes_on_where_it_stopped_whatever_came_and_went() {
     }
     assert_eq!(
         names,
-        [".", "..", "dozed.status", "dozed.list", "dozed.events", "dozed.metrics", "a", "c"]
+        [
+            ".",
+            "..",
+            "dozed.status",
+            "dozed.list",
+            "dozed.events",
+            "dozed.metrics",
+            "dozed.error",
+            "a",
+            "c"
+        ]
     );
 }
 
@@ -298,7 +311,7 @@ fn strangers_see_neither_the_line_nor_the_files_of_a_sandbox() {
     let seen = |uid, gid| {
         let handle = open(&tree, list, Access::Read).unwrap();
         let caller = Caller { uid, gid, tid: 0 };
-        String::from_utf8(tree.read(list, handle, 0, 4096, caller).unwrap()).unwrap()
+        String::from_utf8(tree.read_here(list, handle, 0, 4096, caller).unwrap()).unwrap()
     };
     for (uid, gid) in [(0, 0), (1, 9), (9, 2)] {
         assert!(seen(uid, gid).starts_with("a stopped 1:2 "), "{}", seen(uid, gid));
@@ -392,6 +405,36 @@ fn a_panic_in_one_operation_is_an_eio_and_never_hangs_the_mount() {
 }
 
 #[test]
+fn questions_that_hang_hold_up_nobody() {
+    let host = Host::new();
+    let tree = tree(&host);
+    for id in ["a", "b"] {
+        host.create(id);
+        write(&tree, id, File::Config, "net = \"internet\"\n").unwrap();
+        host.wake(id).unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mounted = Mounted::mount(tree, dir.path(), Arc::new(Pool::new()), None).unwrap();
+    let counters = dir.path().join("a/net/counters");
+    // More than there are threads that serve requests.
+    let readers = 4;
+    std::thread::scope(|scope| {
+        let held = host.network.hold_counters();
+        for _ in 0..readers {
+            scope.spawn(|| assert!(fs::read_to_string(&counters).unwrap().ends_with('\n')));
+        }
+        wait_for("all of them to hang", || host.network.asked() >= readers);
+        for _ in 0..20 {
+            assert_eq!(fs::read_to_string(dir.path().join("b/state")).unwrap(), "running\n");
+            assert!(fs::metadata(dir.path().join("a/config")).unwrap().len() > 0);
+            assert!(fs::read_dir(dir.path()).unwrap().count() > 2);
+        }
+        drop(held);
+    });
+    mounted.unmount().unwrap();
+}
+
+#[test]
 fn an_open_awake_wakes_and_holds_until_it_is_closed() {
     let host = Host::new();
     host.create("a");
@@ -443,7 +486,7 @@ fn metrics_count_what_was_done_by_cause_and_what_failed_by_errno() {
     let read = || {
         let node = tree.lookup(Node::Root, b"dozed.metrics").unwrap().node;
         let handle = open(&tree, node, Access::Read).unwrap();
-        let text = tree.read(node, handle, 0, 1 << 20, ROOT).unwrap();
+        let text = tree.read_here(node, handle, 0, 1 << 20, ROOT).unwrap();
         drop(tree.close(handle));
         String::from_utf8(text).unwrap()
     };
@@ -473,4 +516,98 @@ fn metrics_count_what_was_done_by_cause_and_what_failed_by_errno() {
     assert!(!text.contains("dozed_losses_total"), "{text}");
     drop(tree.close(handle));
     assert!(read().contains("\ndozed_holds 0\n"));
+}
+
+#[test]
+fn the_size_of_every_file_but_state_is_the_length_of_its_text() {
+    let host = Host::new();
+    for (id, verb) in [("a", "wake"), ("b", "sleep"), ("c", "wake")] {
+        host.create(id);
+        host.wake(id).unwrap();
+        let tree = tree(&host);
+        write(&tree, id, File::State, verb).unwrap();
+        write(&tree, id, File::Denied, "10.0.0.0/8\n").unwrap();
+        write(&tree, id, File::IdleAfter, "bogus").unwrap_err();
+    }
+    let tree = tree(&host);
+    let mut nodes: Vec<Node> = DaemonFile::ALL.map(Node::Daemon).to_vec();
+    for id in ["a", "b", "c"] {
+        let Node::Dir(row) = tree.lookup(Node::Root, id.as_bytes()).unwrap().node else { panic!() };
+        nodes.extend(File::every().map(|file| Node::File(row, file)));
+    }
+    for (node, seconds) in nodes.into_iter().zip((0..10).cycle()) {
+        if matches!(node, Node::File(_, File::State)) {
+            continue;
+        }
+        // An age has another digit after ten seconds, a read comes a little after the size.
+        host.clock.advance(Duration::from_millis(1000 * seconds + 900));
+        let size = tree.attr_for(node, ROOT).wait().unwrap().size;
+        let handle = open(&tree, node, Access::Read).unwrap();
+        host.clock.advance(Duration::from_millis(200));
+        let text = tree.read(node, handle, 0, 1 << 20, ROOT).wait().unwrap();
+        assert_eq!(text.len() as u64, size, "{node:?}: {}", String::from_utf8_lossy(&text));
+        drop(tree.close(handle));
+        assert!(tree.attr(node).is_ok());
+    }
+}
+
+#[test]
+fn what_waits_for_a_disk_or_the_kernel_is_a_job() {
+    let host = Host::new();
+    host.create("a");
+    let tree = tree(&host);
+    let row = host.entry("a").row();
+    for (node, reads, sizes) in [
+        (Node::File(row, File::Console), true, true),
+        (Node::File(row, File::Status), true, true),
+        (Node::File(row, File::Counters), true, true),
+        (Node::File(row, File::Namespace), true, true),
+        (Node::Daemon(DaemonFile::List), true, true),
+        (Node::File(row, File::State), false, false),
+        (Node::File(row, File::Config), false, false),
+        (Node::File(row, File::Idle), false, false),
+        (Node::File(row, File::Events), false, false),
+        (Node::Daemon(DaemonFile::Status), false, false),
+        (Node::Daemon(DaemonFile::Metrics), false, false),
+        (Node::Dir(row), false, false),
+    ] {
+        let is_job = matches!(tree.attr_for(node, ROOT), Answer::Later(_));
+        assert_eq!(is_job, sizes, "the attributes of {node:?}");
+        if !node.is_dir() {
+            let is_job = matches!(tree.read(node, 0, 0, 10, ROOT), Answer::Later(_));
+            assert_eq!(is_job, reads, "{node:?}");
+        }
+    }
+    let console = Node::File(row, File::Console);
+    assert!(matches!(tree.open(console, Access::Read, ROOT), Ok(Opened::Look(_))));
+    assert!(matches!(tree.poll(console, 0), Answer::Later(_)));
+    assert!(matches!(tree.poll(Node::File(row, File::State), 0), Answer::Now(_)));
+}
+
+#[test]
+fn why_a_mkdir_or_an_rmdir_failed_is_told_to_its_user_until_one_succeeds() {
+    let host = Host::new();
+    let tree = tree(&host);
+    let node = Node::Daemon(DaemonFile::Error);
+    let user = Caller { uid: 7, gid: 7, tid: 0 };
+    let error = |caller| {
+        let text = tree.read(node, 0, 0, 4096, caller).wait().unwrap();
+        String::from_utf8(text).unwrap()
+    };
+    let make = |name: &[u8]| tree.make_dir(Node::Root, name, user).and_then(|job| job());
+    assert_eq!(error(user), "ok\n");
+    assert_eq!(make(b"Web_1").unwrap_err(), Errno::Inval);
+    let says = "`Web_1`: an id is lower-case letters, digits and inner hyphens, as `web-1`\n";
+    assert_eq!((error(user).as_str(), error(ROOT).as_str()), (says, "ok\n"));
+    make(b"web-1").unwrap();
+    assert_eq!(error(user), "ok\n");
+    assert_eq!(make(&[b'a'; 64]).unwrap_err(), Errno::NameTooLong);
+    assert!(error(user).contains("at most 63 characters"), "{}", error(user));
+    write(&tree, "web-1", File::Pinned, "1").unwrap();
+    let remove = || tree.remove_dir(Node::Root, b"web-1", user).unwrap().wait();
+    assert_eq!(remove(), Err(Errno::Perm));
+    assert!(error(user).contains("pinned"), "{}", error(user));
+    write(&tree, "web-1", File::Pinned, "0").unwrap();
+    assert_eq!(remove(), Ok(()));
+    assert_eq!(error(user), "ok\n");
 }

@@ -93,6 +93,6 @@ fn a_listing_has_all_names_once_however_many_there_are() {
     names.dedup();
     assert_eq!(names.len(), want);
     assert_eq!(host.read("dozed.list").lines().count(), want);
-    assert_eq!(host.bash_ok("ls | wc -l").trim(), (want + 4).to_string());
+    assert_eq!(host.bash_ok("ls | wc -l").trim(), (want + 5).to_string());
     assert_eq!(host.number("dozed.status", "stopped"), want as u64);
 }
