@@ -205,10 +205,9 @@ pub fn run(config: Config) -> Result<(), Error> {
     let reaper =
         Reaper::start(Arc::clone(&lifecycle), config.reaper.tick, config.reaper.concurrency)
             .map_err(host("starting the reaper"))?;
-    let renewing = Arc::clone(&lifecycle);
-    if pool.run(move || renewing.renew_networks()).is_err() {
-        tracing::error!("the networks of running sandboxes are left as they are");
-    }
+    lifecycle
+        .attend_networks(config.reaper.tick)
+        .map_err(host("starting to look over networks"))?;
     tell_ready(&config);
 
     let serving = serve(&signals, lifecycle.index(), &mounted, &config.mount);

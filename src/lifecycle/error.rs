@@ -330,6 +330,7 @@ impl Error {
                 | net::Error::NotOurs { .. }
                 | net::Error::RangeInUse { .. }
                 | net::Error::NotThere
+                | net::Error::NoDevice
                 | net::Error::Several(_) => Fault::Other,
             },
             Self::Undo { source, .. } => source.fault(),

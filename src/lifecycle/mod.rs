@@ -53,6 +53,7 @@ pub(crate) mod testing;
 mod tests;
 mod undo;
 mod unsettled;
+mod upkeep;
 mod wake;
 
 use std::{
@@ -176,6 +177,7 @@ pub struct Lifecycle {
     holds: Holds,
     cooling: Cooling,
     unsettled: Unsettled,
+    troubles: upkeep::Troubles,
     /// For the work that nobody waits for: guests that end, trash.
     pool: Arc<Pool>,
     /// For deletions, which other operations must not keep from having a thread.
@@ -247,6 +249,7 @@ impl Lifecycle {
             holds: Holds::default(),
             cooling: Cooling::default(),
             unsettled: Unsettled::default(),
+            troubles: upkeep::Troubles::default(),
             pool: parts.pool,
             deletions: Pool::with_limit(destroy::DELETIONS_MAX),
             bell: Bell::default(),
@@ -571,7 +574,10 @@ impl Lifecycle {
         let of_all = vmm.map(|vmm| vmm.lacks(version)).unwrap_or_default();
         let live = self.machines.get(record.row);
         let own = live.iter().flat_map(|live| live.lacks.iter().cloned().map(Cow::Owned));
-        of_all.into_iter().map(Cow::Borrowed).chain(own).collect()
+        // A network is there while the sandbox runs.
+        let runs = record.state == State::Running && self.address(record).is_some();
+        let network = runs.then(|| self.troubles.of(record.row)).into_iter().flatten();
+        of_all.into_iter().map(Cow::Borrowed).chain(own).chain(network.map(Cow::Owned)).collect()
     }
 
     /// Returns the VMM that a snapshot of `record` was made by, which alone can load it.

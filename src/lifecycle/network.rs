@@ -14,7 +14,7 @@ use std::{collections::HashSet, io, path::PathBuf, sync::mpsc, time::Duration};
 
 use super::{Entry, Error, Held, Lifecycle, Wait, chain, undo::Undo};
 use crate::{
-    net::{self, Counters, Known, Ready, Reconciled, Ring, Wanted},
+    net::{self, Applied, Counters, Known, Ready, Reconciled, Ring, Wanted},
     sandbox::{
         Cause, NetMode, Period, Record, RowId, SandboxId, State, Timestamp,
         network::{GUEST_MAC, Mac, SandboxAddress, WakeOn},
@@ -75,7 +75,7 @@ impl Lifecycle {
     }
 
     /// Says what network a sandbox is to have.
-    fn wanted(&self, record: &Record) -> Option<Wanted> {
+    pub(super) fn wanted(&self, record: &Record) -> Option<Wanted> {
         Some(Wanted {
             id: record.id.clone(),
             address: self.address(record)?,
@@ -236,11 +236,16 @@ impl Lifecycle {
         }
     }
 
-    /// Puts what the guest of a sandbox may reach in force, if it has a network now.
+    /// Puts what the guest of a sandbox may reach in force, if it has a network now. One that
+    /// runs has one: where nothing leads to it any more, it is not in force.
     pub(super) fn apply_network(&self, entry: &Entry) -> Result<(), Error> {
         let Some(wanted) = self.wanted(&entry.record()) else { return Ok(()) };
         let failed = net_failed(entry, "applying the network policy of");
-        self.network.apply_policy(&wanted).map(drop).map_err(failed)
+        let applied = self.network.apply_policy(&wanted).map_err(failed)?;
+        if applied == Applied::NotThere && entry.record().state == State::Running {
+            return self.try_put_network_back(entry);
+        }
+        Ok(())
     }
 
     /// Returns when the first network of a sleeper has lingered for long enough.
@@ -340,32 +345,6 @@ impl Lifecycle {
                 | State::Restoring
                 | State::Deleting => {}
             }
-        }
-    }
-
-    /// Looks over the networks of all that run: puts back what is missing of them, and
-    /// today's policy.
-    pub fn renew_networks(&self) {
-        let runs = |entry: &Entry| entry.record().state == State::Running;
-        for entry in self.with_addresses().into_iter().filter(|entry| runs(entry)) {
-            let Ok(held) = self.lock(&entry, Wait::ForIt, Cause::Reconcile) else { continue };
-            let record = entry.record();
-            let Some(wanted) = self.wanted(&record).filter(|_| record.state == State::Running)
-            else {
-                continue;
-            };
-            let renewed = match self.network.counters(entry.id()) {
-                // The guest has a device in a namespace that no path leads to any more.
-                Ok(None) => Err(net::Error::NotThere),
-                Ok(Some(_)) => self.network.ensure(&wanted).map(drop),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = renewed {
-                let error = net_failed(&entry, "looking over the network of")(error);
-                tracing::error!(id = %entry.id(), error = chain(&error), "reconciling");
-                self.note(&entry, &error);
-            }
-            drop(held);
         }
     }
 

@@ -9,8 +9,8 @@ use std::{
 };
 
 use super::{
-    Activity, Applied, Count, Counters, Error, Known, Network, Ready, Reconciled, Sampled, Wanted,
-    firewall, linger::Lingering,
+    Activity, Applied, Changed, Count, Counters, Error, Known, Looked, Network, Ready, Reconciled,
+    Sampled, Wanted, firewall, linger::Lingering,
 };
 use crate::{
     sandbox::{
@@ -19,7 +19,7 @@ use crate::{
             GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, SandboxAddress, WakePorts,
         },
     },
-    sync::{Mutex, MutexGuard, lock},
+    sync::{Arc, Mutex, MutexGuard, lock},
     sys::netns::Identity,
 };
 
@@ -59,6 +59,8 @@ pub(crate) struct FakeNetwork {
     /// Whoever has it keeps all waiting who ask for counters.
     counting: Mutex<()>,
     asked: Mutex<usize>,
+    /// Those that only their VMMs lead to.
+    unpinned: Mutex<BTreeMap<SandboxId, u64>>,
 }
 
 impl FakeNetwork {
@@ -131,6 +133,12 @@ impl FakeNetwork {
         Ok(read)
     }
 
+    /// Takes the pin of a network away, so that only who is in it leads to it.
+    pub(crate) fn unpin(&self, id: &SandboxId) {
+        let taken = lock(&self.there).remove(id);
+        lock(&self.unpinned).extend(taken.map(|(inode, _)| (id.clone(), inode)));
+    }
+
     fn check(&self, fault: Fault) -> Result<(), Error> {
         if *lock(&self.fault) == Some(fault) {
             return Err(Error::host("doing as told")(io::Error::other("on purpose")));
@@ -141,6 +149,27 @@ impl FakeNetwork {
 
 impl Network for FakeNetwork {
     fn claim(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn look(&self, awake: &[Known]) -> Looked {
+        let there = lock(&self.there);
+        let suspects = awake.iter().filter(|known| !there.contains_key(&known.id));
+        let suspects = suspects.map(|known| known.id.clone()).collect();
+        Looked { suspects, ..Looked::default() }
+    }
+
+    fn put_back(&self, wanted: &Wanted, vmm: Option<u32>) -> Result<Vec<&'static str>, Error> {
+        if lock(&self.there).contains_key(&wanted.id) {
+            return self.apply_policy(wanted).map(|_| Vec::new());
+        }
+        let unpinned = lock(&self.unpinned).remove(&wanted.id);
+        let inode = unpinned.filter(|_| vmm.is_some()).ok_or(Error::NotThere)?;
+        lock(&self.there).insert(wanted.id.clone(), (inode, wanted.clone()));
+        Ok(vec!["the pin of its namespace"])
+    }
+
+    fn watch(&self, _changed: Arc<Changed>) -> Result<(), Error> {
         Ok(())
     }
 

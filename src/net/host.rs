@@ -2,6 +2,7 @@
 
 use std::{fs, io, path::Path, thread};
 
+use netlink_packet_netfilter::NetfilterMessage;
 use netlink_packet_route::{address::AddressScope, link::InfoKind};
 
 use super::{
@@ -23,41 +24,122 @@ const ASIDE: &str = "dx";
 /// Whether the host forwards at all, in the namespace of the thread that reads it.
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
+/// What was made of the firewall of the host, to tell whether somebody has changed it.
+#[derive(Debug)]
+pub(super) struct Guard {
+    generation: u32,
+    contents: Vec<NetfilterMessage>,
+}
+
+/// What was put back of what is the host's.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct PutBack {
+    /// In words.
+    pub(super) what: Vec<&'static str>,
+    /// Whether the device is another than before. Whoever had it open has nothing.
+    pub(super) has_new_device: bool,
+}
+
 /// Prepares the host: a directory for pins, a device with the host's own address in the
 /// range, an answer for addresses that nobody has, and the second guard.
 ///
 /// # Errors
 /// Where something cannot be made, or is somebody else's. Doing it again is no error.
-pub(super) fn prepare(range: &Range, pins: &Path) -> Result<(), Error> {
+pub(super) fn prepare(range: &Range, pins: &Path) -> Result<Guard, Error> {
     let plan = &range.plan;
     let links = link::here()?;
-    let name = device(plan);
-    // Before anything is made. It stands for all that is the host's.
+    // Before anything is made. The device stands for all that is the host's.
     let there = own_device(&links, range)?;
     if there.is_none() {
         route::is_free(&links, plan.range())?;
     }
     netns::make_pin_dir(pins).map_err(Error::host("making the directory of namespaces"))?;
-    let wall = nftables::here()?;
+    let guard = put_guard(&nftables::here()?, plan)?;
+    // A daemon that was killed may have left it; nobody listens there now.
+    links.apply(vec![route::remove(plan.range())], Answers::Each)?;
+    put_device(&links, range, there)?;
+    links.apply(vec![route::unreachable(plan.range())], Answers::Each)?;
+    Ok(guard)
+}
+
+/// Compares what [`prepare`] made with what there is, and puts back what is missing. What is
+/// there stays as it is.
+///
+/// # Errors
+/// Where something cannot be put back. The rest was all the same.
+pub(super) fn put_back(range: &Range, guard: &mut Guard) -> Result<PutBack, Error> {
+    let plan = &range.plan;
+    let mut done = PutBack::default();
+    let guarded = guard_again(plan, guard).map(|again| {
+        done.what.extend(again.then_some("the host's firewall for sandboxes"));
+    });
+    let links = link::here()?;
+    let there = own_device(&links, range)?;
+    let is_whole = there.as_ref().is_some_and(|it| it.is_in_use && it.forwards)
+        && route::is_local(&links, plan.host_address())?;
+    if !is_whole {
+        done.has_new_device = there.is_none();
+        put_device(&links, range, there)?;
+        done.what.push("the host's device");
+    }
+    match links.apply(vec![route::add_unreachable(plan.range())], Answers::Each) {
+        Ok(()) => done.what.push("the route of unused addresses"),
+        Err(Error::Host { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error),
+    }
+    guarded.map(|()| done)
+}
+
+/// Puts the second guard in force.
+fn put_guard(wall: &Kernel, plan: &AddressPlan) -> Result<Guard, Error> {
     let table = firewall::host_table(plan);
-    let mode = match nftables::has_table(&wall, Family::Inet, &table) {
+    let mode = match nftables::has_table(wall, Family::Inet, &table) {
         Ok(true) => Mode::Replace,
         Ok(false) => Mode::First,
         Err(error) => return Err(without_nftables(error)),
     };
-    nftables::apply(&wall, &firewall::of_host(plan, &name), mode)?;
-    tun::make(&name, tun::Device::Tun, 0).map_err(without_tun)?;
-    let index = link::find(&links, &name)?.ok_or(Error::NotThere)?.index;
+    nftables::apply(wall, &firewall::of_host(plan, &device(plan)), mode)?;
+    // Whoever changes it between these is seen the next time.
+    let generation = nftables::generation(wall)?;
+    let contents = nftables::contents(wall, Family::Inet, &table)?;
+    Ok(Guard { generation, contents })
+}
+
+/// Puts the second guard in force again if somebody has changed it. Most changes of a host's
+/// firewall are of other tables.
+fn guard_again(plan: &AddressPlan, guard: &mut Guard) -> Result<bool, Error> {
+    let wall = nftables::here()?;
+    let generation = nftables::generation(&wall)?;
+    if generation == guard.generation {
+        return Ok(false);
+    }
+    let contents = nftables::contents(&wall, Family::Inet, &firewall::host_table(plan))?;
+    if contents == guard.contents {
+        guard.generation = generation;
+        return Ok(false);
+    }
+    *guard = put_guard(&wall, plan)?;
+    Ok(true)
+}
+
+/// Takes the host's device into use with its address, and makes it if it is not there.
+fn put_device(links: &Kernel, range: &Range, there: Option<Link>) -> Result<(), Error> {
+    let plan = &range.plan;
+    let name = device(plan);
+    let index = match there {
+        Some(there) => there.index,
+        None => {
+            tun::make(&name, tun::Device::Tun, 0).map_err(without_tun)?;
+            link::find(links, &name)?.ok_or(Error::NotThere)?.index
+        }
+    };
     let requests = vec![
-        // A daemon that was killed may have left it; nobody listens there now.
-        route::remove(plan.range()),
         link::group(index, plan.link_group()),
         link::alias(index, range.mark()),
         link::without_ipv6(index),
         link::forwarding_own(index),
         link::address(index, plan.host_address(), 32, AddressScope::Universe),
         link::up(index),
-        route::unreachable(plan.range()),
     ];
     links.apply(requests, Answers::Each)
 }

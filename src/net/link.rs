@@ -47,6 +47,10 @@ pub(super) struct Link {
     pub(super) kind: Option<InfoKind>,
     /// Whether what is sent by it arrives somewhere.
     pub(super) is_up: bool,
+    /// Whether it is in use, whether or not anybody is at its other end.
+    pub(super) is_in_use: bool,
+    /// Whether IPv4 packets that come in by it go on to others.
+    pub(super) forwards: bool,
     /// How many packets have passed it, either way.
     pub(super) packets: u64,
 }
@@ -86,6 +90,24 @@ pub(super) fn list(kernel: &Kernel) -> Result<Vec<Link>, Error> {
     Ok(found.into_iter().filter_map(as_link).collect())
 }
 
+/// Says whether `mac` is said for good to be that of `address` at the link `index`.
+pub(super) fn has_neighbour(
+    kernel: &Kernel,
+    index: u32,
+    address: Ipv4Addr,
+    mac: Mac,
+) -> Result<bool, Error> {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.ifindex = index;
+    message.attributes = vec![NeighbourAttribute::Destination(NeighbourAddress::Inet(address))];
+    let message = NetlinkMessage::from(RouteNetlinkMessage::GetNeighbour(message));
+    let found = kernel.get("looking for a neighbour", message)?;
+    let Some(RouteNetlinkMessage::NewNeighbour(found)) = found else { return Ok(false) };
+    let wanted = NeighbourAttribute::LinkLayerAddress(mac.0.into());
+    Ok(found.header.state == NeighbourState::Permanent && found.attributes.contains(&wanted))
+}
+
 /// Returns all IPv4 addresses of this namespace.
 pub(super) fn addresses(kernel: &Kernel) -> Result<Vec<Ipv4Addr>, Error> {
     let mut message = AddressMessage::default();
@@ -104,7 +126,7 @@ pub(super) fn addresses(kernel: &Kernel) -> Result<Vec<Ipv4Addr>, Error> {
     Ok(found.into_iter().filter_map(local).collect())
 }
 
-fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
+pub(super) fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
     let RouteNetlinkMessage::NewLink(message) = message else { return None };
     let mut link = Link {
         index: message.header.index,
@@ -114,6 +136,8 @@ fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
         mac: None,
         kind: None,
         is_up: false,
+        is_in_use: message.header.flags.contains(LinkFlags::Up),
+        forwards: false,
         packets: 0,
     };
     for attribute in message.attributes {
@@ -129,11 +153,20 @@ fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
             link.packets = stats.rx_packets.saturating_add(stats.tx_packets);
         } else if let LinkAttribute::OperState(state) = attribute {
             link.is_up = state == State::Up;
+        } else if let LinkAttribute::AfSpecUnspec(specs) = attribute {
+            link.forwards = specs.iter().any(forwards);
         } else if let LinkAttribute::LinkInfo(infos) = attribute {
             link.kind = infos.into_iter().find_map(kind_of);
         }
     }
     Some(link)
+}
+
+fn forwards(spec: &AfSpecUnspec) -> bool {
+    let AfSpecUnspec::Inet(settings) = spec else { return false };
+    settings
+        .iter()
+        .any(|it| matches!(it, AfSpecInet::DevConf(settings) if settings.forwarding != 0))
 }
 
 fn kind_of(info: LinkInfo) -> Option<InfoKind> {

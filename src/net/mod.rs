@@ -26,6 +26,7 @@ use crate::{
         SandboxId, Timestamp,
         network::{AddressPlan, Mac, NetworkPolicy, SandboxAddress, WakePorts},
     },
+    sync::Arc,
     sys::netns::Identity,
 };
 
@@ -47,6 +48,8 @@ mod real;
 mod route;
 mod ruleset;
 mod survey;
+mod upkeep;
+mod watch;
 
 pub use doorbell::{Listener, Ring};
 pub use firewall::TAP;
@@ -83,6 +86,29 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// # Errors
     /// Where it cannot be. The old policy is in force then.
     fn apply_policy(&self, wanted: &Wanted) -> Result<Applied, Error>;
+
+    /// Compares what the host has for networks, and for those of `awake`, in which guests run,
+    /// with what was made of it. What is missing of the host's is put back; whose own network
+    /// is not as it was made is returned, to be looked at by [`Self::put_back`].
+    ///
+    /// Its work is bounded by a few requests for each of `awake`; the inside of a few
+    /// namespaces is looked at each time, by turns.
+    fn look(&self, awake: &[Known]) -> Looked;
+
+    /// Puts back what is missing of the network of a sandbox in which a guest runs, by the
+    /// process `vmm`, with the firewall as its policy is now. What is there stays, and no
+    /// connection ends by it. Returns what it was, in words.
+    ///
+    /// # Errors
+    /// Where it cannot be put back, or is another's.
+    fn put_back(&self, wanted: &Wanted, vmm: Option<u32>) -> Result<Vec<&'static str>, Error>;
+
+    /// Has `changed` be called whenever somebody, perhaps we, changes something of the host
+    /// that is ours, from now on. It passes the news on and does nothing else.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell of changes.
+    fn watch(&self, changed: Arc<Changed>) -> Result<(), Error>;
 
     /// Returns the file that the namespace of a sandbox is pinned to, if it is.
     fn namespace(&self, id: &SandboxId) -> Option<PathBuf>;
@@ -232,6 +258,20 @@ pub struct Known {
     pub address: SandboxAddress,
 }
 
+/// What a look at the host and at the networks of those that run came to.
+#[derive(Debug, Default)]
+pub struct Looked {
+    /// What was put back of the host's, in words.
+    pub put_back: Vec<&'static str>,
+    /// Why something of the host's could not be.
+    pub failed: Option<Error>,
+    /// Whose own network may not be as it was made.
+    pub suspects: Vec<SandboxId>,
+}
+
+/// Whoever is told of changes of the host.
+pub type Changed = dyn Fn() + Send + Sync;
+
 /// What a look at all that is ours came to.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reconciled {
@@ -363,6 +403,11 @@ pub enum Error {
     /// The sandbox has no network.
     #[error("the sandbox has no network")]
     NotThere,
+    /// Somebody has removed the guest's device, which only its VMM can open anew.
+    #[error(
+        "somebody removed the guest's device; it is made anew when the sandbox sleeps and wakes"
+    )]
+    NoDevice,
     /// Several things went wrong, and these are all.
     #[error("{}", .0.join("; "))]
     Several(Vec<String>),
@@ -400,6 +445,7 @@ mod tests {
                 range: AddressPlan::default(), theirs: "…".to_owned(), pid: None
             };
         for sentence in [
+            Error::NoDevice.to_string(),
             in_use.to_string().replace("(range", "(process N, range"),
             Error::NotOurs { name: "the route to 10.213.…".to_owned() }.to_string(),
             lacking("it does not forward IPv4 packets", "…"),

@@ -11,11 +11,11 @@ use netlink_packet_route::{address::AddressScope, link::InfoKind};
 use super::{
     Error, Wanted, conntrack,
     firewall::{self, NAMESERVERS, TABLE, TAP, UPLINK},
-    link::{self, End},
+    link::{self, End, Link},
     netlink::{Answers, Kernel},
     nftables::{self, Mode},
-    range::Range,
-    route,
+    range::{Range, Whose},
+    route::{self, Ensured},
     ruleset::{Family, Ruleset},
 };
 use crate::{
@@ -33,6 +33,8 @@ use crate::{
 /// known for good, and the link has only one other end.
 const NEXT_HOP: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 1);
 const PORT_DNS: u16 = 53;
+/// An address that is reached by the way out, whichever route there is.
+const ANYWHERE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
 /// A sandbox's namespace as it is to be.
 #[derive(Debug, Clone)]
@@ -97,16 +99,22 @@ pub(super) fn make(pin: &Path, design: Design) -> Result<Namespace, Error> {
 /// Puts all that it is to have into the new namespace that this thread is in. The firewall
 /// is there before any of its links is in use.
 fn fill(wall: &Kernel, host: &OwnedFd, design: &Design) -> Result<(), Error> {
-    let Wanted { address, tap_owner, .. } = design.wanted;
+    let tap_owner = design.wanted.tap_owner;
     tun::make(TAP, tun::Device::Tap, tap_owner).map_err(Error::host("making the tap"))?;
     let links = link::here()?;
-    let inner = End { name: UPLINK, mac: address.inner_mac(), group: 0 };
-    let outer = End { name: &address.host_link(), mac: address.host_mac(), group: design.group };
-    links.apply(vec![link::pair(&inner, &outer, host.as_raw_fd())], Answers::Each)?;
+    add_uplink(&links, host, design)?;
     let tap = link::find(&links, TAP)?.ok_or(Error::NotThere)?.index;
     links.apply(vec![link::mac(tap, GATEWAY_MAC), link::without_ipv6(tap)], Answers::Each)?;
     nftables::apply(wall, &design.rules, Mode::First)?;
     put_in_order(&links, design)
+}
+
+/// Makes the pair of links between the namespace of this thread and the host's.
+fn add_uplink(links: &Kernel, host: &OwnedFd, design: &Design) -> Result<(), Error> {
+    let address = design.wanted.address;
+    let inner = End { name: UPLINK, mac: address.inner_mac(), group: 0 };
+    let outer = End { name: &address.host_link(), mac: address.host_mac(), group: design.group };
+    links.apply(vec![link::pair(&inner, &outer, host.as_raw_fd())], Answers::Each)
 }
 
 /// Gives the links their addresses, neighbours and routes, and takes them into use. What
@@ -173,6 +181,92 @@ fn is_whole(links: &Kernel, wall: &Kernel, design: &Design) -> Result<bool, Erro
         && uplink_is_ours
         && nftables::has_table(wall, Family::Netdev, TABLE)?
         && nftables::has_table(wall, Family::Inet, TABLE)?)
+}
+
+/// What is known of a namespace before it is looked over.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Before {
+    /// Whether it is proven to be the sandbox's, as its VMM is in it, whatever its mark says.
+    pub(super) is_proven: bool,
+    /// The number of its firewall, if that was in force as it is to be.
+    pub(super) generation: Option<u32>,
+}
+
+/// What was put back in a namespace.
+#[derive(Debug, Default)]
+pub(super) struct PutBack {
+    /// In words.
+    pub(super) what: Vec<&'static str>,
+    /// The number of its firewall now.
+    pub(super) generation: u32,
+}
+
+/// Compares a namespace in which a guest runs with what it is to be, and puts back what is
+/// missing. What is there stays, so no connection of the guest's ends by it.
+///
+/// # Errors
+/// Where it is another's, or something cannot be put back: the guest's device, which its VMM
+/// has opened, cannot.
+pub(super) fn put_back(
+    namespace: &Namespace,
+    design: Design,
+    before: Before,
+) -> Result<PutBack, Error> {
+    let host = Namespace::current()
+        .and_then(|host| host.file())
+        .map_err(Error::host("looking for the host's namespace"))?;
+    enter(namespace, move |inside| {
+        let links = link::here()?;
+        let wall = nftables::here()?;
+        let mut done = PutBack::default();
+        let tap = link::find(&links, TAP)?.ok_or(Error::NoDevice)?;
+        let uplink = link::find(&links, UPLINK)?;
+        let has_mark = |link: &Link| link.alias == Some(design.mark());
+        if !before.is_proven && uplink.as_ref().is_some_and(|link| !has_mark(link)) {
+            return Err(Error::NotOurs { name: "the namespace".to_owned() });
+        }
+        let tables = nftables::has_table(&wall, Family::Netdev, TABLE)?
+            && nftables::has_table(&wall, Family::Inet, TABLE)?;
+        // The firewall first: what is put back after it may let packets through.
+        if !tables || before.generation != Some(nftables::generation(&wall)?) {
+            if tables {
+                replace_rules(&wall, &design)?;
+            } else {
+                nftables::apply(&wall, &design.rules, Mode::Replace)?;
+            }
+            let is_news = !tables || before.generation.is_some();
+            done.what.extend(is_news.then_some("the firewall"));
+        }
+        done.generation = nftables::generation(&wall)?;
+        if uplink.is_none() {
+            add_uplink(&links, &host, &design)?;
+            done.what.push("the link to the host");
+        }
+        if !is_in_order(&links, &tap, &design)? {
+            if tap.mac.as_deref() != Some(&GATEWAY_MAC.0) {
+                links.apply(vec![link::mac(tap.index, GATEWAY_MAC)], Answers::Each)?;
+            }
+            put_in_order(&links, &design)?;
+            done.what.push("the links' settings");
+        }
+        inside.drop_later(wall);
+        Ok(done)
+    })
+}
+
+/// Says whether the links are in use, with their addresses, neighbours and routes.
+fn is_in_order(links: &Kernel, tap: &Link, design: &Design) -> Result<bool, Error> {
+    let address = design.wanted.address;
+    let uplink = link::find(links, UPLINK)?.ok_or(Error::NotThere)?;
+    let way_out = route::way_to(links, ANYWHERE)?;
+    Ok([tap, &uplink].iter().all(|link| link.is_in_use && link.forwards)
+        && tap.mac.as_deref() == Some(&GATEWAY_MAC.0)
+        && uplink.alias == Some(design.mark())
+        && way_out.is_some_and(|way| way.device == Some(uplink.index))
+        && route::is_local(links, GATEWAY_ADDRESS)?
+        && route::is_local(links, address.ip())?
+        && link::has_neighbour(links, tap.index, GUEST_ADDRESS, GUEST_MAC)?
+        && link::has_neighbour(links, uplink.index, NEXT_HOP, address.host_mac())?)
 }
 
 /// Puts the firewall of `design` in force in the namespace, in place.
@@ -247,6 +341,22 @@ pub(super) fn connect(links: &Kernel, range: &Range, address: SandboxAddress) ->
     links.apply(requests, Answers::Each)
 }
 
+/// Says whether [`connect`] has nothing to do.
+///
+/// # Errors
+/// Where the kernel does not say.
+pub(super) fn is_connected(
+    links: &Kernel,
+    range: &Range,
+    outer: &Link,
+    address: SandboxAddress,
+) -> Result<bool, Error> {
+    Ok(outer.is_in_use
+        && outer.forwards
+        && range.whose(outer) == Whose::Ours
+        && link::has_neighbour(links, outer.index, address.ip(), address.inner_mac())?)
+}
+
 /// Sends what is for the sandbox to its link, which is the last thing to do.
 ///
 /// # Errors
@@ -255,9 +365,9 @@ pub(super) fn route(
     links: &Kernel,
     plan: &AddressPlan,
     address: SandboxAddress,
-) -> Result<(), Error> {
+) -> Result<Ensured, Error> {
     let outer = link::find(links, &address.host_link())?.ok_or(Error::NotThere)?.index;
-    route::ensure(links, outer, address.ip(), plan.host_address()).map(drop)
+    route::ensure(links, outer, address.ip(), plan.host_address())
 }
 
 /// Waits until a packet to the sandbox gets to whoever has its guest's device open. Returns

@@ -177,19 +177,28 @@ impl Kernel {
 
     /// Returns the messages of the next datagram.
     fn receive<M: NetlinkDeserializable>(&self) -> io::Result<Vec<NetlinkMessage<M>>> {
-        let nonsense = |why: DecodeError| io::Error::new(io::ErrorKind::InvalidData, why);
-        let datagram = self.socket.receive()?;
-        let mut messages = Vec::new();
-        let mut rest = datagram.as_slice();
-        while !rest.is_empty() {
-            let header = NetlinkBuffer::new_checked(rest).map_err(nonsense)?;
-            let length = usize::try_from(header.length()).unwrap_or(usize::MAX).min(rest.len());
-            let (message, _) = rest.split_at(length);
-            messages.push(NetlinkMessage::deserialize(message).map_err(nonsense)?);
-            rest = rest.get(length.next_multiple_of(ALIGNMENT)..).unwrap_or_default();
-        }
-        Ok(messages)
+        parsed(&self.socket.receive()?)
     }
+}
+
+/// Returns the messages of a datagram.
+///
+/// # Errors
+/// Where it has something else.
+pub(super) fn parsed<M: NetlinkDeserializable>(
+    datagram: &[u8],
+) -> io::Result<Vec<NetlinkMessage<M>>> {
+    let invalid = |why: DecodeError| io::Error::new(io::ErrorKind::InvalidData, why);
+    let mut messages = Vec::new();
+    let mut rest = datagram;
+    while !rest.is_empty() {
+        let header = NetlinkBuffer::new_checked(rest).map_err(invalid)?;
+        let length = usize::try_from(header.length()).unwrap_or(usize::MAX).min(rest.len());
+        let (message, _) = rest.split_at(length);
+        messages.push(NetlinkMessage::deserialize(message).map_err(invalid)?);
+        rest = rest.get(length.next_multiple_of(ALIGNMENT)..).unwrap_or_default();
+    }
+    Ok(messages)
 }
 
 /// Messages begin at multiples of this (`NLMSG_ALIGNTO`).

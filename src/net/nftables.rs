@@ -11,10 +11,11 @@ use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     nftables::{
         Bitwise, ChainAttribute, ChainMessage, Cmp, DataAttribute, DevHookNumber, Expressions,
-        Hook as HookAttribute, HookNumber, Immediate, InetHookNumber, ListAttribute, Lookup, Meta,
-        MetaKey, NfTablesMessage, Operator, Payload, Register, RuleAttribute, RuleMessage,
-        SetAttribute, SetElementAttribute, SetElementFlags, SetElementList, SetElementMessage,
-        SetFlags, SetMessage, TableAttribute, TableMessage, Verdict, VerdictAttribute,
+        GenAttribute, GenMessage, Hook as HookAttribute, HookNumber, Immediate, InetHookNumber,
+        ListAttribute, Lookup, Meta, MetaKey, NfTablesMessage, Operator, Payload, Register,
+        RuleAttribute, RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags,
+        SetElementList, SetElementMessage, SetFlags, SetMessage, TableAttribute, TableMessage,
+        Verdict, VerdictAttribute,
     },
     none::ControlMessage,
 };
@@ -98,6 +99,53 @@ pub(super) fn has_table(kernel: &Kernel, family: Family, name: &str) -> Result<b
     let message = NfTablesMessage::GetTable(TableMessage { attributes });
     let found = kernel.get("looking for a table of the firewall", netfilter(family, message))?;
     Ok(found.is_some())
+}
+
+/// Returns the number of the firewall of the namespace of `kernel`: another one after each
+/// change of it, whoever makes it.
+///
+/// # Errors
+/// Where the kernel does not say.
+pub(super) fn generation(kernel: &Kernel) -> Result<u32, Error> {
+    let message = NfTablesMessage::GetGen(GenMessage { attributes: Vec::new() });
+    let found = kernel.get("looking at the firewall", netfilter(Family::Inet, message))?;
+    let Some(NetfilterMessageInner::NfTables(NfTablesMessage::NewGen(message))) =
+        found.map(|message| message.inner)
+    else {
+        return Err(Error::NotThere);
+    };
+    let id = message
+        .attributes
+        .iter()
+        .find_map(|attribute| if let GenAttribute::Id(id) = attribute { Some(*id) } else { None });
+    id.ok_or(Error::NotThere)
+}
+
+/// Returns all chains and rules of a table with their numbers, which are others for a rule
+/// that takes the place of one. No two tables have the same.
+///
+/// # Errors
+/// Where the kernel does not say.
+pub(super) fn contents(
+    kernel: &Kernel,
+    family: Family,
+    table: &str,
+) -> Result<Vec<NetfilterMessage>, Error> {
+    let chains = NfTablesMessage::GetChain(ChainMessage { attributes: Vec::new() });
+    let mut found = kernel.list("listing the chains", netfilter(family, chains))?;
+    let named = ChainAttribute::Table(table.to_owned());
+    found.retain(|message: &NetfilterMessage| {
+        matches!(&message.inner, NetfilterMessageInner::NfTables(NfTablesMessage::NewChain(chain))
+            if chain.attributes.contains(&named))
+    });
+    let attributes = vec![RuleAttribute::Table(table.to_owned())];
+    let rules = NfTablesMessage::GetRule(RuleMessage { attributes });
+    found.extend(kernel.list("listing the rules", netfilter(family, rules))?);
+    // Their headers have the number of the whole firewall.
+    for message in &mut found {
+        message.header = NetfilterHeader::new(message.header.family, 0, 0);
+    }
+    Ok(found)
 }
 
 /// Returns the packets and the bytes that the counters of the table have counted, by name.

@@ -6,20 +6,22 @@ use std::{
     net::Ipv4Addr,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::{OnceLock, atomic::AtomicUsize},
 };
 
 use super::{
-    Activity, Applied, Count, Counters, Error, Known, Listener, Network, Ready, Reconciled,
-    Sampled, Wanted,
+    Activity, Applied, Changed, Count, Counters, Error, Known, Listener, Looked, Network, Ready,
+    Reconciled, Sampled, Wanted,
     doorbell::Doorbell,
-    firewall, host,
+    firewall,
+    host::{self, Guard},
     linger::Lingering,
     link,
     namespace::{self, Design, Verdict},
     netlink::{Answers, Kernel},
     range::{self, Owner, Range, Whose},
     route,
+    watch::Watch,
 };
 use crate::{
     sandbox::{
@@ -32,7 +34,7 @@ use crate::{
     sync::{Arc, Mutex, lock},
     sys::{
         mount,
-        netns::{self, Namespace},
+        netns::{self, Identity, Namespace},
         netns_lock::NetnsLock,
     },
 };
@@ -61,12 +63,18 @@ pub struct RealNetwork {
     store: PathBuf,
     owner: OnceLock<Owner>,
     claim: Mutex<Option<NetnsLock>>,
-    pins: PathBuf,
+    pub(super) pins: PathBuf,
     ignored: Ignored,
     lingering: Lingering,
     seen: Mutex<BTreeMap<SandboxId, Seen>>,
-    prepared: Mutex<bool>,
-    listener: Option<Arc<Listener>>,
+    /// What is in force for all; `None` before the first network is wanted.
+    pub(super) prepared: Mutex<Option<Guard>>,
+    /// The firewalls that are in force as they are to be, by namespace and number. A leaf lock.
+    pub(super) generations: Mutex<BTreeMap<SandboxId, (Identity, u32)>>,
+    /// Whose namespace is to be looked into next.
+    pub(super) turn: AtomicUsize,
+    watch: Mutex<Option<Watch>>,
+    pub(super) listener: Option<Arc<Listener>>,
     doorbell: Mutex<Option<Arc<Doorbell>>>,
 }
 
@@ -86,7 +94,10 @@ impl RealNetwork {
             ignored: Ignored::default(),
             lingering: Lingering::default(),
             seen: Mutex::default(),
-            prepared: Mutex::new(false),
+            prepared: Mutex::default(),
+            generations: Mutex::default(),
+            turn: AtomicUsize::new(0),
+            watch: Mutex::default(),
             listener: None,
             doorbell: Mutex::new(None),
         }
@@ -137,21 +148,21 @@ impl RealNetwork {
             }
             Ok(()) | Err(_) => {}
         }
-        *prepared = false;
+        *prepared = None;
         drop(lock(&self.claim).take());
         if errors.is_empty() { Ok(()) } else { Err(Error::Several(errors)) }
     }
 
-    fn pin(&self, id: &SandboxId) -> PathBuf {
+    pub(super) fn pin(&self, id: &SandboxId) -> PathBuf {
         self.pins.join(id.as_str())
     }
 
-    fn open(&self, id: &SandboxId) -> Result<Option<Namespace>, Error> {
+    pub(super) fn open(&self, id: &SandboxId) -> Result<Option<Namespace>, Error> {
         Namespace::open(&self.pin(id)).map_err(Error::host("opening the namespace"))
     }
 
     /// Returns the range, with whose it is.
-    fn range(&self) -> Result<Range, Error> {
+    pub(super) fn range(&self) -> Result<Range, Error> {
         let owner = match self.owner.get() {
             Some(owner) => owner,
             None => {
@@ -163,25 +174,24 @@ impl RealNetwork {
         Ok(Range::new(self.plan, owner.clone()))
     }
 
-    fn prepare(&self) -> Result<(), Error> {
+    pub(super) fn prepare(&self) -> Result<(), Error> {
         let mut prepared = lock(&self.prepared);
-        if !*prepared {
+        if prepared.is_none() {
             // Who is forbidden to make networks takes nothing for them.
             link::here()?;
             self.claim()?;
-            host::prepare(&self.range()?, &self.pins)?;
-            *prepared = true;
+            *prepared = Some(host::prepare(&self.range()?, &self.pins)?);
         }
         Ok(())
     }
 
     /// Returns the doorbell if there is one, which there is once somebody sleeps.
-    fn doorbell(&self) -> Option<Arc<Doorbell>> {
+    pub(super) fn doorbell(&self) -> Option<Arc<Doorbell>> {
         lock(&self.doorbell).clone()
     }
 
     /// Returns the doorbell, which is hung up if it is not there, or does not work.
-    fn hang_up(&self, listener: &Arc<Listener>) -> Result<Arc<Doorbell>, Error> {
+    pub(super) fn hang_up(&self, listener: &Arc<Listener>) -> Result<Arc<Doorbell>, Error> {
         let mut doorbell = lock(&self.doorbell);
         let mut sleepers = Vec::new();
         if let Some(there) = doorbell.as_ref() {
@@ -190,7 +200,7 @@ impl RealNetwork {
             }
             // Somebody took its device away.
             sleepers = there.sleepers();
-            *lock(&self.prepared) = false;
+            *lock(&self.prepared) = None;
         }
         self.prepare()?;
         let new = Arc::new(Doorbell::start(self.plan, Arc::clone(listener), sleepers)?);
@@ -199,7 +209,7 @@ impl RealNetwork {
     }
 
     /// Says whether what is sent to the sandbox is held for now.
-    fn is_held(&self, address: SandboxAddress) -> bool {
+    pub(super) fn is_held(&self, address: SandboxAddress) -> bool {
         self.doorbell().is_some_and(|doorbell| doorbell.hears(address))
     }
 
@@ -212,10 +222,10 @@ impl RealNetwork {
             return Ok(());
         }
         self.deafen(address);
-        namespace::route(&links, &self.plan, address)
+        namespace::route(&links, &self.plan, address).map(drop)
     }
 
-    fn design(&self, wanted: &Wanted) -> Result<Design, Error> {
+    pub(super) fn design(&self, wanted: &Wanted) -> Result<Design, Error> {
         let host_addresses = self.host_addresses()?;
         Ok(Design::new(&self.plan, &host_addresses, wanted, &self.ignored))
     }
@@ -299,12 +309,27 @@ impl Network for RealNetwork {
         Ok(())
     }
 
+    fn look(&self, awake: &[Known]) -> Looked {
+        self.look_at(awake)
+    }
+
+    fn put_back(&self, wanted: &Wanted, vmm: Option<u32>) -> Result<Vec<&'static str>, Error> {
+        self.put_back_of(wanted, vmm)
+    }
+
+    fn watch(&self, changed: Arc<Changed>) -> Result<(), Error> {
+        *lock(&self.watch) = Some(Watch::start(self.plan, changed)?);
+        Ok(())
+    }
+
     fn ensure(&self, wanted: &Wanted) -> Result<Ready, Error> {
         self.prepare()?;
+        Self::tell_host_put_back(&self.put_host_back()?);
         if wanted.policy.reach == Reach::Internet {
             host::forwards()?;
         }
         route::is_free(&link::here()?, wanted.address.ip())?;
+        lock(&self.generations).remove(&wanted.id);
         let design = self.design(wanted)?;
         let usable = match self.open(&wanted.id)? {
             None => None,
@@ -329,10 +354,13 @@ impl Network for RealNetwork {
     }
 
     fn apply_policy(&self, wanted: &Wanted) -> Result<Applied, Error> {
+        // What is in force is not what is to be, until it was looked at.
+        lock(&self.generations).remove(&wanted.id);
         let Some(namespace) = self.open(&wanted.id)? else { return Ok(Applied::NotThere) };
         if wanted.policy.reach == Reach::Internet {
             host::forwards()?;
         }
+        Self::tell_host_put_back(&self.put_host_back()?);
         namespace::apply_policy(&namespace, self.design(wanted)?)?;
         Ok(Applied::Now)
     }
@@ -370,7 +398,7 @@ impl Network for RealNetwork {
             if !is_up {
                 tracing::warn!(%id, "nobody has the guest's device open; what comes is lost");
             }
-            namespace::route(&links, &self.plan, address)
+            namespace::route(&links, &self.plan, address).map(drop)
         });
         match routed {
             Ok(()) => doorbell.deliver(address),
@@ -410,6 +438,7 @@ impl Network for RealNetwork {
     fn remove(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error> {
         self.take_away(id, address)?;
         self.lingering.forget(id);
+        lock(&self.generations).remove(id);
         lock(&self.seen).remove(id);
         Ok(())
     }

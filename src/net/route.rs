@@ -44,6 +44,16 @@ pub(super) struct Way {
     pub(super) device: Option<u32>,
     /// Whether a daemon of ours made it.
     pub(super) is_ours: bool,
+    /// Whether it leads to this host itself.
+    is_local: bool,
+}
+
+/// Says whether `address` is one of the host's own.
+///
+/// # Errors
+/// Where the kernel does not say.
+pub(super) fn is_local(kernel: &Kernel, address: Ipv4Addr) -> Result<bool, Error> {
+    Ok(way_to(kernel, address)?.is_some_and(|way| way.is_local))
 }
 
 /// Sees to it that what is for `network`, or an address, is sent to the link `index`, from
@@ -127,6 +137,7 @@ pub(super) fn way_to(kernel: &Kernel, address: Ipv4Addr) -> Result<Option<Way>, 
     };
     let Some(RouteNetlinkMessage::NewRoute(message)) = found else { return Ok(None) };
     let is_ours = message.header.protocol == OURS;
+    let is_local = message.header.kind == RouteType::Local;
     let prefix = message.header.destination_prefix_length;
     let (mut to, mut device) = (Ipv4Addr::UNSPECIFIED, None);
     for attribute in message.attributes {
@@ -136,7 +147,7 @@ pub(super) fn way_to(kernel: &Kernel, address: Ipv4Addr) -> Result<Option<Way>, 
             device = Some(index);
         }
     }
-    Ok(Ipv4Net::new(to, prefix).ok().map(|network| Way { network, device, is_ours }))
+    Ok(Ipv4Net::new(to, prefix).ok().map(|network| Way { network, device, is_ours, is_local }))
 }
 
 /// Says whether the kernel has looked, and found that nothing is to be sent there.
@@ -200,11 +211,14 @@ pub(super) fn by_default(index: u32, gateway: Ipv4Addr) -> Request<RouteNetlinkM
 /// Answers at once that nothing is at an address of `network` that has no route of its own.
 /// It is no error if it is there.
 pub(super) fn unreachable(network: Ipv4Net) -> Request<RouteNetlinkMessage> {
+    Request { accepts: Accepts::Existing, ..add_unreachable(network) }
+}
+
+/// Does what [`unreachable`] does where it is not there.
+pub(super) fn add_unreachable(network: Ipv4Net) -> Request<RouteNetlinkMessage> {
     let mut message = blank(network, RouteType::Unreachable, RouteScope::Universe);
     message.attributes.push(RouteAttribute::Priority(UNREACHABLE_METRIC));
-    let doing = format!("adding the route for {network}");
-    let request = add(doing, message);
-    Request { accepts: Accepts::Existing, ..request }
+    add(format!("adding the route for {network}"), message)
 }
 
 /// Takes back [`ensure`].

@@ -6,9 +6,10 @@
 use std::{io, os::fd::OwnedFd, time::Duration};
 
 use rustix::{
-    io::Errno,
+    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
+    io::{Errno, write},
     net::{
-        AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, sendto,
+        AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, netlink, recv, sendto,
         socket_with,
         sockopt::{
             Timeout, set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force,
@@ -102,6 +103,82 @@ impl NetlinkSocket {
                 Err(errno) => return Err(errno.into()),
             }
         }
+    }
+}
+
+/// News of the kernel of what anybody changes, of some families.
+#[derive(Debug)]
+pub struct Notifications {
+    sockets: Vec<(Family, OwnedFd)>,
+    stop: OwnedFd,
+}
+
+/// What the kernel says of a change.
+#[derive(Debug)]
+pub enum Notification {
+    /// Its messages.
+    Messages(Family, Vec<u8>),
+    /// There were more than there was room for, and some are lost.
+    Lost,
+    /// Nobody is to wait any more.
+    Stop,
+}
+
+impl Notifications {
+    /// Listens in the namespace that this thread is in, of each family to the groups whose
+    /// bits are set.
+    ///
+    /// # Errors
+    /// Where the kernel lacks a family.
+    pub fn listen(groups: &[(Family, u32)]) -> io::Result<Self> {
+        let listen = |(family, groups): &(Family, u32)| {
+            let NetlinkSocket { fd } = NetlinkSocket::open(*family)?;
+            bind(&fd, &netlink::SocketAddrNetlink::new(0, *groups))?;
+            Ok((*family, fd))
+        };
+        let sockets = groups.iter().map(listen).collect::<io::Result<_>>()?;
+        Ok(Self { sockets, stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)? })
+    }
+
+    /// Waits for the next notification.
+    ///
+    /// # Errors
+    /// Where a socket fails.
+    pub fn wait(&self) -> io::Result<Notification> {
+        loop {
+            let mut fds: Vec<_> = [&self.stop]
+                .into_iter()
+                .chain(self.sockets.iter().map(|(_, fd)| fd))
+                .map(|fd| PollFd::new(fd, PollFlags::IN))
+                .collect();
+            match poll(&mut fds, None) {
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(errno) => return Err(errno.into()),
+            }
+            if !fds[0].revents().is_empty() {
+                return Ok(Notification::Stop);
+            }
+            let ready = fds.iter().skip(1).position(|fd| !fd.revents().is_empty());
+            let Some((family, fd)) = ready.and_then(|at| self.sockets.get(at)) else { continue };
+            let mut buffer = vec![0; DATAGRAM_MAX_BYTES];
+            match recv(fd, &mut buffer[..], RecvFlags::TRUNC | RecvFlags::DONTWAIT) {
+                Ok((_, length)) if length > buffer.len() => return Ok(Notification::Lost),
+                Ok((_, length)) => {
+                    buffer.truncate(length);
+                    return Ok(Notification::Messages(*family, buffer));
+                }
+                Err(Errno::NOBUFS) => return Ok(Notification::Lost),
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Ends every wait, for good.
+    pub fn stop(&self) {
+        // An eventfd takes a number of this size unless it is full, and then it is readable.
+        let _written = write(&self.stop, &1_u64.to_ne_bytes());
     }
 }
 

@@ -100,6 +100,18 @@ impl Namespace {
         Self::of(File::open(OWN)?)
     }
 
+    /// Returns the namespace that the process `pid` is in. `None`: there is no such process.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn of_process(pid: u32) -> io::Result<Option<Self>> {
+        match File::open(format!("/proc/{pid}/ns/net")) {
+            Ok(file) => Self::of(file).map(Some),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Returns the namespace that is pinned to `path`. `None`: there is no such file, or
     /// no namespace is pinned to it.
     ///

@@ -4,10 +4,15 @@
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::Path,
     time::Duration,
 };
 
-use dozed::sys::clock::Stopwatch;
+use dozed::sys::{
+    clock::Stopwatch,
+    command,
+    netns::{self, Namespace},
+};
 use rustix::process::Signal;
 
 use crate::support::{Host, Setup, World, in_a_world, wait_for, wait_until};
@@ -384,6 +389,99 @@ fn a_second_daemon_with_the_same_addresses_is_refused_and_cuts_nobody_off() {
         let mut heard = [0; 14];
         outbound.read_exact(&mut heard).unwrap();
         assert_eq!(&heard, b"and both ways\n");
+    });
+}
+
+/// Runs `program` on the host of this test.
+#[track_caller]
+fn on_the_host(program: &str, args: &str) -> String {
+    let path = command::find(program).unwrap_or_else(|| panic!("there is no {program}"));
+    let words: Vec<_> = args.split(' ').collect();
+    let output = command::output(&path, &words, SOON).unwrap();
+    assert!(output.status.success(), "{program} {args}");
+    output.stdout
+}
+
+#[test]
+fn what_an_administrator_flushes_comes_back_at_once_under_a_guest_that_runs() {
+    in_a_world(|world| {
+        let setup = Setup::linux(OPTIONS).net("internet").woken_by_packets();
+        // Only the kernel's news can be the reason for a look.
+        let host = setup.config("[reaper]\ntick = \"1h\"").start();
+        boot(&host, "web-1");
+        boot(&host, "web-2");
+        host.sleep("web-2");
+        let mut inbound = connect(&host, "web-1");
+        let listener = world.tcp_server(World::SERVER, 80);
+        let mut outbound = hold_connection(&host, "web-1", &listener);
+        let namespace = host.read("web-1/net/namespace");
+        let link = format!("dz{:08x}", address(&host, "web-1").to_bits());
+        let device = "dozed0ad50000";
+        let rules = || on_the_host("nft", "-s list ruleset");
+        let routes = || on_the_host("ip", "route show proto 213");
+        let before = (rules(), routes());
+        let changes = [
+            ("nft", "flush ruleset".to_owned()),
+            ("ip", "route flush proto 213".to_owned()),
+            ("ip", format!("link set {device} down")),
+            ("ip", format!("link del {device}")),
+            ("ip", format!("link set {link} down")),
+            ("ip", format!("link del {link}")),
+        ];
+        for (number, (program, change)) in changes.into_iter().enumerate() {
+            on_the_host(program, &change);
+            wait_until(&format!("what `{program} {change}` took is back"), || {
+                (rules(), routes()) == before
+            });
+            echo(&mut inbound, &format!("from the host after {change}"));
+            host.types("web-1", &format!("echo change {number} >&4"));
+            let mut heard = [0; 9];
+            outbound.read_exact(&mut heard).unwrap();
+            assert_eq!(String::from_utf8_lossy(&heard), format!("change {number}\n"));
+            assert_eq!(host.read("web-1/net/namespace"), namespace);
+            assert_eq!(host.error("web-1"), "ok");
+        }
+        // And who sleeps is heard for still.
+        assert_eq!(host.state("web-2"), "snapshotted");
+        echo(&mut connect(&host, "web-2"), "good morning");
+    });
+}
+
+#[test]
+fn a_start_puts_back_what_is_missing_under_a_guest_that_runs() {
+    in_a_world(|world| {
+        let mut host = Setup::linux(OPTIONS).net("internet").start();
+        boot(&host, "web-1");
+        let mut inbound = connect(&host, "web-1");
+        let listener = world.tcp_server(World::SERVER, 80);
+        let mut outbound = hold_connection(&host, "web-1", &listener);
+        let pin = host.read("web-1/net/namespace").trim().to_owned();
+        host.kill_daemon();
+        let namespace = Namespace::open(Path::new(&pin)).unwrap().unwrap();
+        let identity = namespace.identity();
+        namespace.run(|_| on_the_host("nft", "delete table netdev dozed")).unwrap();
+        namespace.run(|_| on_the_host("ip", "link set eth0 alias other")).unwrap();
+        netns::unpin(Path::new(&pin)).unwrap();
+        on_the_host("nft", "flush ruleset");
+        host.restart();
+        wait_until("it is pinned again", || {
+            Namespace::open(Path::new(&pin)).unwrap().is_some_and(|it| it.identity() == identity)
+        });
+        wait_until("the door is there", || {
+            namespace.run(|_| on_the_host("nft", "list tables")).unwrap().contains("netdev dozed")
+        });
+        echo(&mut inbound, "one life");
+        host.types("web-1", "echo one connection >&4");
+        let mut heard = [0; 15];
+        outbound.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"one connection\n");
+        // A change of policy is in force when it returns, also where the pin goes again.
+        netns::unpin(Path::new(&pin)).unwrap();
+        host.write("web-1/net/denied", format!("{}\n", World::SERVER)).unwrap();
+        let before = printed(&host, "web-1");
+        host.types("web-1", "echo closed >&4");
+        prints(&host, "web-1", before, "ended");
+        assert_eq!(host.error("web-1"), "ok");
     });
 }
 

@@ -17,3 +17,4 @@ mod leak;
 mod life;
 mod spoof;
 mod survey;
+mod upkeep;

@@ -4,7 +4,7 @@ use std::{net::Ipv4Addr, sync::mpsc};
 
 use super::*;
 use crate::{
-    lifecycle::{chain, testing::LINGER},
+    lifecycle::{View, chain, testing::LINGER},
     net::{Network, Ring, Wanted, fake::Fault as NetFault},
     sandbox::{
         Cause, NetMode,
@@ -254,6 +254,50 @@ fn a_start_leaves_what_runs_alone_and_brings_its_policy_up_to_date() {
     host.sleep("a").unwrap();
     host.wake("a").unwrap();
     assert!(in_force(&host).is_some());
+}
+
+#[test]
+fn a_policy_of_one_that_runs_is_in_force_also_where_only_its_vmm_leads_to_its_network() {
+    let host = connected();
+    deny(&host, "10.0.0.0/8").unwrap();
+    host.wake("a").unwrap();
+    host.network.unpin(&name("a"));
+    deny(&host, "10.1.0.0/16").unwrap();
+    assert_eq!(denied(&host), "10.1.0.0/16\n");
+    // And where nothing does, it is not, and says so.
+    let address = in_force(&host).unwrap().address;
+    host.network.remove(&name("a"), address).unwrap();
+    let error = deny(&host, "10.2.0.0/16").unwrap_err();
+    assert!(matches!(error, Error::Network { .. }), "{error}");
+    assert_eq!(host.entry("a").record().spec.denied.to_string(), "10.1.0.0/16\n");
+}
+
+#[test]
+fn what_is_wrong_with_a_network_is_told_once_and_until_it_is_mended() {
+    let host = connected();
+    host.wake("a").unwrap();
+    let wanted = in_force(&host).unwrap();
+    host.daemon.look_over_networks();
+    assert_eq!(host.error("a"), "ok");
+    host.network.remove(&wanted.id, wanted.address).unwrap();
+    let says = "looking over the network of a: the sandbox has no network";
+    let lacks = || host.daemon.lacks(&host.entry("a").record()).iter().any(|it| it == says);
+    let view = View::Sandbox(host.entry("a").row());
+    let told = || host.daemon.news().log().size(&view).0;
+    let before = told();
+    host.daemon.look_over_networks();
+    let once = told();
+    assert!(once > before, "there is an event");
+    host.daemon.look_over_networks();
+    assert_eq!((&*host.error("a"), lacks(), told()), (says, true, once));
+    host.network.ensure(&wanted).unwrap();
+    host.daemon.look_over_networks();
+    assert_eq!((&*host.error("a"), lacks()), ("ok", false));
+    // One that is asleep has no network to look for.
+    host.network.remove(&wanted.id, wanted.address).unwrap();
+    host.sleep("a").unwrap();
+    host.daemon.look_over_networks();
+    assert_eq!((&*host.error("a"), lacks()), ("ok", false));
 }
 
 /// A host on which `a` sleeps and is waked by packets, and whoever tells of them.

@@ -38,7 +38,7 @@ use self::{
 use super::{
     Error, host, link,
     netlink::{Answers, Kernel},
-    route,
+    route::{self, Ensured},
 };
 use crate::{
     sandbox::network::{AddressPlan, SandboxAddress, Transport, WakePorts},
@@ -134,18 +134,28 @@ impl Doorbell {
             .map_err(Error::host("starting the thread of the doorbell"))?;
         let links = link::here()?;
         let doorbell = Self { ear, plan, links: Mutex::new(links), thread: Some(thread) };
-        doorbell.route(&name)?;
+        doorbell.route_again()?;
         Ok(doorbell)
     }
 
-    fn route(&self, name: &str) -> Result<(), Error> {
+    /// Has everything that is for nobody who is awake come by the device, if it does not.
+    ///
+    /// # Errors
+    /// Where the device is gone, or somebody else has a route to the range.
+    pub(super) fn route_again(&self) -> Result<Ensured, Error> {
+        let name = &host::device(&self.plan);
         let links = lock(&self.links);
         let index = link::find(&links, name)?.ok_or(Error::NotThere)?.index;
         // A device without a reader drops what it is to send for a moment longer.
         if !link::wait_until_up(&links, name)? {
             tracing::warn!("the doorbell may not hear the first packets");
         }
-        route::ensure(&links, index, self.plan.range(), self.plan.host_address()).map(drop)
+        route::ensure(&links, index, self.plan.range(), self.plan.host_address())
+    }
+
+    /// Has it leave the route alone when it ends, as its device is gone and another is there.
+    pub(super) fn give_up(&self) {
+        self.ear.is_deaf.store(true, Ordering::Release);
     }
 
     /// Says whether it hears at all: it does not when somebody has removed its device.

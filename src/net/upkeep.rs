@@ -1,0 +1,190 @@
+//! Comparing what was made on the host with what is there, and putting back what is missing.
+//!
+//! ```text
+//!   a tick, or the kernel's news ─▶ look: the host's part is put back ─▶ suspects
+//!   a suspect, with its lock ─▶ put_back: in place, under the guest that runs
+//!   a boot, a wake, a change of policy ─▶ the host's part, and the sandbox's own
+//! ```
+//!
+//! A network in which a guest runs is never made anew, since its VMM has the device of the
+//! one that is there.
+
+use std::{collections::BTreeMap, sync::atomic::Ordering};
+
+use super::{
+    Error, Known, Looked, Wanted, host,
+    link::{self, Link},
+    namespace::{self, Before},
+    netlink::Kernel,
+    range::Range,
+    real::RealNetwork,
+    route::{self, Ensured},
+};
+use crate::{
+    sandbox::SandboxId,
+    sync::lock,
+    sys::netns::{self, Namespace},
+};
+
+/// The inside of so many namespaces is looked at each time, by turns. Only who enters one
+/// changes it, which no service of a host does by itself.
+const INSIDES_PER_LOOK: usize = 8;
+
+impl RealNetwork {
+    /// Puts back what is missing of the host's part. Returns what it was.
+    pub(super) fn put_host_back(&self) -> Result<Vec<&'static str>, Error> {
+        let range = self.range()?;
+        let done = {
+            let mut prepared = lock(&self.prepared);
+            match prepared.as_mut() {
+                Some(guard) => host::put_back(&range, guard)?,
+                None => host::PutBack::default(),
+            }
+        };
+        let mut what = done.what;
+        let (Some(doorbell), Some(listener)) = (self.doorbell(), self.listener.as_ref()) else {
+            return Ok(what);
+        };
+        if done.has_new_device || !doorbell.works() {
+            // What was held in it is lost, and sent again.
+            doorbell.give_up();
+            self.hang_up(listener)?;
+            what.push("what hears packets to sleepers");
+        } else if doorbell.route_again()? == Ensured::Added {
+            what.push("the route of sleepers");
+        }
+        Ok(what)
+    }
+
+    /// Does what [`super::Network::look`] is to do.
+    pub(super) fn look_at(&self, awake: &[Known]) -> Looked {
+        let mut looked = Looked::default();
+        if lock(&self.prepared).is_none() {
+            if awake.is_empty() {
+                return looked;
+            }
+            looked.failed = self.prepare().err();
+        }
+        match self.put_host_back() {
+            Ok(what) => looked.put_back = what,
+            Err(error) => looked.failed = Some(error),
+        }
+        match self.suspects(awake) {
+            Ok(suspects) => looked.suspects = suspects,
+            Err(error) => looked.failed = Some(error),
+        }
+        looked
+    }
+
+    fn suspects(&self, awake: &[Known]) -> Result<Vec<SandboxId>, Error> {
+        if awake.is_empty() {
+            return Ok(Vec::new());
+        }
+        let range = self.range()?;
+        let kernel = link::here()?;
+        let links: BTreeMap<String, Link> =
+            link::list(&kernel)?.into_iter().map(|link| (link.name.clone(), link)).collect();
+        let first = self.turn.fetch_add(INSIDES_PER_LOOK, Ordering::Relaxed) % awake.len();
+        let mut suspects = Vec::new();
+        for (at, known) in awake.iter().enumerate() {
+            let is_its_turn = (at + awake.len() - first) % awake.len() < INSIDES_PER_LOOK;
+            let link = links.get(&known.address.host_link());
+            // One that cannot be looked at says nothing of the others.
+            let is_well =
+                !is_its_turn && self.is_well(&kernel, &range, known, link).unwrap_or(false);
+            if !is_well {
+                suspects.push(known.id.clone());
+            }
+        }
+        Ok(suspects)
+    }
+
+    fn is_well(
+        &self,
+        kernel: &Kernel,
+        range: &Range,
+        known: &Known,
+        link: Option<&Link>,
+    ) -> Result<bool, Error> {
+        let Some(link) = link.filter(|link| host::is_of_a_sandbox(range, link)) else {
+            return Ok(false);
+        };
+        let is_routed = || {
+            let way = route::way_to(kernel, known.address.ip())?;
+            let is_by_link = way.is_some_and(|way| way.is_ours && way.device == Some(link.index));
+            Ok::<_, Error>(is_by_link || self.is_held(known.address))
+        };
+        Ok(namespace::is_connected(kernel, range, link, known.address)?
+            && is_routed()?
+            && self.open(&known.id)?.is_some())
+    }
+
+    /// Does what [`super::Network::put_back`] is to do.
+    pub(super) fn put_back_of(
+        &self,
+        wanted: &Wanted,
+        vmm: Option<u32>,
+    ) -> Result<Vec<&'static str>, Error> {
+        self.prepare()?;
+        let mut what = Vec::new();
+        let design = self.design(wanted)?;
+        let of_vmm = vmm.map(Namespace::of_process).transpose();
+        let of_vmm = of_vmm.map_err(Error::host("looking for the namespace of its VMM"))?.flatten();
+        let pinned = self.open(&wanted.id)?;
+        let is_pinned = pinned.is_some();
+        let is_proven = match (&pinned, &of_vmm) {
+            (Some(pinned), Some(of_vmm)) => pinned.identity() == of_vmm.identity(),
+            (None, _) | (_, None) => false,
+        };
+        let namespace = pinned.or(of_vmm).ok_or(Error::NotThere)?;
+        let generation = lock(&self.generations).get(&wanted.id).copied();
+        let generation =
+            generation.and_then(|(of, number)| (of == namespace.identity()).then_some(number));
+        let before = Before { is_proven, generation };
+        let inside = namespace::put_back(&namespace, design, before)?;
+        what.extend(inside.what);
+        if !is_pinned {
+            self.pin_again(wanted, &namespace)?;
+            what.push("the pin of its namespace");
+        }
+        what.extend(self.connect_again(wanted)?);
+        let known = (namespace.identity(), inside.generation);
+        lock(&self.generations).insert(wanted.id.clone(), known);
+        Ok(what)
+    }
+
+    /// Pins a namespace that its VMM is in, and that nothing else leads to.
+    fn pin_again(&self, wanted: &Wanted, namespace: &Namespace) -> Result<(), Error> {
+        let pin = self.pin(&wanted.id);
+        netns::make_pin_dir(&self.pins)
+            .and_then(|()| netns::unpin(&pin))
+            .and_then(|()| namespace.run(move |inside| inside.pin(&pin).map(drop))?)
+            .map_err(Error::host("pinning the namespace"))
+    }
+
+    /// Puts back the host's end of a sandbox's link, and its route.
+    fn connect_again(&self, wanted: &Wanted) -> Result<Vec<&'static str>, Error> {
+        let (links, range) = (link::here()?, self.range()?);
+        let address = wanted.address;
+        let mut what = Vec::new();
+        let outer = host::own_link(&links, &range, &address.host_link())?;
+        let outer = outer.ok_or(Error::NotThere)?;
+        if !namespace::is_connected(&links, &range, &outer, address)? {
+            namespace::connect(&links, &range, address)?;
+            what.push("the link");
+        }
+        if !self.is_held(address)
+            && namespace::route(&links, &range.plan, address)? == Ensured::Added
+        {
+            what.push("the route");
+        }
+        Ok(what)
+    }
+
+    /// Says what was put back of the host's, if anything was.
+    pub(super) fn tell_host_put_back(what: &[&str]) {
+        if !what.is_empty() {
+            tracing::warn!(what = what.join(", "), "put back what somebody changed or removed");
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! The kernel's news of changes of what is ours on the host.
+//!
+//! They only say when to look: what is there is then compared with what is to be. A host's
+//! firewall and links change all the time, so what is not about a name, an address or a table
+//! of ours is passed over.
+
+use std::{
+    net::IpAddr,
+    thread::{self, JoinHandle},
+};
+
+use netlink_packet_core::NetlinkPayload;
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    address::AddressAttribute,
+    route::{RouteAddress, RouteAttribute},
+};
+
+use super::{Changed, Error, firewall, link, netlink::parsed};
+use crate::{
+    sandbox::network::AddressPlan,
+    sync::Arc,
+    sys::netlink::{Family, Notification, Notifications},
+};
+
+/// Links, IPv4 addresses and IPv4 routes: the bits of groups 1, 5 and 7 (linux/rtnetlink.h).
+const ROUTE_GROUPS: u32 = 1 | 1 << 4 | 1 << 6;
+/// Tables and what is in them: the bit of group 7 (linux/netfilter/nfnetlink.h).
+const FIREWALL_GROUPS: u32 = 1 << 6;
+/// How the names of all devices and links of ours begin.
+const NAMES: [&str; 2] = ["dz", "dozed"];
+
+/// The thread that hears of changes, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Watch {
+    news: Arc<Notifications>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    /// Has `changed` be called for each change in the namespace of this thread.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell, or there can be no thread.
+    pub(super) fn start(plan: AddressPlan, changed: Arc<Changed>) -> Result<Self, Error> {
+        let groups = [(Family::Route, ROUTE_GROUPS), (Family::Netfilter, FIREWALL_GROUPS)];
+        let news = Notifications::listen(&groups)
+            .map_err(Error::host("listening for changes of the host's network"))?;
+        let news = Arc::new(news);
+        let hearing = Arc::clone(&news);
+        let thread = thread::Builder::new()
+            .name("dozed-netwatch".to_owned())
+            .spawn(move || hear(&hearing, plan, changed.as_ref()))
+            .map_err(Error::host("starting the thread that hears of changes"))?;
+        Ok(Self { news, thread: Some(thread) })
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.news.stop();
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != thread::current().id()
+        {
+            // A panic was reported where it happened.
+            let _ended = thread.join();
+        }
+    }
+}
+
+fn hear(news: &Notifications, plan: AddressPlan, changed: &Changed) {
+    let table = firewall::host_table(&plan);
+    loop {
+        let is_ours = match news.wait() {
+            Ok(Notification::Stop) => return,
+            Ok(Notification::Lost) => true,
+            Ok(Notification::Messages(Family::Netfilter, bytes)) => {
+                bytes.windows(table.len()).any(|part| part == table.as_bytes())
+            }
+            Ok(Notification::Messages(Family::Route, bytes)) => is_of_ours(&plan, &bytes),
+            Err(error) => {
+                tracing::error!(%error, "changes of the host's network are seen at ticks only");
+                return;
+            }
+        };
+        if is_ours {
+            changed();
+        }
+    }
+}
+
+fn is_of_ours(plan: &AddressPlan, bytes: &[u8]) -> bool {
+    // What we cannot read may be about anything.
+    let Ok(messages) = parsed::<RouteNetlinkMessage>(bytes) else { return true };
+    messages.into_iter().any(|message| {
+        let NetlinkPayload::InnerMessage(message) = message.payload else { return false };
+        is_about(plan, message)
+    })
+}
+
+fn is_about(plan: &AddressPlan, message: RouteNetlinkMessage) -> bool {
+    let is_in_range =
+        |address: &IpAddr| matches!(address, IpAddr::V4(address) if plan.range().contains(address));
+    if let RouteNetlinkMessage::NewLink(message) | RouteNetlinkMessage::DelLink(message) = message {
+        let link = link::as_link(RouteNetlinkMessage::NewLink(message));
+        return link.is_some_and(|link| NAMES.iter().any(|name| link.name.starts_with(name)));
+    }
+    if let RouteNetlinkMessage::NewRoute(message) | RouteNetlinkMessage::DelRoute(message) = message
+    {
+        return message.attributes.iter().any(|it| {
+            matches!(it, RouteAttribute::Destination(RouteAddress::Inet(to))
+                if is_in_range(&IpAddr::V4(*to)))
+        });
+    }
+    if let RouteNetlinkMessage::DelAddress(message) = message {
+        return message
+            .attributes
+            .iter()
+            .any(|it| matches!(it, AddressAttribute::Local(address) if is_in_range(address)));
+    }
+    false
+}
