@@ -615,17 +615,20 @@ fn vcpus_from_number<'de, D: Deserializer<'de>>(input: D) -> Result<Option<u8>, 
         .ok_or_else(|| D::Error::custom(format!("`vcpus` is from 1 to {VCPUS_MAX}, not {count}")))
 }
 
-/// Reads a size such as `256MiB`, of a sandbox or of many together.
+/// Reads a size such as `256MiB` or `256M`, of a sandbox or of many together.
 pub(crate) fn memory_from_text<'de, D: Deserializer<'de>>(
     input: D,
 ) -> Result<Option<u64>, D::Error> {
     let text = String::deserialize(input)?;
-    let accepted = "write it with its unit, as \"256MiB\" or \"4GiB\"";
+    let accepted = "write it with its unit, as \"256MiB\", \"256M\" or \"4GiB\"";
+    // As QEMU, Docker and systemd have it, K, M, G and T alone are binary.
+    let is_short = text.ends_with(['K', 'M', 'G', 'T', 'k', 'm', 'g', 't']);
+    let whole = if is_short { format!("{text}iB") } else { text.clone() };
     // A bare number would be bytes to the library and MiB to most people.
-    if !text.ends_with(['B', 'b']) {
+    if !whole.ends_with(['B', 'b']) {
         return Err(D::Error::custom(format!("`memory` = \"{text}\" has no unit; {accepted}")));
     }
-    let bytes = parse_size::parse_size(&text)
+    let bytes = parse_size::parse_size(&whole)
         .map_err(|_| D::Error::custom(format!("`memory` = \"{text}\" is no size; {accepted}")))?;
     if !bytes.is_multiple_of(MIB) {
         return Err(D::Error::custom(format!(

@@ -22,6 +22,18 @@ fn a_spec_reads_back_as_it_was_written() {
 }
 
 #[test]
+fn a_unit_may_be_one_letter_and_is_binary_then() {
+    for (text, mib) in [("512M", 512), ("2G", 2048), ("1T", 1 << 20), ("8192K", 8), ("64m", 64)] {
+        let spec = parse(&format!("memory = \"{text}\""));
+        assert_eq!(spec.map(|spec| spec.memory_bytes), Ok(mib << 20), "{text}");
+    }
+    for text in ["M", "iB", "512", "512Q", "512MM", "512 M iB", "500MB", "1.5M"] {
+        let error = parse(&format!("memory = \"{text}\"")).expect_err(text);
+        assert!(error.message.contains("as \"256MiB\", \"256M\" or"), "{text}: {error}");
+    }
+}
+
+#[test]
 fn what_a_document_leaves_out_is_as_in_the_base() {
     let base = Spec { vcpus: 3, kernel: Some("/k".into()), ..Spec::default() };
     let spec = Spec::parse("memory = \"64MiB\"", &base, &|_| None).unwrap();
