@@ -13,7 +13,7 @@ use rustix::{
     process::Signal,
 };
 
-use crate::support::{Host, Setup};
+use crate::support::{Host, Setup, wait_until};
 
 const TICK: &str = "[reaper]\ntick = \"1s\"\n[defaults]\nidle_after = \"never\"";
 /// How long any news may take.
@@ -71,7 +71,8 @@ fn state_has_pollpri_from_a_change_until_it_is_read_again() {
     assert_eq!(state(&file), "stopped");
     std::thread::scope(|scope| {
         scope.spawn(|| host.rmdir("web-1").unwrap());
-        assert!(polled(&file, NEWS, SOON).contains(NEWS | PollFlags::HUP));
+        // That it is being deleted is news too.
+        wait_until("it hangs up", || polled(&file, NEWS, SOON).contains(NEWS | PollFlags::HUP));
     });
     let gone = file.read_at(&mut [0; 8], 0).unwrap_err();
     assert_eq!(Errno::from_io_error(&gone), Some(Errno::NODEV));
