@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::Ipv4Net;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkMessage};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -35,6 +36,9 @@ use crate::{
 /// and where it is in no hurry once a second.
 const UP_LIMIT: Duration = Duration::from_secs(2);
 const UP_PAUSE: Duration = Duration::from_micros(500);
+
+/// Narrower networks have no broadcast.
+const BROADCAST_PREFIX_MAX: u8 = 30;
 
 /// What is known of a link.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,22 +112,36 @@ pub(super) fn has_neighbour(
     Ok(found.header.state == NeighbourState::Permanent && found.attributes.contains(&wanted))
 }
 
-/// Returns all IPv4 addresses of this namespace.
+/// Returns all IPv4 addresses at which this namespace takes what is sent: its own, and the
+/// broadcasts of its networks.
 pub(super) fn addresses(kernel: &Kernel) -> Result<Vec<Ipv4Addr>, Error> {
     let mut message = AddressMessage::default();
     message.header.family = AddressFamily::Inet;
     let message = NetlinkMessage::from(RouteNetlinkMessage::GetAddress(message));
     let found = kernel.list("listing the host's addresses", message)?;
-    let local = |message| {
-        let RouteNetlinkMessage::NewAddress(message) = message else { return None };
-        message.attributes.into_iter().find_map(|attribute| {
-            if let AddressAttribute::Local(IpAddr::V4(address)) = attribute {
-                return Some(address);
-            }
-            None
-        })
-    };
-    Ok(found.into_iter().filter_map(local).collect())
+    let mut addresses: Vec<Ipv4Addr> = found.into_iter().flat_map(taken_at).collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    Ok(addresses)
+}
+
+fn taken_at(message: RouteNetlinkMessage) -> Vec<Ipv4Addr> {
+    let RouteNetlinkMessage::NewAddress(message) = message else { return Vec::new() };
+    let mut taken = Vec::new();
+    for attribute in message.attributes {
+        if let AddressAttribute::Local(IpAddr::V4(address)) = attribute {
+            taken.push(address);
+        } else if let AddressAttribute::Broadcast(address) = attribute {
+            taken.push(address);
+        } else if let AddressAttribute::Address(IpAddr::V4(address)) = attribute
+            && let Ok(network) = Ipv4Net::new(address, message.header.prefix_len)
+            && network.prefix_len() <= BROADCAST_PREFIX_MAX
+        {
+            // Also where no broadcast is set; the first one was for that before Linux 5.14.
+            taken.extend([network.network(), network.broadcast()]);
+        }
+    }
+    taken
 }
 
 pub(super) fn as_link(message: RouteNetlinkMessage) -> Option<Link> {

@@ -11,8 +11,8 @@ use dozed::{
 use crate::{
     guest::{Packet, RST, Refusal, SYN, TCP, UDP},
     host::{
-        HOST, OTHER, PRIVATE, RESOLVER, RESOLVER_2, SERVER, SILENCE, Sandbox, assert_silent, heard,
-        on_a_host,
+        HOST, OTHER, PRIVATE, RESOLVER, RESOLVER_2, SERVER, SILENCE, Sandbox, assert_silent,
+        eventually, heard, nft, on_a_host,
     },
 };
 
@@ -203,5 +203,24 @@ fn what_is_refused_takes_nothing_from_the_connections_that_may_be_opened() {
         let counters = host.network.counters(sandbox.id()).unwrap().unwrap();
         assert_eq!((counters.guest_out.packets, counters.excess.packets), (300, 0));
         assert_eq!(counters.refused.packets, 2000);
+    });
+}
+
+#[test]
+fn a_broadcast_to_a_network_of_the_hosts_is_refused_by_the_sandboxs_own_firewall() {
+    on_a_host(|host| {
+        let sandbox = host.sandbox("a", 0);
+        // A service of the host that listens everywhere, without the host's guard before it.
+        let service = std::net::UdpSocket::bind("0.0.0.0:4000").unwrap();
+        nft("delete table inet dozed_0ad50000");
+        let refused = || host.network.counters(sandbox.id()).unwrap().unwrap().refused.packets;
+        let before = refused();
+        for (number, last) in [255, 0].into_iter().enumerate() {
+            let broadcast = Ipv4Addr::new(93, 184, 216, last);
+            sandbox.guest.udp(5000, (broadcast, 4000), b"is anybody there?");
+            let sent = u64::try_from(number).unwrap() + 1;
+            eventually("its refusal", || (refused() == before + sent).then_some(()));
+        }
+        assert_silent(&service);
     });
 }
