@@ -6,7 +6,10 @@ use super::Error;
 use crate::{
     sandbox::{RowId, SandboxId},
     sync::{Arc, Condvar, Mutex, lock, wait_while_within},
-    sys::{cancel::Cancel, clock::Deadline},
+    sys::{
+        cancel::Cancel,
+        clock::{Deadline, Stopwatch},
+    },
 };
 
 /// How long an operation waits for a slot. Longer than any healthy operation takes,
@@ -17,6 +20,12 @@ const SLOT_WAIT: Duration = Duration::from_secs(60);
 const COPY_WAIT: Duration = Duration::from_secs(600);
 /// How soon who waits to copy notices that it is called off.
 const CANCEL_LOOK: Duration = Duration::from_millis(200);
+
+/// How long a VMM may take to answer before its place is another's too. A pause takes
+/// milliseconds, and seconds on a host that is overloaded.
+const ANSWER_WAIT: Duration = Duration::from_secs(2);
+/// How often those who wait for a place look for such a VMM.
+const ANSWER_LOOK: Duration = Duration::from_millis(250);
 
 /// The gate that every sleep, wake and boot passes before it touches anything.
 #[derive(Debug)]
@@ -33,9 +42,28 @@ pub(super) struct Admission {
 #[derive(Debug)]
 struct Slots {
     what: &'static str,
-    /// Free places. A leaf lock; its guard is never held across anything.
-    free: Mutex<usize>,
+    count: usize,
+    /// A leaf lock; its guard is never held across anything.
+    taken: Mutex<Taken>,
     freed: Condvar,
+}
+
+/// The places that are taken. For as long as a VMM has not answered it has since when.
+#[derive(Debug, Default)]
+struct Taken {
+    places: HashMap<u64, Option<Stopwatch>>,
+    last: u64,
+}
+
+impl Taken {
+    /// Returns how many places count. A VMM that does not answer needs none: it reads and
+    /// writes nothing, and others must not wait for it.
+    fn counted(&self) -> usize {
+        let counts = |since: &&Option<Stopwatch>| {
+            since.as_ref().is_none_or(|since| since.elapsed() < ANSWER_WAIT)
+        };
+        self.places.values().filter(counts).count()
+    }
 }
 
 /// A place in one of the queues; free again when dropped.
@@ -44,12 +72,24 @@ struct Slots {
 pub(super) struct Slot {
     admission: Arc<Admission>,
     of: fn(&Admission) -> &Slots,
+    number: u64,
+}
+
+impl Slot {
+    /// Notes that its VMM answers, so that the place counts for as long as it is taken.
+    pub(super) fn answered(&self) {
+        let slots = (self.of)(&self.admission);
+        if let Some(since) = lock(&slots.taken).places.get_mut(&self.number) {
+            *since = None;
+        }
+    }
 }
 
 impl Admission {
     /// Makes a gate for so many at a time and so much memory in all.
     pub(super) fn new(sleeps: usize, wakes: usize, budget_bytes: Option<u64>) -> Arc<Self> {
-        let slots = |what, count| Slots { what, free: Mutex::new(count), freed: Condvar::new() };
+        let slots =
+            |what, count| Slots { what, count, taken: Mutex::default(), freed: Condvar::new() };
         Arc::new(Self {
             sleeps: slots("sleep", sleeps),
             wakes: slots("wake", wakes),
@@ -59,12 +99,13 @@ impl Admission {
         })
     }
 
-    /// Waits for a place among the sleeps.
+    /// Waits for a place among the sleeps. It counts for a moment, and from when its VMM
+    /// answers.
     ///
     /// # Errors
     /// `NoSlot` when none is free for too long.
     pub(super) fn sleep(self: &Arc<Self>, id: &SandboxId) -> Result<Slot, Error> {
-        self.take(id, SLOT_WAIT, |admission| &admission.sleeps)
+        self.take(id, SLOT_WAIT, Some(Stopwatch::start), |admission| &admission.sleeps)
     }
 
     /// Waits for a place among the wakes and boots.
@@ -72,7 +113,7 @@ impl Admission {
     /// # Errors
     /// `NoSlot` when none is free for too long.
     pub(super) fn wake(self: &Arc<Self>, id: &SandboxId) -> Result<Slot, Error> {
-        self.take(id, SLOT_WAIT, |admission| &admission.wakes)
+        self.take(id, SLOT_WAIT, None, |admission| &admission.wakes)
     }
 
     /// Waits for a place among those that copy disks, of which there are as many as of wakes.
@@ -83,7 +124,7 @@ impl Admission {
         let deadline = Deadline::after(COPY_WAIT);
         loop {
             cancel.check().map_err(|_| Error::Gone { id: id.clone() })?;
-            match self.take(id, CANCEL_LOOK, |admission| &admission.copies) {
+            match self.take(id, CANCEL_LOOK, None, |admission| &admission.copies) {
                 Err(Error::NoSlot { what, id, .. }) if deadline.passed() => {
                     return Err(Error::NoSlot { what, id, limit: COPY_WAIT });
                 }
@@ -97,10 +138,11 @@ impl Admission {
         self: &Arc<Self>,
         id: &SandboxId,
         limit: Duration,
+        asked: Option<fn() -> Stopwatch>,
         of: fn(&Self) -> &Slots,
     ) -> Result<Slot, Error> {
-        of(self).take(id, limit)?;
-        Ok(Slot { admission: Arc::clone(self), of })
+        let number = of(self).take(id, limit, asked)?;
+        Ok(Slot { admission: Arc::clone(self), of, number })
     }
 
     /// Books the memory of a sandbox that is about to be awake.
@@ -146,24 +188,38 @@ impl Admission {
 }
 
 impl Slots {
-    fn take(&self, id: &SandboxId, limit: Duration) -> Result<(), Error> {
-        let none = |free: &mut usize| *free == 0;
-        let mut free = wait_while_within(&self.freed, lock(&self.free), limit, none);
-        if *free == 0 {
-            return Err(Error::NoSlot { what: self.what, id: id.clone(), limit });
+    /// Takes a place, and returns its number. `asked` is when its VMM was asked first.
+    fn take(
+        &self,
+        id: &SandboxId,
+        limit: Duration,
+        asked: Option<fn() -> Stopwatch>,
+    ) -> Result<u64, Error> {
+        let deadline = Deadline::after(limit);
+        let mut taken = lock(&self.taken);
+        while taken.counted() >= self.count {
+            if deadline.passed() {
+                return Err(Error::NoSlot { what: self.what, id: id.clone(), limit });
+            }
+            // It is free also when somebody has waited in vain for an answer.
+            let wait = deadline.left().min(ANSWER_LOOK);
+            let none = |taken: &mut Taken| taken.counted() >= self.count;
+            taken = wait_while_within(&self.freed, taken, wait, none);
         }
-        *free -= 1;
-        Ok(())
+        taken.last += 1;
+        let number = taken.last;
+        taken.places.insert(number, asked.map(|start| start()));
+        Ok(number)
     }
 
-    fn give_back(&self) {
-        *lock(&self.free) += 1;
+    fn give_back(&self, number: u64) {
+        lock(&self.taken).places.remove(&number);
         self.freed.notify_one();
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        (self.of)(&self.admission).give_back();
+        (self.of)(&self.admission).give_back(self.number);
     }
 }

@@ -190,6 +190,15 @@ fn window(idle_after: Period) -> Duration {
 impl Lifecycle {
     /// Looks at what every guest that runs has used. Called at each tick.
     pub fn sample_activity(&self) {
+        self.sample(self.machines.all());
+    }
+
+    /// Looks at what these guests have used, before it is judged whether they are idle.
+    pub fn sample_activity_of(&self, rows: &[RowId]) {
+        self.sample(rows.iter().filter_map(|row| Some((*row, self.machines.get(*row)?))).collect());
+    }
+
+    fn sample(&self, lives: Vec<(RowId, Arc<Live>)>) {
         let is_due = |(row, live): (RowId, Arc<Live>)| {
             let entry = self.by_row(row)?;
             let record = entry.record();
@@ -198,7 +207,7 @@ impl Lifecycle {
             let due = running && lock(&live.gauge).is_due(now, record.idle_after, sleeps_at);
             due.then_some((entry, record, live))
         };
-        let due: Vec<_> = self.machines.all().into_iter().filter_map(is_due).collect();
+        let due: Vec<_> = lives.into_iter().filter_map(is_due).collect();
         let network = self.network_bytes(due.iter().map(|(_, record, _)| record.as_ref()));
         for (entry, record, live) in due {
             let at = self.now();
@@ -226,6 +235,12 @@ impl Lifecycle {
                 self.saw(&entry, signal);
             }
         }
+    }
+
+    /// Returns when a guest was last looked at.
+    #[cfg(test)]
+    pub(crate) fn samples_of(&self, entry: &Entry) -> Option<Timestamp> {
+        self.machines.get(entry.row()).and_then(|live| lock(&live.gauge).last)
     }
 
     /// Returns how busy a guest is; nothing where none runs.

@@ -192,7 +192,7 @@ impl Lifecycle {
             noted.extract_if(is_over).collect()
         };
         for row in over {
-            self.index.remove_meta(&key(row))?;
+            self.index.remove_meta_unsynced(&key(row))?;
             // It may have been held and noted anew between the two.
             if lock(&self.holds.table).noted.contains(&row) {
                 self.index.set_meta(&key(row), "1")?;

@@ -355,6 +355,12 @@ impl Lifecycle {
         self.operations.next_deletion()
     }
 
+    /// Returns the threads for what nobody waits for.
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
     /// Returns what wakes the reaper before its next tick.
     #[must_use]
     pub fn bell(&self) -> &Bell {

@@ -4,6 +4,7 @@ use std::{cell::RefCell, rc::Rc};
 
 use super::{
     Arrow, Entry, Error, Lifecycle, Outcome, Why,
+    admission::Slot,
     machines::Live,
     memory_of,
     operation::Operation,
@@ -81,7 +82,7 @@ impl Lifecycle {
     ) -> Result<Outcome, Error> {
         let took = Stopwatch::start();
         let record = entry.record();
-        let _slot = self.admission.sleep(&record.id)?;
+        let slot = self.admission.sleep(&record.id)?;
         let home = self.home(&record);
         let live =
             self.machines.get(record.row).ok_or_else(|| Error::Gone { id: record.id.clone() })?;
@@ -104,7 +105,8 @@ impl Lifecycle {
                 .inspect_err(|_| self.settle_later(entry.row()))?;
             return wanted.map(|_| Outcome::Spared);
         }
-        let saved = self.save_acts(entry, operation, &live, &identity, (intent, why), &mut undo);
+        let begun = (intent, why, &slot);
+        let saved = self.save_acts(entry, operation, &live, &identity, begun, &mut undo);
         let committed = match saved {
             Ok(committed) => committed,
             Err(cause) => {
@@ -182,7 +184,7 @@ impl Lifecycle {
         operation: &Operation<'_>,
         live: &Arc<Live>,
         identity: &VmmIdentity,
-        (intent, why): (Commit, Why),
+        (intent, why, slot): (Commit, Why, &Slot),
         undo: &mut Undo<'_>,
     ) -> Result<Committed, Error> {
         let record = entry.record();
@@ -197,6 +199,7 @@ impl Lifecycle {
             Why::Asked => pause()?,
             Why::AskedAt(_) | Why::Idle => self.pause_unless_used(entry, pause)?,
         }
+        slot.answered();
         self.reach(Arrow::SleepPaused);
 
         let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;

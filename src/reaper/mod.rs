@@ -10,29 +10,35 @@
 //! Besides, what an operation left in the middle, as its VMM did not answer, is brought to an
 //! end once that is possible; and the networks of sleepers go when they have lingered.
 //!
-//! One thread looks, at every tick, at the next deadline and when the bell rings: a few
-//! range scans of the index. A few workers act, so that a slow sandbox does not hold
-//! up the others. A sandbox whose lock is taken is passed over until the next look; one
-//! that fails is left alone for longer each time.
+//! One thread looks: at every tick at all that run, to see who was active, and at the next
+//! deadline and when the bell rings at who is due, by a few range scans of the index. Of those
+//! who are due it takes a sample before the verdict. It waits for no disk for long.
+//!
+//! A few workers act, those first whose deadline is the earliest. One that has been at it for
+//! long, as its VMM does not answer, costs only itself: another worker is started in its
+//! place. A sandbox whose lock is taken is passed over until the next look; one that fails is
+//! left alone for longer each time.
 
+mod queue;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::mpsc,
     thread::JoinHandle,
     time::Duration,
 };
+
+use queue::Queue;
 
 use crate::{
     lifecycle::{
         Due as DueRow, Entry, Error, Held, IndexError, Lifecycle, Outcome, Wait, Why, chain,
     },
     sandbox::{Cause, RowId, Timestamp},
-    sync::{Arc, Mutex, lock},
+    sync::{Arc, Condvar, Mutex, lock, wait_while_within},
     sys::{clock::Deadline, thread::join_by},
 };
 
@@ -47,21 +53,54 @@ const RETRY_MAX: Duration = Duration::from_secs(3600);
 /// The shortest time between two looks, however close the next deadline is.
 const LOOK_MIN: Duration = Duration::from_millis(50);
 
+/// After how long a worker counts as stuck, so that another is started. A healthy act takes
+/// less, but for the sleep of a large guest on a slow disk, and then there are two.
+const STUCK_AFTER: Duration = Duration::from_secs(5);
+/// How many workers may be started in the place of those that are stuck.
+const SPARE_WORKERS_MAX: usize = 64;
+/// How often it is looked whether one is stuck, while others wait.
+const STUCK_LOOK: Duration = Duration::from_secs(1);
+/// How long a look waits for the chores of its tick, so that deadlines are seen by what they
+/// wrote. On a disk that hangs they go on without it.
+const CHORES_WAIT: Duration = Duration::from_secs(5);
+
 /// What is due.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Due {
     Sleep(RowId),
     Delete(RowId),
-    Settle(RowId),
     Unlink(RowId),
+    Settle(RowId),
 }
 
 impl Due {
+    /// Which kinds come first. To settle a leftover is to ask a VMM that did not answer.
+    fn rank(self) -> u8 {
+        match self {
+            Self::Sleep(_) => 0,
+            Self::Delete(_) => 1,
+            Self::Unlink(_) => 2,
+            Self::Settle(_) => 3,
+        }
+    }
+
     fn row(self) -> RowId {
         match self {
             Self::Sleep(row) | Self::Delete(row) | Self::Settle(row) | Self::Unlink(row) => row,
         }
     }
+}
+
+/// When it looks, and how it acts.
+#[derive(Debug, Clone, Copy)]
+struct Pace {
+    /// How often it looks at all that run.
+    tick: Duration,
+    /// How long it waits at the most before it looks at the deadlines.
+    wait_max: Duration,
+    /// How many act at once.
+    workers: usize,
+    stuck_after: Duration,
 }
 
 /// The reaper at work.
@@ -74,10 +113,19 @@ pub struct Reaper {
 #[derive(Debug)]
 struct Shared {
     lifecycle: Arc<Lifecycle>,
-    /// What is queued or being acted on, so that nothing is twice. A leaf lock.
-    in_hand: Mutex<HashSet<RowId>>,
+    pace: Pace,
+    queue: Queue,
     /// How often each failed in a row. Bounded by what is due. A leaf lock.
     failures: Mutex<HashMap<RowId, u32>>,
+    chores: Arc<Chores>,
+}
+
+/// What is to be done at each tick that may have to wait for a disk.
+#[derive(Debug, Default)]
+struct Chores {
+    /// Whether they are under way. A leaf lock.
+    under_way: Mutex<bool>,
+    done: Condvar,
 }
 
 impl Reaper {
@@ -86,19 +134,24 @@ impl Reaper {
     /// # Errors
     /// Where the system gives no threads.
     pub fn start(lifecycle: Arc<Lifecycle>, tick: Duration, workers: usize) -> io::Result<Self> {
-        let shared =
-            Arc::new(Shared { lifecycle, in_hand: Mutex::default(), failures: Mutex::default() });
-        // Bounded by `in_hand`: a sandbox is in it at most once.
-        let (give, take) = mpsc::channel();
-        let take = Arc::new(Mutex::new(take));
+        let stuck_after = STUCK_AFTER;
+        Self::at(Pace { tick, wait_max: tick, workers: workers.max(1), stuck_after }, lifecycle)
+    }
+
+    fn at(pace: Pace, lifecycle: Arc<Lifecycle>) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            lifecycle,
+            pace,
+            queue: Queue::new(pace.workers, pace.stuck_after),
+            failures: Mutex::default(),
+            chores: Arc::default(),
+        });
         let mut threads = Vec::new();
-        for number in 0..workers.max(1) {
-            let (shared, take) = (Arc::clone(&shared), Arc::clone(&take));
-            let name = format!("dozed-reap-{number}");
-            threads.push(std::thread::Builder::new().name(name).spawn(move || {
-                loop {
-                    let due = lock(&take).recv();
-                    let Ok(due) = due else { return };
+        for number in 0..pace.workers {
+            let shared = Arc::clone(&shared);
+            let named = std::thread::Builder::new().name(format!("dozed-reap-{number}"));
+            threads.push(named.spawn(move || {
+                while let Some(due) = shared.queue.next() {
                     shared.act(due);
                 }
             })?);
@@ -107,7 +160,7 @@ impl Reaper {
         threads.push(
             std::thread::Builder::new()
                 .name("dozed-reaper".to_owned())
-                .spawn(move || looking.look_on(tick, &give))?,
+                .spawn(move || looking.look_on())?,
         );
         Ok(Self { shared, threads })
     }
@@ -116,6 +169,7 @@ impl Reaper {
     /// longer is left behind; the next start finishes it.
     pub fn stop(self, limit: Duration) {
         self.shared.lifecycle.bell().close();
+        self.shared.queue.close();
         let deadline = Deadline::after(limit);
         for thread in self.threads {
             join_by(thread, &deadline, "a thread of the reaper");
@@ -124,58 +178,143 @@ impl Reaper {
 }
 
 impl Shared {
-    fn look_on(&self, tick: Duration, give: &mpsc::Sender<Due>) {
+    fn look_on(self: &Arc<Self>) {
+        let mut next_tick = self.lifecycle.clock().now();
         loop {
-            self.look(give);
-            let now = self.lifecycle.clock().now();
-            let next = self.lifecycle.index().next_due(now).ok().flatten();
-            let lingered = self.lifecycle.next_lingered().filter(|at| *at > now);
-            let retries = [self.lifecycle.next_deletion(), self.lifecycle.next_settling()];
-            let next = next.into_iter().chain(lingered).chain(retries.into_iter().flatten()).min();
-            let wait = next.map_or(tick, |next| next.since(now).clamp(LOOK_MIN, tick));
+            let wait = self.look(&mut next_tick);
             if !self.lifecycle.bell().wait(wait) {
                 return;
             }
         }
     }
 
-    /// One look: what counts as activity first, so that it is seen before the verdict.
-    fn look(&self, give: &mpsc::Sender<Due>) {
+    /// One look. Returns how long it is to the next.
+    fn look(self: &Arc<Self>, next_tick: &mut Timestamp) -> Duration {
+        let Pace { tick, wait_max, .. } = self.pace;
         if self.lifecycle.index().check().is_err() {
-            return; // It is told, and the daemon ends.
-        }
-        self.lifecycle.sample_activity();
-        self.lifecycle.sample_holds();
-        self.lifecycle.trim_consoles();
-        self.lifecycle.cool();
-        self.lifecycle.keep_room();
-        if let Err(error) = self.lifecycle.flush_activity() {
-            tracing::error!(error = chain(&error), "writing activity to the index");
-        }
-        if let Err(error) = self.lifecycle.forget_holds() {
-            tracing::error!(error = chain(&error), "forgetting holds that have ended");
-        }
-        if let Err(error) = self.lifecycle.confirm_clock() {
-            tracing::warn!(error = chain(&error), "keeping that the wall clock is synchronised");
+            return wait_max; // It is told, and the daemon ends.
         }
         let now = self.lifecycle.clock().now();
+        let is_tick = *next_tick <= now;
+        if is_tick {
+            *next_tick = now.after(tick);
+            // What counts as activity first, so that it is seen before the verdict.
+            self.lifecycle.sample_activity();
+            self.lifecycle.sample_holds();
+            self.do_chores();
+        }
+        let active_until = self.look_for_due();
+        self.start_spare_workers();
+        let now = self.lifecycle.clock().now();
+        let next = [
+            self.lifecycle.index().next_due(now).ok().flatten(),
+            self.lifecycle.next_lingered().filter(|at| *at > now),
+            self.lifecycle.next_deletion(),
+            self.lifecycle.next_settling(),
+            active_until,
+        ];
+        let next = next.into_iter().flatten().min();
+        let wait = next.map_or(wait_max, |next| next.since(now).clamp(LOOK_MIN, wait_max));
+        self.lifecycle.ticked(now);
+        if self.queue.waits() { wait.min(STUCK_LOOK) } else { wait }
+    }
+
+    /// Hands out all that is due. Returns when the first of those is due that the index takes
+    /// for due, since it has not been told of their activity.
+    fn look_for_due(&self) -> Option<Timestamp> {
+        let now = self.lifecycle.clock().now();
         let index = self.lifecycle.index();
-        self.hand_out(give, Due::Sleep, |after| index.due_to_sleep(now, after, PAGE));
-        self.hand_out(give, Due::Delete, |after| index.due_to_delete(now, after, PAGE));
+        let mut active_until: Option<Timestamp> = None;
+        self.hand_out(
+            |after| index.due_to_sleep(now, after, PAGE),
+            |due| {
+                let rows: Vec<_> = due.iter().map(|due| due.row).collect();
+                self.lifecycle.sample_activity_of(&rows);
+                let is_due = |due: &DueRow| {
+                    let entry = self.lifecycle.by_row(due.row);
+                    let at = entry.and_then(|entry| entry.record().sleep_at(entry.last_activity()));
+                    let later = at.filter(|at| *at > now);
+                    active_until = [active_until, later].into_iter().flatten().min();
+                    later.is_none()
+                };
+                due.into_iter().filter(is_due).map(|due| (due.at, Due::Sleep(due.row))).collect()
+            },
+        );
+        self.hand_out(
+            |after| index.due_to_delete(now, after, PAGE),
+            |due| {
+                let is_certain = |due: &DueRow| !self.lifecycle.waits_for_clock(due.row);
+                let due = due.into_iter().filter(is_certain);
+                due.map(|due| (due.at, Due::Delete(due.row))).collect()
+            },
+        );
         self.lifecycle.resume_deletions();
         self.lifecycle.settle_due();
-        self.hand_out_leftovers(give, now);
+        self.hand_out_leftovers(now);
         for row in self.lifecycle.lingered() {
-            if !self.hand_over(give, Due::Unlink(row)) {
+            self.queue.put(now, Due::Unlink(row));
+        }
+        active_until
+    }
+
+    /// Does what a tick has to do that may wait for a disk, on a thread of the pool, and waits
+    /// for it for a moment. Those of the last tick may still be under way; then there are no
+    /// others.
+    fn do_chores(&self) {
+        if std::mem::replace(&mut *lock(&self.chores.under_way), true) {
+            return;
+        }
+        let (lifecycle, chores) = (Arc::clone(&self.lifecycle), Arc::clone(&self.chores));
+        let started = self.lifecycle.pool().run(move || {
+            // Also where one of them panics.
+            let _done = ChoresDone(chores);
+            lifecycle.trim_consoles();
+            lifecycle.cool();
+            lifecycle.keep_room();
+            if let Err(error) = lifecycle.flush_activity() {
+                tracing::error!(error = chain(&error), "writing activity to the index");
+            }
+            if let Err(error) = lifecycle.forget_holds() {
+                tracing::error!(error = chain(&error), "forgetting holds that have ended");
+            }
+            if let Err(error) = lifecycle.confirm_clock() {
+                tracing::warn!(
+                    error = chain(&error),
+                    "keeping that the wall clock is synchronised"
+                );
+            }
+        });
+        if let Err(error) = started {
+            *lock(&self.chores.under_way) = false;
+            tracing::warn!(%error, "the chores of a tick are left to the next");
+            return;
+        }
+        let under_way = lock(&self.chores.under_way);
+        drop(wait_while_within(&self.chores.done, under_way, CHORES_WAIT, |under_way| *under_way));
+    }
+
+    /// Starts workers in the place of those that are stuck, if any waits for one. They end when
+    /// nothing waits any more.
+    fn start_spare_workers(self: &Arc<Self>) {
+        while self.queue.begin_spare(SPARE_WORKERS_MAX) {
+            let shared = Arc::clone(self);
+            let spare = std::thread::Builder::new().name("dozed-reap-x".to_owned());
+            let started = spare.spawn(move || {
+                while let Some(due) = shared.queue.next_for_spare() {
+                    shared.act(due);
+                }
+            });
+            if let Err(error) = started {
+                self.queue.end_spare();
+                tracing::warn!(%error, "starting another worker of the reaper");
                 return;
             }
         }
-        self.lifecycle.ticked(now);
     }
 
     /// Hands out what is in the middle of an operation. If that is still under way, its lock
     /// is taken, and it is passed over.
-    fn hand_out_leftovers(&self, give: &mpsc::Sender<Due>, now: Timestamp) {
+    fn hand_out_leftovers(&self, now: Timestamp) {
         let rows = self.lifecycle.index().between(LEFTOVERS_MAX).unwrap_or_else(|error| {
             tracing::error!(error = chain(&error), "looking for leftovers");
             Vec::new()
@@ -185,18 +324,15 @@ impl Shared {
             retry_at.is_none_or(|at| at <= now)
         };
         for row in rows.into_iter().filter(is_due) {
-            if !self.hand_over(give, Due::Settle(row)) {
-                return;
-            }
+            self.queue.put(now, Due::Settle(row));
         }
     }
 
-    /// Hands all that is due to the workers, but for what they have already.
+    /// Hands all that is due and passes `choose` to the workers, page by page.
     fn hand_out(
         &self,
-        give: &mpsc::Sender<Due>,
-        kind: fn(RowId) -> Due,
         page: impl Fn(Option<DueRow>) -> Result<Vec<DueRow>, IndexError>,
+        mut choose: impl FnMut(Vec<DueRow>) -> Vec<(Timestamp, Due)>,
     ) {
         let mut after = None;
         loop {
@@ -209,23 +345,10 @@ impl Shared {
             };
             let Some(last) = due.last() else { return };
             after = Some(*last);
-            let due = due.into_iter().map(|due| kind(due.row));
-            for due in due.filter(|due| !self.waits_for_clock(*due)) {
-                if !self.hand_over(give, due) {
-                    return;
-                }
+            for (at, due) in choose(due) {
+                self.queue.put(at, due);
             }
         }
-    }
-
-    /// Says whether one is only to be deleted if the wall clock proves to be right.
-    fn waits_for_clock(&self, due: Due) -> bool {
-        matches!(due, Due::Delete(row) if self.lifecycle.waits_for_clock(row))
-    }
-
-    /// Hands one to the workers, unless they have it already. False: there are none any more.
-    fn hand_over(&self, give: &mpsc::Sender<Due>, due: Due) -> bool {
-        !lock(&self.in_hand).insert(due.row()) || give.send(due).is_ok()
     }
 
     fn act(&self, due: Due) {
@@ -233,7 +356,7 @@ impl Shared {
         if done.is_err() {
             tracing::error!(row = %due.row(), "a reaper's act panicked");
         }
-        lock(&self.in_hand).remove(&due.row());
+        self.queue.done(due);
     }
 
     fn act_on(&self, due: Due) {
@@ -295,6 +418,16 @@ impl Shared {
         if let Err(error) = self.lifecycle.postpone(held, entry, until) {
             tracing::error!(id = %entry.id(), error = chain(&error), "putting off a retry");
         }
+    }
+}
+
+/// Notes that the chores are done when it is dropped.
+struct ChoresDone(Arc<Chores>);
+
+impl Drop for ChoresDone {
+    fn drop(&mut self) {
+        *lock(&self.0.under_way) = false;
+        self.0.done.notify_all();
     }
 }
 

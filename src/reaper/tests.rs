@@ -17,9 +17,20 @@ use crate::{
 /// How long the reaper may take to end, on a host that is busy.
 const END_LIMIT: Duration = Duration::from_secs(60);
 
-/// Starts a reaper that only looks when the bell rings.
+/// Longer than any test takes.
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Starts a reaper that only looks when the bell rings, and takes each look for a tick.
 fn reap(host: &Host) -> Reaper {
-    Reaper::start(Arc::clone(&host.daemon), Duration::from_secs(3600), 2).unwrap()
+    let (tick, wait_max) = (Duration::from_millis(1), LONG);
+    let pace = Pace { tick, wait_max, workers: 2, stuck_after: LONG };
+    Reaper::at(pace, Arc::clone(&host.daemon)).unwrap()
+}
+
+/// Starts a reaper that only looks when the bell rings, and for deadlines.
+fn reap_between_ticks(host: &Host, stuck_after: Duration) -> Reaper {
+    let pace = Pace { tick: LONG * 1000, wait_max: LONG, workers: 2, stuck_after };
+    Reaper::at(pace, Arc::clone(&host.daemon)).unwrap()
 }
 
 /// Rings, and waits until the reaper has looked.
@@ -551,4 +562,59 @@ fn what_passed_since_the_last_look_counts_when_its_sandbox_is_about_to_sleep() {
     host.network.set_activity(&"a".parse().unwrap(), Activity { inward, ..Activity::default() });
     assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
     assert_eq!(host.vmm.count(Call::Pause), 0);
+}
+
+#[test]
+fn a_deadline_between_ticks_is_kept_and_looks_at_nobody_else() {
+    let host = awake("a");
+    host.create("b");
+    host.wake("b").unwrap();
+    host.set("b", Policy::IdleAfter(Period::Never)).unwrap();
+    let reaper = reap_between_ticks(&host, LONG);
+    wait_for("the first tick", || host.daemon.last_tick().is_some());
+    let seen = host.daemon.samples_of(&host.entry("b"));
+    host.clock.advance(Duration::from_secs(60));
+    look(&host);
+    wait_for("a to sleep", || host.state("a") == State::Snapshotted);
+    assert_eq!(host.daemon.samples_of(&host.entry("b")), seen);
+    reaper.stop(END_LIMIT);
+}
+
+#[test]
+fn activity_that_the_index_does_not_know_of_puts_a_deadline_off() {
+    let host = awake("a");
+    let reaper = reap_between_ticks(&host, LONG);
+    wait_for("the first tick", || host.daemon.last_tick().is_some());
+    host.clock.advance(Duration::from_secs(40));
+    host.daemon.saw(&host.entry("a"), Signal::Touch);
+    host.clock.advance(Duration::from_secs(20));
+    look(&host);
+    assert_eq!(host.state("a"), State::Running);
+    host.clock.advance(Duration::from_secs(40));
+    look(&host);
+    wait_for("a to sleep", || host.state("a") == State::Snapshotted);
+    reaper.stop(END_LIMIT);
+}
+
+#[test]
+fn vmms_that_do_not_answer_cost_only_their_own_places() {
+    // As many hang as there are workers.
+    let host = Host::new();
+    for id in ["a", "b", "c"] {
+        host.create(id);
+        host.wake(id).unwrap();
+        host.clock.advance(Duration::from_secs(1));
+    }
+    for _ in 0..2 {
+        host.vmm.fail_next(Call::Pause, Fault::Hang);
+    }
+    let reaper = reap_between_ticks(&host, Duration::ZERO);
+    host.clock.advance(Duration::from_secs(60));
+    look(&host);
+    wait_for("c to sleep", || host.state("c") == State::Snapshotted);
+    for id in ["a", "b"] {
+        assert_eq!(host.state(id), State::Snapshotting, "{id} hangs");
+        host.destroy(id).unwrap();
+    }
+    reaper.stop(END_LIMIT);
 }
