@@ -90,6 +90,30 @@ pub(super) fn put_back(range: &Range, guard: &mut Guard) -> Result<PutBack, Erro
     guarded.map(|()| done)
 }
 
+/// Returns what is missing of what a daemon has made of the host, whichever store it has.
+/// `None`: none has, as there is neither a device nor a link of a sandbox.
+///
+/// # Errors
+/// Where the kernel does not say.
+pub(super) fn missing(plan: &AddressPlan) -> Result<Option<Vec<&'static str>>, Error> {
+    let links = link::here()?;
+    let all = link::list(&links)?;
+    let device = all.iter().find(|link| link.name == device(plan));
+    if device.is_none() && all.iter().all(|link| link.group != plan.link_group()) {
+        return Ok(None);
+    }
+    let mut missing = Vec::new();
+    if !device.is_some_and(|link| link.is_in_use && link.forwards)
+        || !route::is_local(&links, plan.host_address())?
+    {
+        missing.push("the host's device, in use and with its address");
+    }
+    if !nftables::has_table(&nftables::here()?, Family::Inet, &firewall::host_table(plan))? {
+        missing.push("the host's firewall for sandboxes");
+    }
+    Ok(Some(missing))
+}
+
 /// Puts the second guard in force.
 fn put_guard(wall: &Kernel, plan: &AddressPlan) -> Result<Guard, Error> {
     let table = firewall::host_table(plan);

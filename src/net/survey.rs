@@ -46,6 +46,7 @@ pub fn survey(plan: &AddressPlan) -> Vec<Finding> {
         firewall_parts(),
         forwarding(),
         range(plan),
+        made(plan),
         other_firewalls(plan),
         connections(),
         neighbours(),
@@ -173,6 +174,28 @@ fn range(plan: &AddressPlan) -> Finding {
             "range",
             format!("Who else has addresses of it is not told ({}).", told(&error)),
         ),
+    }
+}
+
+/// Looks whether what a daemon has made for all sandboxes is there, if one has.
+fn made(plan: &AddressPlan) -> Finding {
+    let subject = "host's part";
+    match host::missing(plan) {
+        Ok(None) => well(subject, "No daemon has made anything for networks here."),
+        Ok(Some(missing)) if missing.is_empty() => {
+            well(subject, "What the daemon made for networks is there.")
+        }
+        Ok(Some(missing)) => lacking(
+            subject,
+            format!(
+                "Of what a daemon made for networks is missing: {}; one that runs puts it back at \
+                 its next look, and the next start does.",
+                missing.join(", ")
+            ),
+        ),
+        Err(error) => {
+            lacking(subject, format!("What there is of it is not told ({}).", told(&error)))
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! What is said of a host that lacks something.
 
-use dozed::net::{Finding, survey};
+use dozed::net::{Finding, Network as _, survey};
 
 use crate::host::{Host, forwarding, ip, nft, on_a_host};
 
@@ -49,6 +49,28 @@ fn what_is_missing_is_told_with_what_to_do() {
         nft("add chain ip6 filter FORWARD { type filter hook forward priority 0; policy drop; }");
         assert!(found(host, "other firewalls").is_well, "there is no IPv6 in sandboxes");
         nft("delete table ip6 filter");
+    });
+}
+
+#[test]
+fn what_is_missing_of_what_a_daemon_made_is_told() {
+    on_a_host(|host| {
+        assert!(found(host, "host's part").is_well);
+        drop(host.sandbox("a", 0));
+        assert!(found(host, "host's part").is_well);
+        for (take, says) in [
+            ("link set dozed0ad50000 down", "the host's device, in use and with its address; one"),
+            ("link del dozed0ad50000", "the host's device, in use and with its address; one"),
+        ] {
+            ip(take);
+            let finding = found(host, "host's part");
+            assert!(!finding.is_well && finding.says.contains(says), "{finding:?}");
+        }
+        nft("flush ruleset");
+        let finding = found(host, "host's part");
+        assert!(finding.says.contains("address, the host's firewall for sandboxes"), "{finding:?}");
+        host.network.look(&[]);
+        assert!(found(host, "host's part").is_well);
     });
 }
 
