@@ -4,7 +4,7 @@ use std::{fmt::Display, time::SystemTime};
 
 use super::{
     Answer, Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree,
-    document::DocumentKind, glance::Glance, shown, viewer, write::answer,
+    document::DocumentKind, glance::Glance, shown, view, viewer, write::answer,
 };
 use crate::{
     lifecycle::{Entry, Gauges, Reader, View},
@@ -254,7 +254,9 @@ impl Tree {
 
     /// Returns the length of `dozed.list` for a reader.
     pub(super) fn daemon_list_len(&self, caller: Caller) -> u64 {
-        self.daemon_list(caller).len() as u64
+        let (all, viewer) = (self.lifecycle.entries_after(RowId(0)), viewer(caller));
+        let seen = all.filter(|entry| viewer.may_see(entry.record().owner));
+        seen.map(|entry| view::list_line_len(&entry.record())).sum()
     }
 
     fn daemon_status(&self) -> String {

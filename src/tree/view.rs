@@ -171,6 +171,15 @@ impl Facts<'_> {
     }
 }
 
+/// Returns the length of a sandbox's line in `dozed.list` without making it: a time in RFC 3339
+/// with milliseconds has one length.
+pub(super) fn list_line_len(record: &Record) -> u64 {
+    let digits = |number: u32| u64::from(number.checked_ilog10().unwrap_or(0) + 1);
+    let words = record.id.as_str().len() + record.state.word().len();
+    let time_and_separators = "2026-01-01T00:00:00.000Z".len() + "  : \n".len();
+    (words + time_and_separators) as u64 + digits(record.owner.uid) + digits(record.owner.gid)
+}
+
 /// What `dozed.status` is made of.
 #[derive(Debug)]
 pub struct DaemonFacts<'a> {
