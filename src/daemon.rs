@@ -1,7 +1,7 @@
 //! The composition root: what is opened in which order, and closed in reverse.
 //!
 //! ```text
-//! lock the store → index → clock → lifecycle → reconcile → mount → reaper → ready
+//! lock the store → index → clock → lifecycle → reconcile, 3 s → mount → reaper → ready
 //! signal: no new operations → reaper ends → those under way end → unmount → index
 //! ```
 //!
@@ -49,6 +49,9 @@ use crate::{
 /// How long operations that are under way at the end may still take. A sleep of a large
 /// guest on a slow disk takes a while; what is cut off is finished at the next start.
 const CLOSE_LIMIT: Duration = Duration::from_secs(60);
+/// How long the tree is not served because VMMs have yet to be taken over. One that runs answers
+/// in some milliseconds, also on a busy host in less than this.
+const SETTLE_LIMIT: Duration = Duration::from_secs(3);
 /// How long the whole end may take. systemd kills us after 90 s (`TimeoutStopSec` of our unit).
 const END_LIMIT: Duration = Duration::from_secs(80);
 /// How long the reaper may take to end. What it has begun has had [`CLOSE_LIMIT`] by then.
@@ -187,13 +190,14 @@ pub fn run(config: Config) -> Result<(), Error> {
     lifecycle.attend_rings(rings).map_err(host("hearing of packets"))?;
     // Before anything is taken for what a crash left.
     lifecycle.claim_addresses().map_err(Error::Range)?;
-    let found = lifecycle.reconcile();
+    let found = lifecycle.reconcile(SETTLE_LIMIT);
     tracing::info!(
         sandboxes = lifecycle.index().len(),
         adopted = found.adopted,
         settled = found.settled,
         failed = found.failed,
         orphans = found.orphans,
+        late = found.late,
         "reconciled"
     );
 

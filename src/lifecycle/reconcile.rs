@@ -39,7 +39,7 @@
 //! And the memory file proves nothing then: what the guest wrote to it may never have left
 //! the page cache, so it may be as it was though the guest ran.
 
-use std::{io, thread};
+use std::{io, thread, time::Duration};
 
 use super::{
     Entry, Error, Lifecycle, Outcome, Signal, chain,
@@ -55,7 +55,7 @@ use crate::{
     lifecycle::Held,
     sandbox::{Cause, Record, RowId, SnapshotFacts, State, Step},
     snapshot::{self, Memory},
-    sync::{Arc, Mutex, lock},
+    sync::{Arc, Condvar, Mutex, lock, wait_while_within},
     sys::{cancel::Cancel, clock::boot_id, files::sync_dir, process::Process},
 };
 
@@ -74,58 +74,108 @@ pub struct Reconciled {
     pub failed: usize,
     /// Leftover processes that were killed.
     pub orphans: usize,
+    /// Records that are still being brought to an end.
+    pub late: usize,
+}
+
+/// What the threads that settle records share.
+#[derive(Debug, Default)]
+struct Settling {
+    /// A leaf lock.
+    table: Mutex<Table>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    /// Those that no thread has begun with.
+    left: Vec<Arc<Entry>>,
+    unfinished: usize,
+    done: Reconciled,
+}
+
+/// Counts a record as finished when it is dropped.
+struct Finished<'a>(&'a Settling);
+
+impl Drop for Finished<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.table).unfinished -= 1;
+        self.0.changed.notify_all();
+    }
 }
 
 impl Lifecycle {
     /// Brings every record to a legal state. Called once, before the mount.
-    pub fn reconcile(&self) -> Reconciled {
+    ///
+    /// It waits for at most `limit`: a VMM that does not answer must not keep the tree of all
+    /// others from being served. Who is not settled by then has the state that is recorded, and
+    /// is settled by threads that go on, under its lock; an operation on it waits for that.
+    pub fn reconcile(self: &Arc<Self>, limit: Duration) -> Reconciled {
         self.respect_earlier_holds();
         self.restore_deletions();
         let all = self.index.entries_after(RowId(0));
-        let unsettled: Vec<_> = all.filter(|entry| self.is_unsettled(entry)).collect();
-        let workers = unsettled.len().min(WORKERS);
-        let (left, done) = (Mutex::new(unsettled), Mutex::new(Reconciled::default()));
-        let work = || {
-            loop {
-                let entry = lock(&left).pop();
-                let Some(entry) = entry else { break };
-                self.reconcile_one(&entry, &done);
-            }
-        };
-        thread::scope(|scope| {
-            // This thread is one of them.
-            for _ in 1..workers {
-                let beside = thread::Builder::new().name("dozed-settle".to_owned());
-                if let Err(error) = beside.spawn_scoped(scope, work) {
-                    tracing::warn!(%error, "settling with fewer threads");
-                    break;
+        let settling = Arc::new(Settling::default());
+        let left: Vec<_> = all.filter(|entry| self.is_unsettled(entry)).collect();
+        let workers = left.len().min(WORKERS);
+        let table = Table { unfinished: left.len(), left, done: Reconciled::default() };
+        *lock(&settling.table) = table;
+        for number in 0..workers {
+            let (this, shared) = (Arc::clone(self), Arc::clone(&settling));
+            let beside = thread::Builder::new().name("dozed-settle".to_owned());
+            if let Err(error) = beside.spawn(move || this.settle_all(&shared)) {
+                tracing::warn!(%error, "settling with fewer threads");
+                if number == 0 {
+                    self.settle_all(&settling);
                 }
+                break;
             }
-            work();
-        });
-        let mut done = *lock(&done);
+        }
+        let is_unfinished = |table: &mut Table| table.unfinished > 0;
+        let table =
+            wait_while_within(&settling.changed, lock(&settling.table), limit, is_unfinished);
+        let mut done = Reconciled { late: table.unfinished, ..table.done };
+        drop(table);
         done.orphans = self.kill_orphans();
         self.reconcile_networks();
         self.empty_trash_later();
         done
     }
 
-    fn reconcile_one(&self, entry: &Arc<Entry>, done: &Mutex<Reconciled>) {
+    fn settle_all(&self, settling: &Settling) {
+        loop {
+            let Some(entry) = lock(&settling.table).left.pop() else { return };
+            // Also where this panics.
+            let _finished = Finished(settling);
+            self.reconcile_one(&entry, settling);
+        }
+    }
+
+    fn reconcile_one(&self, entry: &Arc<Entry>, settling: &Settling) {
         let held = Held::new(self.locks.lock(entry.id()), Cause::Reconcile);
+        // Whoever had the lock before us may have settled or deleted it.
+        if self.index.by_row(entry.row()).is_none() || self.is_settled(entry) {
+            return;
+        }
+        let operation = match self.operations.begin(entry) {
+            Ok(operation) => Some(operation),
+            Err(Error::ShuttingDown) => return,
+            Err(_) => None, // Its deletion is what is to be finished.
+        };
+        let cancel = operation.as_ref().map(|operation| Arc::clone(&operation.cancel));
         let before = entry.record().state;
-        let cancel = Arc::new(Cancel::default());
-        let recovered = self.recover_with(&held, entry, &cancel);
+        let recovered = self.recover_with(&held, entry, &cancel.unwrap_or_default());
         let adopted = before == State::Running && self.machines.get(entry.row()).is_some();
-        let mut done = lock(done);
-        match recovered {
-            Ok(()) if adopted => done.adopted += 1,
-            Ok(()) => done.settled += 1,
-            Err(error) => {
-                done.failed += 1;
-                tracing::error!(id = %entry.id(), error = chain(&error), "settling at start");
-                self.note(entry, &error);
-                self.settle_later(entry.row());
-            }
+        let mut table = lock(&settling.table);
+        match &recovered {
+            Ok(()) if adopted => table.done.adopted += 1,
+            Ok(()) => table.done.settled += 1,
+            Err(_) => table.done.failed += 1,
+        }
+        drop(table);
+        if let Err(error) = recovered {
+            tracing::error!(id = %entry.id(), error = chain(&error), "settling at start");
+            self.note(entry, &error);
+            self.settle_later(entry.row());
         }
     }
 

@@ -127,7 +127,7 @@ impl Host {
         self.daemon =
             start_on(dir, &index, &self.vmm, &self.network, &self.clock, self.budget_bytes);
         self.daemon.check_index().unwrap();
-        let found = self.daemon.reconcile();
+        let found = self.daemon.reconcile(PATIENCE);
         assert_eq!(found.failed, 0, "{found:?}");
     }
 
@@ -149,7 +149,7 @@ impl Host {
         self.daemon =
             start_on(dir, &index, &self.vmm, &self.network, &self.clock, self.budget_bytes);
         self.daemon.check_index().unwrap();
-        self.daemon.reconcile();
+        self.daemon.reconcile(PATIENCE);
     }
 
     /// Copies the index as it is now, to be set back to it later. Nobody changes it meanwhile.

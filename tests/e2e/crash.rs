@@ -230,3 +230,25 @@ fn processes_that_only_mention_the_name_of_a_vmm_are_left_alone() {
     }
     host.wake("web-1");
 }
+
+#[test]
+fn vmms_that_do_not_answer_do_not_keep_the_tree_from_being_served() {
+    let mut host = Setup::counter("").start();
+    for id in ["stuck", "fine"] {
+        host.boot(id);
+    }
+    let vmm = host.vmm("stuck");
+    let before = host.counts_on("stuck");
+    host.signal_vmm(vmm, Signal::STOP);
+    host.kill_daemon();
+    host.restart();
+    // It was served before the VMM had its time to answer.
+    assert!(host.log().lines().any(|line| line.contains("reconciled") && line.contains("late=1")));
+    assert_eq!(host.state("stuck"), "running");
+    host.sleep("fine");
+    host.wake("fine");
+    host.signal_vmm(vmm, Signal::CONT);
+    host.wake("stuck");
+    assert_eq!(host.vmm("stuck"), vmm);
+    assert!(host.counts_on("stuck").count > before.count);
+}

@@ -143,7 +143,7 @@ fn a_guest_that_cannot_be_adopted_lives_on_and_is_adopted_by_the_next_operation(
     host.wake("a").unwrap();
     host.vmm.fail_next(Call::Adopt, Fault::Refuse);
     host.daemon = start(host.dir.path(), &host.vmm, &host.network, &host.clock, None);
-    assert_eq!(host.daemon.reconcile().failed, 1);
+    assert_eq!(host.daemon.reconcile(PATIENCE).failed, 1);
     assert!(host.guest_runs("a"));
     assert!(host.error("a").contains("adopting a"), "{}", host.error("a"));
     host.sleep("a").unwrap();

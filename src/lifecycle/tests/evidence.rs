@@ -107,7 +107,7 @@ fn an_index_of_an_earlier_time_than_a_guest_that_runs_is_refused() {
         host.start_on_index(&copy);
         is_refused(&host, says);
         // Also where somebody asks for it all the same.
-        host.daemon.reconcile();
+        host.daemon.reconcile(PATIENCE);
         if then != State::Running {
             assert_eq!(vmms(&host).len(), 1, "{then}");
         }
@@ -131,7 +131,7 @@ fn an_index_of_an_earlier_time_than_a_sleeper_is_refused_or_the_sleeper_is_left(
     bring(&host, "a", State::Snapshotted);
     host.start_on_index(&copy);
     host.daemon.check_index().unwrap();
-    host.daemon.reconcile();
+    host.daemon.reconcile(PATIENCE);
     assert_eq!(host.state("a"), State::Stopped);
     let before = files(&host);
     let error = host.wake("a").unwrap_err();
@@ -153,7 +153,7 @@ fn a_sleeper_that_is_newer_than_its_record_is_not_deleted_for_its_age() {
     host.sleep("a").unwrap();
     host.start_on_index(&copy);
     host.daemon.check_index().unwrap();
-    host.daemon.reconcile();
+    host.daemon.reconcile(PATIENCE);
     host.clock.advance(age);
     let before = files(&host);
     let entry = host.entry("a");
@@ -180,7 +180,7 @@ fn the_guest_of_a_row_that_makes_no_sense_runs_on_and_the_others_are_served() {
     let vmms_before = vmms(&host);
     host.start_on_index(&copy);
     host.daemon.check_index().unwrap();
-    assert_eq!(host.daemon.reconcile().adopted, 1);
+    assert_eq!(host.daemon.reconcile(PATIENCE).adopted, 1);
     assert!(host.daemon.by_id(&name("a")).is_none());
     assert!(host.guest_runs("b"));
     assert_eq!((vmms(&host), files(&host)), (vmms_before, before));
@@ -218,7 +218,7 @@ fn the_vmms_of_the_store_that_this_is_a_copy_of_are_not_ours() {
     host.start_on_a_copy();
     assert_eq!(vmms(&host), [0; 0]);
     host.daemon.check_index().unwrap();
-    let found = host.daemon.reconcile();
+    let found = host.daemon.reconcile(PATIENCE);
     assert_eq!((found.adopted, found.orphans), (0, 0));
     for (vmm, id) in theirs.iter().zip(["a", "b"]) {
         assert_eq!(host.state(id), State::Stopped);

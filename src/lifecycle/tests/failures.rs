@@ -263,3 +263,26 @@ fn after_a_failed_save_disks_are_written_anew_as_a_sync_may_have_lost_some_of_th
     host.wake("a").unwrap();
     assert!(!is_written_by(|host| host.sleep("a").is_ok()));
 }
+
+#[test]
+fn a_vmm_that_does_not_answer_holds_up_neither_the_start_nor_a_deletion() {
+    let mut host = Host::new();
+    for id in ["a", "b"] {
+        host.create(id);
+        host.wake(id).unwrap();
+    }
+    host.vmm.fail_next(Call::Adopt, Fault::Hang);
+    host.start_on_index("index.db");
+    let found = host.daemon.reconcile(Duration::from_millis(1));
+    assert!(found.late > 0, "{found:?}");
+    let is_adopted = |id: &str| host.daemon.machines.get(host.entry(id).row()).is_some();
+    wait_for("one of them is taken over", || is_adopted("a") || is_adopted("b"));
+    let stuck = if is_adopted("a") { "b" } else { "a" };
+    // What is seen of it is what was recorded, and whoever deletes it does not wait.
+    assert_eq!(host.state(stuck), State::Running);
+    let entry = host.entry(stuck);
+    let locked = host.daemon.lock(&entry, Wait::Never, Cause::Reconcile);
+    assert!(matches!(locked, Err(Error::Locked { .. })), "it is being settled");
+    host.destroy(stuck).unwrap();
+    host.check(if stuck == "a" { "b" } else { "a" });
+}
