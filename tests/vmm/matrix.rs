@@ -1,7 +1,11 @@
 //! Whatever goes wrong at whichever call of a boot, a sleep or a wake: the sandbox ends in
 //! the state that the contract says, its `error` is of use, and nothing is left over.
 
-use std::{io, path::Path, thread};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    thread,
+};
 
 use serde_json::{Value, json};
 
@@ -198,12 +202,20 @@ fn a_boot_that_fails_leaves_a_stopped_sandbox_that_boots() {
     );
 }
 
+/// Returns the files of the store and the runtime directory, but for the note that a sync was
+/// begun: a sleep that fails after it leaves it, and the next one writes all files anew.
+fn files(daemon: &Daemon) -> (Vec<PathBuf>, Vec<PathBuf>) {
+    let mut store = daemon.files("store");
+    store.retain(|name| !name.ends_with("unsynced"));
+    (store, daemon.files("run"))
+}
+
 #[test]
 fn a_sleep_that_fails_leaves_a_guest_that_runs_unless_its_vmm_died() {
     try_all(&["vm.pause", "vm.snapshot"], |Cell { endpoint, fault, version }| {
         let daemon = Daemon::start(version);
         boot(&daemon);
-        let before = (daemon.files("store"), daemon.files("run"));
+        let before = files(&daemon);
         fail(&daemon, "sleep", endpoint, fault);
         let context = format!("v{version} {endpoint} {fault:?}: {}", daemon.log());
         if fault.is_death() {
@@ -216,11 +228,11 @@ fn a_sleep_that_fails_leaves_a_guest_that_runs_unless_its_vmm_died() {
             // answer.
             assert_eq!(daemon.state(ID), "snapshotting", "{context}");
             assert_eq!(daemon.vmms().len(), 1, "{context}");
-            assert_eq!((daemon.files("store"), daemon.files("run")), before, "{context}");
+            assert_eq!(files(&daemon), before, "{context}");
             goes(&daemon);
         } else {
             assert_eq!(daemon.state(ID), "running", "{context}");
-            assert_eq!((daemon.files("store"), daemon.files("run")), before, "{context}");
+            assert_eq!(files(&daemon), before, "{context}");
             sleeps_wakes_and_goes(&daemon);
         }
     });
