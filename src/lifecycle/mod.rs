@@ -60,7 +60,7 @@ use std::{
     borrow::Cow,
     fmt, io,
     path::PathBuf,
-    sync::atomic::{AtomicI64, Ordering},
+    sync::atomic::{AtomicBool, AtomicI64, Ordering},
     time::Duration,
 };
 
@@ -189,6 +189,8 @@ pub struct Lifecycle {
     metrics: Metrics,
     /// When the reaper last looked; 0 before that.
     last_tick: AtomicI64,
+    /// Whether the host was seen not to forward packets by the last look.
+    lacks_forwarding: AtomicBool,
     #[cfg(test)]
     crash: testing::CrashPlan,
 }
@@ -256,6 +258,7 @@ impl Lifecycle {
             news: Arc::default(),
             metrics: Metrics::default(),
             last_tick: AtomicI64::new(0),
+            lacks_forwarding: AtomicBool::new(false),
             #[cfg(test)]
             crash: testing::CrashPlan::default(),
         });
@@ -583,7 +586,8 @@ impl Lifecycle {
         // A network is there while the sandbox runs.
         let runs = record.state == State::Running && self.address(record).is_some();
         let network = runs.then(|| self.troubles.of(record.row)).into_iter().flatten();
-        of_all.into_iter().map(Cow::Borrowed).chain(own).chain(network.map(Cow::Owned)).collect()
+        let network = network.map(Cow::Owned).chain(self.lacks_forwarding(record));
+        of_all.into_iter().map(Cow::Borrowed).chain(own).chain(network).collect()
     }
 
     /// Returns the VMM that a snapshot of `record` was made by, which alone can load it.

@@ -10,7 +10,14 @@
 //! A network outlives the daemon. Start-up removes those of nobody, has those of sleepers
 //! linger for what is left to them, and looks those of the running over.
 
-use std::{collections::HashSet, io, path::PathBuf, sync::mpsc, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::HashSet,
+    io,
+    path::PathBuf,
+    sync::{atomic::Ordering, mpsc},
+    time::Duration,
+};
 
 use super::{Entry, Error, Held, Lifecycle, Wait, chain, undo::Undo};
 use crate::{
@@ -24,6 +31,9 @@ use crate::{
     vmm::PlannedNic,
 };
 
+/// What is said of a sandbox whose host had forwarding switched off under it.
+const FORWARDING_IS_OFF: &str = "the host does not forward IPv4 packets any more, so its guest \
+                                 reaches nothing; set net.ipv4.ip_forward = 1 with sysctl";
 /// When to try again to remove a network of which something stayed.
 const REMOVE_AGAIN: Duration = Duration::from_secs(60);
 
@@ -348,6 +358,22 @@ impl Lifecycle {
         }
     }
 
+    /// Looks whether the host forwards, if a sandbox that runs depends on it. Called at each
+    /// look over the networks.
+    pub(super) fn look_at_forwarding(&self, running: &[Arc<Entry>]) {
+        let lacks = running.iter().any(|entry| needs_forwarding(&entry.record()))
+            && matches!(self.network.forwards(), Err(net::Error::Lacking { .. }));
+        if lacks != self.lacks_forwarding.swap(lacks, Ordering::Relaxed) && lacks {
+            tracing::error!("{FORWARDING_IS_OFF}");
+        }
+    }
+
+    /// Says what a sandbox lacks if the host was seen not to forward.
+    pub(super) fn lacks_forwarding(&self, record: &Record) -> Option<Cow<'static, str>> {
+        let lacks = self.lacks_forwarding.load(Ordering::Relaxed) && needs_forwarding(record);
+        lacks.then_some(Cow::Borrowed(FORWARDING_IS_OFF))
+    }
+
     /// Removes what is the host's of networks, if nobody has one. Called when all else is over.
     pub fn retire_networks(&self) {
         if let Err(error) = self.network.retire() {
@@ -360,6 +386,12 @@ impl Lifecycle {
         let all = self.index.entries_after(RowId(0));
         all.filter(|entry| self.address(&entry.record()).is_some()).collect()
     }
+}
+
+/// Says whether a sandbox runs that reaches anything beyond the host.
+fn needs_forwarding(record: &Record) -> bool {
+    let policy = record.spec.network_policy();
+    record.state == State::Running && policy.is_some_and(|policy| policy.needs_forwarding())
 }
 
 pub(super) fn net_failed(

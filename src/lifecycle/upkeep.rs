@@ -112,6 +112,7 @@ impl Lifecycle {
             tracing::warn!(what, "put back what somebody changed or removed");
         }
         self.tell_host_trouble(looked.failed.as_ref());
+        self.look_at_forwarding(&running);
         let suspects: HashSet<SandboxId> = looked.suspects.into_iter().collect();
         // What was wrong may have been mended by somebody else.
         let troubled: HashSet<RowId> = lock(&self.troubles.own).keys().copied().collect();

@@ -39,6 +39,8 @@ pub(crate) enum Fault {
     Listen,
     /// The kernel does not say what has passed.
     Activity,
+    /// The host does not forward packets.
+    Forwarding,
 }
 
 /// Networks that are only remembered.
@@ -303,6 +305,12 @@ impl Network for FakeNetwork {
 
     fn retire(&self) -> Result<(), Error> {
         Ok(())
+    }
+
+    fn forwards(&self) -> Result<(), Error> {
+        let (lacks, remedy) =
+            ("it does not forward IPv4 packets", "set net.ipv4.ip_forward = 1 with sysctl");
+        self.check(Fault::Forwarding).map_err(|_| Error::Lacking { lacks, remedy })
     }
 
     fn host_addresses(&self) -> Result<Vec<Ipv4Addr>, Error> {

@@ -36,6 +36,7 @@ mod doorbell;
 #[cfg(test)]
 pub(crate) mod fake;
 mod firewall;
+mod foreign;
 mod host;
 mod linger;
 mod link;
@@ -194,6 +195,12 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// # Errors
     /// Where something stays.
     fn retire(&self) -> Result<(), Error>;
+
+    /// Says whether the host forwards packets, as it has to for sandboxes that reach anything.
+    ///
+    /// # Errors
+    /// A sentence that says how to have it do so.
+    fn forwards(&self) -> Result<(), Error>;
 
     /// Returns the host's own addresses, which no sandbox reaches.
     ///

@@ -182,43 +182,6 @@ pub(super) fn starts(
     Ok(starts)
 }
 
-/// Returns table and name of the chains that drop what is forwarded unless a rule of theirs
-/// says otherwise, of all that there are for IPv4.
-///
-/// # Errors
-/// Where the kernel does not say.
-pub(super) fn dropping_forwards(kernel: &Kernel) -> Result<Vec<(String, String)>, Error> {
-    let message = NfTablesMessage::GetChain(ChainMessage { attributes: Vec::new() });
-    let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 0);
-    let message = NetlinkMessage::from(NetfilterMessage::new(header, message));
-    let found = kernel.list("listing the chains of the firewall", message)?;
-    Ok(found.into_iter().filter_map(dropping_forward).collect())
-}
-
-fn dropping_forward(message: NetfilterMessage) -> Option<(String, String)> {
-    let family = message.header.family;
-    let is_ipv4 = [NetfilterProtoFamily::IPv4, NetfilterProtoFamily::Inet].contains(&family);
-    let NetfilterMessageInner::NfTables(NfTablesMessage::NewChain(message)) = message.inner else {
-        return None;
-    };
-    let (mut table, mut name, mut forwards, mut drops) = (None, None, false, false);
-    for attribute in message.attributes {
-        if let ChainAttribute::Table(text) = attribute {
-            table = Some(text);
-        } else if let ChainAttribute::Name(text) = attribute {
-            name = Some(text);
-        } else if let ChainAttribute::Policy(policy) = attribute {
-            drops = policy == fate(Fate::Drop);
-        } else if let ChainAttribute::Hook(parts) = attribute {
-            let number = u32::from(InetHookNumber::Forward);
-            forwards = parts.iter().any(
-                |part| matches!(part, HookAttribute::Number(hook) if u32::from(*hook) == number),
-            );
-        }
-    }
-    (is_ipv4 && forwards && drops).then_some((table?, name?))
-}
-
 fn starts_of(message: NetfilterMessage) -> Vec<Ipv4Addr> {
     let NetfilterMessageInner::NfTables(NfTablesMessage::NewSetElement(message)) = message.inner
     else {

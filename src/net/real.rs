@@ -27,7 +27,7 @@ use crate::{
     sandbox::{
         SandboxId, Timestamp,
         network::{
-            AddressPlan, GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, Ignored, Reach,
+            AddressPlan, GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, Ignored,
             SandboxAddress, WakePorts,
         },
     },
@@ -325,7 +325,7 @@ impl Network for RealNetwork {
     fn ensure(&self, wanted: &Wanted) -> Result<Ready, Error> {
         self.prepare()?;
         Self::tell_host_put_back(&self.put_host_back()?);
-        if wanted.policy.reach == Reach::Internet {
+        if wanted.policy.needs_forwarding() {
             host::forwards()?;
         }
         route::is_free(&link::here()?, wanted.address.ip())?;
@@ -357,7 +357,7 @@ impl Network for RealNetwork {
         // What is in force is not what is to be, until it was looked at.
         lock(&self.generations).remove(&wanted.id);
         let Some(namespace) = self.open(&wanted.id)? else { return Ok(Applied::NotThere) };
-        if wanted.policy.reach == Reach::Internet {
+        if wanted.policy.needs_forwarding() {
             host::forwards()?;
         }
         Self::tell_host_put_back(&self.put_host_back()?);
@@ -518,6 +518,10 @@ impl Network for RealNetwork {
         // The directory is there since a network was, perhaps an earlier daemon's.
         let is_there = self.pins.exists();
         if is_there && self.pinned()?.is_empty() { self.dismantle() } else { Ok(()) }
+    }
+
+    fn forwards(&self) -> Result<(), Error> {
+        host::forwards()
     }
 
     fn host_addresses(&self) -> Result<Vec<Ipv4Addr>, Error> {

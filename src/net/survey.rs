@@ -8,7 +8,9 @@ use std::{fs, io, net::Ipv4Addr, path::Path};
 use ipnet::Ipv4Net;
 
 use super::{
-    Error, condition as when, firewall, host, link,
+    Error, condition as when, firewall,
+    foreign::{self, Refusing},
+    host, link,
     nftables::{self, Mode},
     route::{self, Found},
     ruleset::{At, Chain, Family, Fate, Hook, Kind, Limit, Rule, Ruleset, Set, Table, rule},
@@ -157,9 +159,10 @@ fn forwarding() -> Finding {
     let subject = "forwarding";
     match host::forwards() {
         Ok(()) => well(subject, "The host forwards IPv4 packets."),
-        Err(Error::Lacking { remedy, .. }) => {
-            lacking(subject, format!("Sandboxes do not reach the internet; {remedy}."))
-        }
+        Err(Error::Lacking { remedy, .. }) => lacking(
+            subject,
+            format!("Sandboxes reach neither the internet nor what is `allowed`; {remedy}."),
+        ),
         Err(error) => lacking(
             subject,
             format!("It is not told whether the host forwards ({}).", told(&error)),
@@ -226,7 +229,7 @@ fn overlap(one: Ipv4Net, other: Ipv4Net) -> bool {
 }
 
 fn other_firewalls(plan: &AddressPlan) -> Finding {
-    let chains = match nftables::here().and_then(|wall| nftables::dropping_forwards(&wall)) {
+    let chains = match nftables::here().and_then(|wall| foreign::refusing(&wall)) {
         Ok(chains) => chains,
         Err(error) => {
             return lacking(
@@ -238,16 +241,16 @@ fn other_firewalls(plan: &AddressPlan) -> Finding {
     judge_firewalls(plan, &chains, &fs::read_to_string(OLD_TABLES).unwrap_or_default())
 }
 
-fn judge_firewalls(plan: &AddressPlan, chains: &[(String, String)], old: &str) -> Finding {
+fn judge_firewalls(plan: &AddressPlan, chains: &[Refusing], old: &str) -> Finding {
     let subject = "other firewalls";
-    let ours = firewall::host_table(plan);
-    let mend = "let it accept what comes in by links whose names begin with `dz`, and what goes \
-                out by them: for Docker, `iptables -I DOCKER-USER -i dz+ -j ACCEPT` and the same \
-                with `-o`";
-    if let Some((table, chain)) = chains.iter().find(|(table, _)| *table != ours) {
+    let ours = format!("inet {}", firewall::host_table(plan));
+    if let Some(found) = chains.iter().find(|found| found.table != ours) {
+        let Refusing { table, chain, by_policy, .. } = found;
+        let how = if *by_policy { "drops" } else { "rejects by its last rule" };
         let says = format!(
-            "Chain {chain} of table {table} drops what is forwarded unless a rule of it says \
-             otherwise, and so what sandboxes send; {mend}."
+            "Chain {chain} of table {table} {how} what is forwarded unless another rule accepts \
+             it, and so what sandboxes send and what is held for a wake; {}.",
+            remedy(found)
         );
         return lacking(subject, says);
     }
@@ -257,6 +260,23 @@ fn judge_firewalls(plan: &AddressPlan, chains: &[(String, String)], old: &str) -
         return lacking(subject, says);
     }
     well(subject, "None drops what is forwarded.")
+}
+
+/// Says how whoever has the table lets sandboxes through.
+fn remedy(found: &Refusing) -> &'static str {
+    let has = |name: &str| found.chains.iter().any(|chain| chain.starts_with(name));
+    if found.table.ends_with(" firewalld") {
+        "for firewalld: `firewall-cmd --permanent --zone=trusted --add-interface=dz+ \
+         --add-interface=dozed+` and `firewall-cmd --reload`"
+    } else if has("ufw-") {
+        "for ufw: write `-A ufw-before-forward -i dz+ -j ACCEPT` and the same with `-o` before the \
+         COMMIT of /etc/ufw/before.rules, and `ufw reload`"
+    } else if has("DOCKER") {
+        "for Docker: `iptables -I DOCKER-USER -i dz+ -j ACCEPT` and the same with `-o`"
+    } else {
+        "let it accept what comes in by links whose names begin with `dz`, and what goes out by \
+         them, as by `iptables -I FORWARD -i dz+ -j ACCEPT` and the same with `-o`"
+    }
 }
 
 fn connections() -> Finding {
@@ -327,15 +347,30 @@ mod tests {
     }
 
     #[test]
-    fn a_firewall_that_drops_what_is_forwarded_is_named_unless_it_is_ours() {
+    fn a_firewall_that_refuses_what_is_forwarded_is_named_unless_it_is_ours() {
         let plan = AddressPlan::default();
-        let judge = |table: &str, old: &str| {
-            let chains = [(table.to_owned(), "FORWARD".to_owned())];
-            judge_firewalls(&plan, &chains, old)
+        let judge = |table: &str, by_policy, chains: &[&str]| {
+            let refusing = Refusing {
+                table: table.to_owned(),
+                chain: "FORWARD".to_owned(),
+                by_policy,
+                chains: chains.iter().map(|&chain| chain.to_owned()).collect(),
+            };
+            judge_firewalls(&plan, &[refusing], "nat\n")
         };
-        assert!(judge(&firewall::host_table(&plan), "nat\n").is_well);
-        let found = judge("filter", "");
-        assert!(!found.is_well && found.says.contains("Chain FORWARD of table filter drops"));
+        assert!(judge(&format!("inet {}", firewall::host_table(&plan)), true, &[]).is_well);
+        for (table, chains, says) in [
+            ("ip filter", &["FORWARD"][..], "iptables -I FORWARD -i dz+"),
+            ("ip filter", &["DOCKER-USER"], "iptables -I DOCKER-USER -i dz+"),
+            ("ip filter", &["ufw-before-forward"], "/etc/ufw/before.rules"),
+            ("inet firewalld", &["filter_FORWARD"], "--add-interface=dz+"),
+        ] {
+            let found = judge(table, true, chains);
+            let drops = format!("Chain FORWARD of table {table} drops what is forwarded");
+            assert!(!found.is_well && found.says.contains(&drops), "{found:?}");
+            assert!(found.says.contains(says), "{found:?}");
+        }
+        assert!(judge("inet x", false, &[]).says.contains("rejects by its last rule"));
         let old = judge_firewalls(&plan, &[], "nat\nfilter\n");
         assert!(!old.is_well && old.says.contains("iptables-legacy"));
     }

@@ -392,6 +392,23 @@ fn it_works_on_a_host_that_is_strict_and_does_not_forward() {
 }
 
 #[test]
+fn a_call_is_delivered_at_once_where_forwarding_was_switched_off_meanwhile() {
+    on_a_host(|host| {
+        let mut wanted = sleeper(host, "a", 0);
+        wanted.policy.reach = Reach::Isolated;
+        forwarding(false);
+        let watch = Stopwatch::start();
+        let caller = call(&wanted, 22);
+        host.rung();
+        let guest = wake(host, &wanted);
+        let woken_after = watch.elapsed();
+        answer(&guest, 22);
+        assert!(syns_again() == 0 || woken_after.as_millis() > 900);
+        caller.join().unwrap().unwrap();
+    });
+}
+
+#[test]
 fn a_scan_of_the_range_wakes_a_few_and_no_more() {
     on_a_host(|host| {
         let sleepers: Vec<_> =

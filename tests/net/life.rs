@@ -399,7 +399,14 @@ fn a_host_that_does_not_forward_is_told_how_to() {
         let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
         socket.send_to(b"hello", (sandbox.address().ip(), 80)).unwrap();
         sandbox.guest.expect("what the host says", |p| p.protocol == UDP);
-        // Nor can it become one that reaches the internet.
+        // Nor can it become one that reaches something, as the internet or what is allowed.
+        let mut reaching = wanted.clone();
+        reaching.policy.allowed = Destinations::allowed("10.0.0.0/8".lines()).unwrap();
+        host.network.apply_policy(&reaching).unwrap_err();
+        let other =
+            dozed::net::Wanted { id: id("b"), address: host.plan.address(1).unwrap(), ..reaching };
+        let error = host.network.ensure(&other).unwrap_err().to_string();
+        assert!(error.contains("set net.ipv4.ip_forward = 1"), "{error}");
         wanted.policy.reach = Reach::Internet;
         host.network.apply_policy(&wanted).unwrap_err();
         sandbox.guest.tcp(5000, (OTHER, 80), SYN, (1, 0));

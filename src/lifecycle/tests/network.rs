@@ -408,3 +408,23 @@ fn what_no_sandbox_reaches_cannot_be_allowed() {
     // What has them in it opens the rest.
     allow("10.0.0.0/8\n192.168.1.0/24").unwrap();
 }
+
+#[test]
+fn a_guest_whose_host_no_longer_forwards_is_told_to_lack_it() {
+    let host = connected();
+    host.wake("a").unwrap();
+    let lacks = || host.daemon.lacks(&host.entry("a").record()).join("; ");
+    let look = || host.daemon.look_over_networks();
+    look();
+    let before = lacks();
+    host.network.set_fault(Some(NetFault::Forwarding));
+    look();
+    assert!(lacks().contains("set net.ipv4.ip_forward = 1 with sysctl"), "{}", lacks());
+    // Who reaches nothing beyond the host needs none.
+    reconfigure(&host, |spec| spec.net = NetMode::Isolated).unwrap();
+    assert_eq!(lacks(), before);
+    reconfigure(&host, |spec| spec.net = NetMode::Internet).unwrap();
+    host.network.set_fault(None);
+    look();
+    assert_eq!(lacks(), before);
+}

@@ -40,6 +40,14 @@ pub struct NetworkPolicy {
     pub allowed: Destinations,
 }
 
+impl NetworkPolicy {
+    /// Says whether there is anything to reach beyond the host.
+    #[must_use]
+    pub fn needs_forwarding(&self) -> bool {
+        self.reach == Reach::Internet || !self.allowed.0.is_empty()
+    }
+}
+
 /// The nameservers of a sandbox: up to three public addresses, in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Nameservers(Vec<Ipv4Addr>);
