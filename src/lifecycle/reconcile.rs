@@ -402,16 +402,24 @@ impl Lifecycle {
         cancel: &Arc<Cancel>,
     ) -> Result<(), Error> {
         if let Some(process) = process {
-            // One that was not recorded has not been told to run. Whether another does only
-            // its VMM can say; while that does not answer, the guest may run.
-            if entry.record().process.as_ref() == Some(process.identity()) {
-                let live = self.attach(entry, &process, cancel)?;
-                let runs = lock(&live.machine).running().map_err(vmm_failed(entry, "looking at"));
-                if runs? {
+            // One that was not recorded has not been told to run, unless the index lost its end.
+            // Whether it runs its VMM says; while one that was recorded does not answer, the
+            // guest may run.
+            let is_recorded = entry.record().process.as_ref() == Some(process.identity());
+            let runs = self.attach(entry, &process, cancel).and_then(|live| {
+                lock(&live.machine).running().map_err(vmm_failed(entry, "looking at"))
+            });
+            match runs {
+                Ok(true) => {
                     self.saw(entry, Signal::Boot);
-                    self.step(held, entry, Step::Booted, |record| record.retry_at = None)?;
+                    self.step(held, entry, Step::Booted, |record| {
+                        record.process = Some(process.identity().clone());
+                        record.retry_at = None;
+                    })?;
                     return Ok(());
                 }
+                Err(error) if is_recorded => return Err(error),
+                Ok(false) | Err(_) => {}
             }
             end(entry, &process)?;
         } else if entry.record().process.is_some() {
