@@ -34,7 +34,7 @@ use crate::{
     sync::Arc,
     sys::{
         clock::{Clock, ClockBasis, Deadline, HostClock},
-        files::{LockFile, lock_file, lock_holder, make_private_dir},
+        files::{LockFile, Reserve, lock_file, lock_holder, make_private_dir},
         host::is_root,
         kvm,
         mount::Device,
@@ -159,6 +159,8 @@ pub fn run(config: Config) -> Result<(), Error> {
     let _locks = take_directories(&config)?;
     check_mount_point(&config.mount)?;
 
+    // To open the index is to write to it.
+    Reserve::new(&config.store).give_up_if_full();
     let index_path = config.store.join("index.db");
     check_index_file(&config.store, &index_path)?;
     let bad_index = |source| Error::Index { path: index_path.clone(), source };
@@ -191,6 +193,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     // Before anything is taken for what a crash left.
     lifecycle.claim_addresses().map_err(Error::Range)?;
     let found = lifecycle.reconcile(SETTLE_LIMIT);
+    lifecycle.keep_reserve();
     tracing::info!(
         sandboxes = lifecycle.index().len(),
         adopted = found.adopted,

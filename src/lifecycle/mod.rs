@@ -98,7 +98,7 @@ use crate::{
     },
     snapshot::{self, Home, VmmFacts},
     sync::Arc,
-    sys::{clock::Clock, pool::Pool},
+    sys::{clock::Clock, files::Reserve, pool::Pool},
     vmm::{PlannedVsock, Vmm},
 };
 
@@ -176,6 +176,8 @@ pub struct Lifecycle {
     activities: Activities,
     holds: Holds,
     cooling: Cooling,
+    /// Room for what has to be written to a full disk.
+    reserve: Reserve,
     unsettled: Unsettled,
     troubles: upkeep::Troubles,
     /// For the work that nobody waits for: guests that end, trash.
@@ -235,6 +237,7 @@ impl Lifecycle {
         };
         let Settings { sleeps_max, wakes_max, memory_budget_bytes, .. } = settings;
         let admission = Admission::new(sleeps_max, wakes_max, memory_budget_bytes);
+        let reserve = Reserve::new(&settings.store);
         let lifecycle = Arc::new(Self {
             index: parts.index,
             locks: Locks::new(),
@@ -250,6 +253,7 @@ impl Lifecycle {
             activities: Activities::default(),
             holds: Holds::default(),
             cooling: Cooling::default(),
+            reserve,
             unsettled: Unsettled::default(),
             troubles: upkeep::Troubles::default(),
             pool: parts.pool,
@@ -445,6 +449,7 @@ impl Lifecycle {
         change: impl FnOnce(&mut Record),
     ) -> Result<Arc<Record>, Error> {
         let (before, now) = (entry.record(), self.now());
+        self.make_room_for(step);
         let record = self
             .index
             .advance(held, entry, step, now, |record| {
@@ -466,6 +471,7 @@ impl Lifecycle {
         change: impl FnOnce(&mut Record),
     ) -> Result<(Arc<Record>, Commit), Error> {
         let (before, now) = (entry.record(), self.now());
+        self.make_room_for(step);
         let (record, commit) = self
             .index
             .advance_unsynced(held, entry, step, now, |record| {

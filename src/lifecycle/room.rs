@@ -7,7 +7,7 @@
 
 use super::{Entry, Error, Lifecycle, chain, machines::Live, memory_of, wake::snapshot_failed};
 use crate::{
-    sandbox::{Record, RowId, State},
+    sandbox::{Record, RowId, State, Step},
     snapshot::{self, Home, Memory},
     sync::Arc,
     sys::{
@@ -17,6 +17,22 @@ use crate::{
 };
 
 impl Lifecycle {
+    /// Sees to it that the end of an operation or of a sandbox can be recorded on a full disk.
+    /// What begins something is refused there.
+    pub(super) fn make_room_for(&self, step: Step) {
+        match step {
+            Step::Delete | Step::Lost | Step::Undo | Step::Slept | Step::Woken | Step::Booted => {
+                self.reserve.give_up_if_full();
+            }
+            Step::Boot | Step::Wake | Step::Sleep => {}
+        }
+    }
+
+    /// Makes the reserve anew that was given up, when there is room again. Called at each tick.
+    pub fn keep_reserve(&self) {
+        self.reserve.keep();
+    }
+
     /// Makes sure that the disk has room for all of the memory that the guest has not yet
     /// touched, so that nothing is begun that would fail for want of it.
     pub(super) fn check_room(

@@ -271,6 +271,7 @@ impl Shared {
             lifecycle.trim_consoles();
             lifecycle.cool();
             lifecycle.keep_room();
+            lifecycle.keep_reserve();
             if let Err(error) = lifecycle.flush_activity() {
                 tracing::error!(error = chain(&error), "writing activity to the index");
             }

@@ -126,3 +126,46 @@ fn disks_that_do_not_fit_are_not_copied_and_a_boot_that_fails_leaves_no_copy() {
     host.wake("web-1");
     assert!(host.home("web-1").join("disk-0.img").exists());
 }
+
+/// A store that is full to the last byte can be emptied, and a daemon can start on it.
+fn a_full_store_can_be_emptied(system: FileSystem, restarts: bool) {
+    let disk = Disk::new(system, system.least_bytes() + (160 << 20));
+    let mut host = Setup::counter("touch=4").store(&disk.store()).start();
+    for id in ["web-1", "web-2", "web-3"] {
+        host.boot(id);
+        host.counts_on(id);
+    }
+    for id in ["web-1", "web-2"] {
+        host.sleep(id);
+    }
+    disk.fill_to_the_byte();
+    // Nothing is begun, and nothing that runs is harmed.
+    assert_eq!(host.write("web-1/state", "wake"), Err(Errno::NOSPC));
+    if restarts {
+        host.kill_daemon();
+        host.restart();
+        assert_eq!(host.state("web-1"), "snapshotted");
+        assert_eq!(host.counts_on("web-3").boots, 1);
+    }
+    for id in ["web-1", "web-3", "web-2"] {
+        host.rmdir(id).unwrap();
+    }
+    disk.make_room();
+}
+
+#[test]
+fn a_full_store_can_be_emptied_ext4() {
+    a_full_store_can_be_emptied(FileSystem::Ext4, false);
+}
+
+#[test]
+fn a_full_store_can_be_emptied_xfs() {
+    a_full_store_can_be_emptied(FileSystem::Xfs, false);
+}
+
+#[test]
+fn a_daemon_starts_on_a_full_store() {
+    for system in [FileSystem::Ext4, FileSystem::Xfs] {
+        a_full_store_can_be_emptied(system, true);
+    }
+}

@@ -56,8 +56,8 @@ fn lock_within(path: &Path, leftover_max: Duration) -> io::Result<Option<LockFil
         }
         pause_for(LOOK_EVERY);
     }
-    file.set_len(0)?;
-    writeln!(file, "{}", std::process::id())?;
+    // For a message only, so it may stay unsaid on a full disk.
+    drop(file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())));
     Ok(Some(LockFile { _file: file }))
 }
 

@@ -14,6 +14,7 @@ mod flock;
 mod identity;
 mod opening;
 mod owner;
+mod reserve;
 mod rewrite;
 mod room;
 mod socket;
@@ -30,6 +31,7 @@ pub use opening::{handle_path, open_as};
 pub use owner::{
     Wish, check_plain, give_dir, give_file, let_pass, let_read, may, open_path, take_back,
 };
+pub use reserve::{RESERVE_BYTES, Reserve};
 pub use rewrite::write_anew;
 pub use room::{Room, give_back_room, keeps_room, take_room};
 pub use socket::{give_socket, let_through};
