@@ -102,3 +102,20 @@ fn a_large_guest_sleeps_and_its_snapshot_is_as_large_as_what_it_touched() {
     host.counts_on("web-1");
     assert_eq!(host.number("web-1/status", "memory_bytes"), 2 << 30);
 }
+
+#[test]
+fn a_lock_that_a_stranger_has_on_a_shared_image_stops_neither_boot_nor_wake() {
+    let images = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let image = images.path().join("image");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let locked = std::fs::File::open(&image).unwrap();
+    rustix::fs::fcntl_lock(&locked, rustix::fs::FlockOperation::NonBlockingLockShared).unwrap();
+    let host = Setup::counter("").start();
+    host.mkdir("web-1").unwrap();
+    let disk = format!("[[disks]]\npath = {image:?}\nreadonly = true\n");
+    host.write("web-1/config", disk).unwrap();
+    host.wake("web-1");
+    host.sleep("web-1");
+    host.wake("web-1");
+    drop(locked);
+}

@@ -150,6 +150,9 @@ impl Arguments {
             // and QEMU says so.
             let transport = TRANSPORTS.saturating_sub(1 + index);
             let read_only = if disk.readonly { "on" } else { "off" };
+            // An image that many read is nobody's to lock: by default a lock that a stranger
+            // has on it would keep its guests from starting.
+            let locking = if disk.readonly { "off" } else { "auto" };
             // Through the host's page cache, so that memory is given to whoever needs it.
             // A guest's flush is an fdatasync, and so is the end of a pause and of a save:
             // what the guest or a snapshot counts on is on the disk.
@@ -162,6 +165,7 @@ impl Arguments {
                     &[
                         ("file.driver", OsStr::new("file")),
                         ("file.filename", disk.path.as_os_str()),
+                        ("file.locking", OsStr::new(locking)),
                     ],
                 ),
             );
