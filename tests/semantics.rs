@@ -134,6 +134,7 @@ fn each_key_of_the_tables_is_listed_in_order() {
         lacks: Vec::new(),
         stale: None,
         spared_until: None,
+        unwakeable: None,
         today: 0,
         holders: Vec::new(),
         vsock: None,

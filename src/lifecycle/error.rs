@@ -210,11 +210,30 @@ pub enum Error {
         /// What its files show.
         why: String,
     },
+    /// What runs the guest is not what would have to wake it.
+    #[error("{id} is not put to sleep, as nothing here could wake it: {why}")]
+    Unwakeable {
+        /// The sandbox.
+        id: SandboxId,
+        /// What differs, and what to do.
+        why: String,
+    },
     /// A wake failed so late that its snapshot may be used up.
     #[error("the guest of {id} may have run, so it cannot be woken from its snapshot again")]
     MayHaveRun {
         /// The sandbox.
         id: SandboxId,
+    },
+    /// A VMM did not say whether the guest runs that it was told to let run.
+    #[error(
+        "the VMM of {id} does not say whether its guest runs, so nothing is taken back and it is \
+         asked again"
+    )]
+    Unanswered {
+        /// The sandbox.
+        id: SandboxId,
+        /// What the driver says.
+        source: vmm::Error,
     },
     /// The VMM did not do its part.
     #[error("{doing} {id}")]
@@ -300,7 +319,7 @@ impl Error {
     #[must_use]
     pub fn fault(&self) -> Fault {
         match self {
-            Self::Vmm { source, .. } => match source {
+            Self::Vmm { source, .. } | Self::Unanswered { source, .. } => match source {
                 vmm::Error::Host { source, .. } => fault_of_io(source),
                 vmm::Error::TimedOut { .. } => Fault::TimedOut,
                 vmm::Error::Cancelled { .. } => Fault::CalledOff,
@@ -355,6 +374,7 @@ impl Error {
             | Self::ShuttingDown
             | Self::NoVmm { .. }
             | Self::MayHaveRun { .. }
+            | Self::Unwakeable { .. }
             | Self::Unrecorded { .. }
             | Self::Foreign { .. }
             | Self::Index { .. }

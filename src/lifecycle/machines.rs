@@ -1,13 +1,17 @@
 //! The machines that live, and the thread that sees them die.
 
-use std::{collections::HashMap, io, sync::mpsc};
+use std::{
+    collections::HashMap,
+    io,
+    sync::{OnceLock, mpsc},
+};
 
 use super::gauge::Gauge;
 use crate::{
     sandbox::RowId,
     sync::{Arc, Mutex, lock},
     sys::process::{Exit, ExitWatch, Process},
-    vmm::{DiskTraffic, Machine},
+    vmm::{DiskTraffic, Machine, VmmIdentity},
 };
 
 /// A machine that lives.
@@ -23,6 +27,10 @@ pub(super) struct Live {
     pub(super) disk_traffic: DiskTraffic,
     /// What it was seen to use. A leaf lock.
     pub(super) gauge: Mutex<Gauge>,
+    /// What its VMM is, which an upgrade of the program leaves as it was.
+    pub(super) identity: OnceLock<Arc<VmmIdentity>>,
+    /// Why it could not be woken if it were put to sleep, by the last look. A leaf lock.
+    pub(super) unwakeable: Mutex<Option<String>>,
 }
 
 /// A VMM that ended by itself.
@@ -66,6 +74,8 @@ impl Machines {
             machine: Mutex::new(machine),
             process: Arc::clone(&process),
             gauge: Mutex::default(),
+            identity: OnceLock::new(),
+            unwakeable: Mutex::default(),
         });
         lock(&self.table).insert(row, Arc::clone(&live));
         self.watch.watch(row.0, &process)?;

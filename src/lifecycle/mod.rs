@@ -43,6 +43,7 @@ mod network;
 mod operation;
 mod policy;
 mod reconcile;
+mod resume;
 mod room;
 mod sleep;
 mod stale;

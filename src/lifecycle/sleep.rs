@@ -14,7 +14,7 @@ use super::{
 use crate::{
     index::Commit,
     lifecycle::Held,
-    sandbox::{Disk, Record, SnapshotFacts, State, Step},
+    sandbox::{Disk, Record, RowId, SnapshotFacts, State, Step},
     snapshot::{
         self, Committed, DiskFacts, HardwareFacts, HostFacts, ManifestFacts, Memory,
         SLEEP_RESERVE_BYTES, Staged, VmmFacts,
@@ -24,7 +24,7 @@ use crate::{
         clock::Stopwatch,
         files::{PieceError, write_anew},
     },
-    vmm::VmmIdentity,
+    vmm::{Vmm, VmmIdentity},
 };
 
 impl Lifecycle {
@@ -53,6 +53,14 @@ impl Lifecycle {
                 },
             }
         })
+    }
+
+    /// Returns why a sandbox that runs could not be woken if it were put to sleep, by the last
+    /// look at it.
+    #[must_use]
+    pub fn why_unwakeable(&self, row: RowId) -> Option<String> {
+        let live = self.machines.get(row)?;
+        lock(&live.unwakeable).clone()
     }
 
     /// Says whether the reason to sleep holds, by the activity of this moment.
@@ -90,8 +98,14 @@ impl Lifecycle {
         let memory_bytes = lock(&live.machine).save_bytes();
         home.check_space(memory_bytes + SLEEP_RESERVE_BYTES).map_err(no_space)?;
         let vmm = self.vmm_of(&record)?;
-        let identity =
-            vmm.identity_of(&live.process).map_err(vmm_failed(entry, "asking what runs"))?;
+        let identity = runs_by(entry, vmm.as_ref(), &live)?;
+        let unwakeable = why_unwakeable(vmm.as_ref(), &identity);
+        lock(&live.unwakeable).clone_from(&unwakeable);
+        match unwakeable {
+            None => {}
+            Some(_) if why == Why::Idle => return Ok(Outcome::Spared),
+            Some(why) => return Err(Error::Unwakeable { id: record.id.clone(), why }),
+        }
 
         // A crash after this line is found at start-up.
         let (_, intent) = self.step_unsynced(held, entry, Step::Sleep, |_| ())?;
@@ -328,4 +342,33 @@ impl Lifecycle {
             self.settle_later(entry.row());
         }
     }
+}
+
+/// Returns why a guest that runs by `runs` could not be woken by what is installed of its
+/// VMM, if that is so: a snapshot loads only into the build that saved it.
+fn why_unwakeable(vmm: &dyn Vmm, runs: &VmmIdentity) -> Option<String> {
+    let mended = "put that back, or have the guest shut down and boot it again";
+    let here = match vmm.identity() {
+        Ok(here) => here,
+        Err(error) => {
+            let (name, version) = (runs.name, &runs.version);
+            let error = super::chain(&error);
+            return Some(format!("its guest runs by {name} {version}, and {error}; {mended}"));
+        }
+    };
+    let (what, then, now) = runs.difference(&here)?;
+    Some(format!(
+        "its guest runs by a {} with {what} `{then}`, and the one installed now has `{now}`; {mended}",
+        runs.name
+    ))
+}
+
+/// Returns what the VMM is that runs a guest. It is asked once, as it does not change.
+fn runs_by(entry: &Entry, vmm: &dyn Vmm, live: &Live) -> Result<Arc<VmmIdentity>, Error> {
+    if let Some(identity) = live.identity.get() {
+        return Ok(Arc::clone(identity));
+    }
+    let asked = vmm.identity_of(&live.process);
+    let identity = asked.map_err(vmm_failed(entry, "asking what runs"))?;
+    Ok(Arc::clone(live.identity.get_or_init(|| identity)))
 }

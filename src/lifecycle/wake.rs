@@ -3,8 +3,8 @@
 use std::{path::Path, thread};
 
 use super::{
-    Arrow, Entry, Error, Lifecycle, Outcome, Signal, exits::end, files::Files, memory_of,
-    operation::Operation, undo::Undo,
+    Arrow, Entry, Error, Lifecycle, Outcome, Signal, exits::end, files::Files, machines::Live,
+    memory_of, operation::Operation, undo::Undo,
 };
 use crate::{
     lifecycle::Held,
@@ -95,6 +95,10 @@ impl Lifecycle {
         });
         let mut intended = false;
         acts(&mut undo, &mut intended).map_err(|cause| {
+            if matches!(cause, Error::Unanswered { .. }) {
+                self.settle_later(entry.row());
+                return cause;
+            }
             let error = undo.run(cause);
             if intended {
                 self.end_failed(held, entry, operation, &error);
@@ -181,7 +185,7 @@ impl Lifecycle {
         self.reach(Arrow::WakeConsumed);
 
         self.deliver(entry)?;
-        lock(&live.machine).resume().map_err(vmm_failed(entry, "resuming"))?;
+        self.let_run(entry, &live, memory, facts.generation)?;
         self.deflate(entry, &live);
         self.reach(Arrow::WakeResumed);
         Ok(memory)
@@ -400,7 +404,7 @@ impl Lifecycle {
         &self,
         entry: &Entry,
         machine: Box<dyn Machine>,
-    ) -> Result<Arc<super::machines::Live>, Error> {
+    ) -> Result<Arc<Live>, Error> {
         let process = Arc::clone(machine.process());
         self.machines.enter(entry.row(), machine).map_err(|source| {
             process.kill();

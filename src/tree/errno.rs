@@ -127,10 +127,12 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         E::NoVmm { .. }
         | E::Foreign { .. }
         | E::MayHaveRun { .. }
+        | E::Unwakeable { .. }
         | E::Unrecorded { .. }
         | E::Index { .. }
         | E::Panicked { .. } => Errno::Io,
         E::Vmm { .. }
+        | E::Unanswered { .. }
         | E::Network { .. }
         | E::Snapshot { .. }
         | E::Host { .. }

@@ -28,7 +28,8 @@ impl Facts<'_> {
 
     /// Returns when the reaper is to put it to sleep; what is held has no time for that.
     fn sleeps_at(&self) -> Option<Timestamp> {
-        let due = self.record.sleep_at(self.last_activity).filter(|_| self.holders.is_empty())?;
+        let is_left = !self.holders.is_empty() || self.unwakeable.is_some();
+        let due = self.record.sleep_at(self.last_activity).filter(|_| !is_left)?;
         Some(self.spared_until.map_or(due, |until| due.max(until)))
     }
 
@@ -45,7 +46,7 @@ impl Facts<'_> {
         let due = match (record.state, sleeps) {
             (State::Running, Some(due)) => due,
             (State::Running, None) if !self.holders.is_empty() => return ("held", self.held()),
-            (State::Running, None) => return ("exempt", "idle_after is never".to_owned()),
+            (State::Running, None) => return ("exempt", self.exempt()),
             (State::Snapshotted, _) => return (record.state.word(), self.asleep()),
             (state, _) => return (state.word(), format!("it is {state}, not running")),
         };
@@ -79,6 +80,16 @@ impl Facts<'_> {
     fn why_unknown(&self) -> String {
         let what = self.unknown().to_string().replace(' ', " and ");
         format!("its {what} could not be read at the last look; {}", self.latest())
+    }
+
+    /// Says why it is not put to sleep.
+    fn exempt(&self) -> String {
+        match &self.unwakeable {
+            Some(why) if self.record.idle_after != Period::Never => {
+                format!("nothing here could wake it: {why}")
+            }
+            Some(_) | None => "idle_after is never".to_owned(),
+        }
     }
 
     /// Says who holds it: the one who has for the longest.

@@ -41,6 +41,8 @@ pub struct Facts<'a> {
     pub spared_until: Option<Timestamp>,
     /// The day of the wall clock.
     pub today: i32,
+    /// Why it could not be woken if it were put to sleep.
+    pub unwakeable: Option<String>,
     /// Who holds it awake, and since when.
     pub holders: Vec<(Holder, Timestamp)>,
     /// The socket by which the host reaches its guest, if there is one.

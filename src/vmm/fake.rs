@@ -61,6 +61,8 @@ pub(crate) enum Fault {
     Hang,
     /// The driver has a bug.
     Panic,
+    /// It obeys, and its answer gets lost.
+    Unanswered,
 }
 
 /// The machines of a host. It outlives the daemons of a test.
@@ -116,6 +118,8 @@ struct Board {
 struct Known {
     /// The word by which the processes of its sandbox are found.
     token: String,
+    /// The version of the program that it was started from.
+    version: &'static str,
     process: Arc<Process>,
     /// Keeps its process alive; a line ends it in order.
     input: UnixStream,
@@ -188,6 +192,10 @@ impl FakeHost {
     /// Has the program be of another version from now on.
     pub(crate) fn upgrade(&self, version: &'static str) {
         *lock(&self.version) = Some(version);
+    }
+
+    fn version(&self) -> &'static str {
+        lock(&self.version).unwrap_or("1.0")
     }
 
     /// Has it find a reason to run nothing, or none.
@@ -284,6 +292,9 @@ impl FakeHost {
                 Err(Error::Cancelled { doing: command })
             }
             Some(Fault::Panic) => panic!("a bug of the driver, as planned"),
+            Some(Fault::Unanswered) => {
+                Err(Error::TimedOut { command, limit: Duration::from_secs(1) })
+            }
         }
     }
 }
@@ -343,6 +354,7 @@ impl FakeVmm {
         }));
         let known = Known {
             token: plan.token.clone(),
+            version: self.0.version(),
             process: Arc::clone(&process),
             input: ours,
             board: Arc::clone(&board),
@@ -371,7 +383,7 @@ impl Vmm for FakeVmm {
     fn identity(&self) -> Result<Arc<VmmIdentity>, Error> {
         Ok(Arc::new(VmmIdentity {
             name: self.name(),
-            version: lock(&self.0.version).unwrap_or("1.0").to_owned(),
+            version: self.0.version().to_owned(),
             digest: "blake3:0".to_owned(),
             accelerator: "tcg",
             machine: "none".to_owned(),
@@ -403,8 +415,9 @@ impl Vmm for FakeVmm {
         lock(&self.0.objection).map(str::to_owned)
     }
 
-    fn identity_of(&self, _: &Process) -> Result<Arc<VmmIdentity>, Error> {
-        self.identity()
+    fn identity_of(&self, process: &Process) -> Result<Arc<VmmIdentity>, Error> {
+        let version = lock(&self.0.machines)[&process.identity().pid].version.to_owned();
+        Ok(Arc::new(VmmIdentity { version, ..VmmIdentity::clone(&*self.identity()?) }))
     }
 
     fn takes_user(&self) -> bool {
@@ -475,7 +488,9 @@ impl Machine for FakeMachine {
         let mut board = lock(&self.board);
         // What did not answer may have obeyed.
         board.may_have_run |= !matches!(told, Err(Error::Refused { .. } | Error::Host { .. }));
-        told?;
+        if !matches!(told, Ok(()) | Err(Error::TimedOut { .. })) {
+            return told;
+        }
         if !board.running {
             board.running = true;
             let failed = |source| Error::Host { doing: "running".to_owned(), source };
@@ -484,7 +499,7 @@ impl Machine for FakeMachine {
             let count = u64::from_le_bytes(count) + 1;
             board.memory.write_all_at(&count.to_le_bytes(), 0).map_err(failed)?;
         }
-        Ok(())
+        told
     }
 
     fn never_ran(&self) -> bool {

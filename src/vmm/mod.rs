@@ -207,6 +207,23 @@ pub struct VmmIdentity {
     pub cpu: String,
 }
 
+impl VmmIdentity {
+    /// Returns the first thing in which `other` differs so that neither loads the snapshots of
+    /// the other: what it is called, what it is here, and what there.
+    #[must_use]
+    pub fn difference<'a>(&'a self, other: &'a Self) -> Option<(&'static str, &'a str, &'a str)> {
+        [
+            ("version", self.version.as_str(), other.version.as_str()),
+            ("accelerator", self.accelerator, other.accelerator),
+            ("machine", &self.machine, &other.machine),
+            ("CPU", &self.cpu, &other.cpu),
+            ("program digest", &self.digest, &other.digest),
+        ]
+        .into_iter()
+        .find(|(_, this, that)| this != that)
+    }
+}
+
 /// Everything that a driver has to know to make a machine.
 #[derive(Debug, Clone)]
 pub struct Plan {

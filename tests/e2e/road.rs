@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use crate::support::{Setup, is_alive};
+use crate::support::{Setup, is_alive, wait_until};
 
 #[test]
 fn fifty_sleeps_and_wakes_lose_nothing_of_a_guest() {
@@ -118,4 +118,52 @@ fn a_lock_that_a_stranger_has_on_a_shared_image_stops_neither_boot_nor_wake() {
     host.sleep("web-1");
     host.wake("web-1");
     drop(locked);
+}
+
+/// Lets the daemon open only so many more files.
+fn leave_descriptors(pid: u32, spare: usize) {
+    let open: std::collections::BTreeSet<u64> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap())
+        .collect();
+    let free = (0..).filter(|number| !open.contains(number));
+    // The limit is the first number that it does not get.
+    let limit = free.take(spare + 1).last().unwrap();
+    limit_descriptors(pid, Some(limit));
+}
+
+fn limit_descriptors(pid: u32, limit: Option<u64>) {
+    use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+    let most = getrlimit(Resource::Nofile).maximum;
+    let pid = Pid::from_raw(pid.cast_signed());
+    let limit = Rlimit { current: limit.or(most), maximum: most };
+    prlimit(pid, Resource::Nofile, limit).unwrap();
+}
+
+#[test]
+fn a_sleep_that_runs_out_of_descriptors_leaves_the_guest_running() {
+    let host = Setup::counter("").start();
+    host.boot("web-1");
+    let daemon = host.daemon_pid();
+    let mut failed = 0;
+    for spare in 0..8 {
+        host.counts_on("web-1");
+        let console = host.home("web-1").join("console.log");
+        let printed = || std::fs::metadata(&console).unwrap().len();
+        leave_descriptors(daemon, spare);
+        let slept = host.write("web-1/state", "sleep");
+        if slept.is_err() {
+            failed += 1;
+            let before = printed();
+            // Nothing is asked of the daemon meanwhile, which might resume the guest then.
+            wait_until("the guest prints", || printed() > before);
+        }
+        limit_descriptors(daemon, None);
+        if slept.is_ok() {
+            host.wake("web-1");
+        }
+        wait_until("it runs", || host.state("web-1") == "running");
+        assert_eq!(host.counts_on("web-1").boots, 1, "{spare}");
+    }
+    assert!(failed > 1, "it never ran out of descriptors");
 }

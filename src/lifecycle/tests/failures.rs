@@ -71,6 +71,40 @@ fn a_failed_wake_leaves_it_asleep_and_the_next_one_succeeds() {
 }
 
 #[test]
+fn a_wake_whose_vmm_does_not_say_that_the_guest_runs_is_finished_and_not_taken_back() {
+    for copies in [false, true] {
+        let host = if copies { Host::copying() } else { Host::new() };
+        host.create("a");
+        host.wake("a").unwrap();
+        host.sleep("a").unwrap();
+        let runs = host.runs("a");
+        host.vmm.fail_next(Call::Resume, Fault::Unanswered);
+        let error = host.wake("a").unwrap_err();
+        assert!(matches!(error, Error::Unanswered { .. }), "{error}");
+        assert_eq!(error.fault(), Comes::TimedOut);
+        let vmm = host.vmm.living();
+        assert_eq!((host.state("a"), vmm.len()), (State::Restoring, 1));
+        assert!(host.error("a").contains("does not say whether"), "{}", host.error("a"));
+        host.settle();
+        assert_eq!((host.state("a"), host.vmm.living()), (State::Running, vmm));
+        assert_eq!(host.runs("a"), runs + 1);
+        host.check("a");
+    }
+}
+
+#[test]
+fn a_sleep_that_fails_and_whose_vmm_does_not_say_that_the_guest_runs_leaves_it_running() {
+    let host = running();
+    host.vmm.fail_next(Call::Save, Fault::Refuse);
+    host.vmm.fail_next(Call::Resume, Fault::Unanswered);
+    host.sleep("a").unwrap_err();
+    assert!(host.guest_runs("a"));
+    host.settle();
+    assert_eq!(host.state("a"), State::Running);
+    host.check("a");
+}
+
+#[test]
 fn a_failed_boot_leaves_it_stopped_and_the_next_one_succeeds() {
     for call in [Call::Boot, Call::Resume] {
         for fault in [Fault::Refuse, Fault::NoSpace, Fault::Die] {
@@ -160,6 +194,23 @@ fn a_snapshot_of_another_version_of_the_vmm_is_refused() {
     assert!(host.error("a").contains("version `1.0` and here it is `2.0`"), "{}", host.error("a"));
     assert_eq!(host.state("a"), State::Snapshotted);
     host.vmm.upgrade("1.0");
+    host.check("a");
+}
+
+#[test]
+fn a_guest_of_before_an_upgrade_is_not_put_to_sleep_as_nothing_could_wake_it() {
+    let mut host = running();
+    host.vmm.upgrade("2.0");
+    host.restart();
+    let error = host.sleep("a").unwrap_err();
+    assert!(matches!(error, Error::Unwakeable { .. }), "{error}");
+    let says = "with version `1.0`, and the one installed now has `2.0`; put that back";
+    assert!(host.error("a").contains(says), "{}", host.error("a"));
+    assert_eq!((host.state("a"), host.vmm.count(Call::Pause)), (State::Running, 0));
+    assert!(host.guest_runs("a"));
+    host.vmm.upgrade("1.0");
+    host.sleep("a").unwrap();
+    assert_eq!(host.daemon.why_unwakeable(host.entry("a").row()), None);
     host.check("a");
 }
 

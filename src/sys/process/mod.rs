@@ -153,6 +153,16 @@ impl Process {
         let _gone = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
+    /// Stops it with SIGSTOP, until [`Process::go_on`] or a kill. It may be gone already.
+    pub fn stop(&self) {
+        let _gone = pidfd_send_signal(&self.pidfd, Signal::STOP);
+    }
+
+    /// Has it go on with SIGCONT. It may be gone already.
+    pub fn go_on(&self) {
+        let _gone = pidfd_send_signal(&self.pidfd, Signal::CONT);
+    }
+
     /// Returns how it ended, or `None` while it has not. Never blocks.
     pub fn exited(&self) -> Option<Exit> {
         let mut ending = lock(&self.ending);

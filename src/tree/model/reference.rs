@@ -124,6 +124,7 @@ fn refused(fault: Fault, doing: &'static str) -> Stop {
     match fault {
         Fault::NoSpace => Stop::Refused(Errno::NoSpc, doing),
         Fault::Panic => Stop::Refused(Errno::Io, "is a bug of dozed"),
+        Fault::Unanswered => Stop::Refused(Errno::TimedOut, doing),
         Fault::Refuse | Fault::Die | Fault::Hang => Stop::Refused(Errno::Io, doing),
     }
 }
@@ -426,7 +427,8 @@ impl Reference {
                 known.stays(now);
             }
             Some(Fault::Die) => known.state = DIED_UNDER_IT,
-            Some(Fault::Refuse | Fault::NoSpace | Fault::Hang) => {}
+            // No sequence plans the last one.
+            Some(Fault::Refuse | Fault::NoSpace | Fault::Hang | Fault::Unanswered) => {}
         }
         fault.map_or(Ok(()), |fault| Err(refused(fault, "resuming")))
     }

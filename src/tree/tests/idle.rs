@@ -216,3 +216,19 @@ fn idle_says_which_signal_could_not_be_read_of_one_whose_time_is_over() {
     host.daemon.sample_activity();
     assert!(read(&tree, "b", File::Idle).starts_with("verdict idle\n"));
 }
+
+#[test]
+fn one_that_nothing_could_wake_is_passed_over_and_says_so() {
+    let host = Host::new();
+    host.create("a");
+    host.wake("a").unwrap();
+    host.vmm.upgrade("2.0");
+    host.clock.advance(Duration::from_secs(60));
+    let passed_over = host.sleep_because("a", Why::Idle).unwrap();
+    assert_eq!(passed_over, crate::lifecycle::Outcome::Spared);
+    let idle = read(&tree(&host), "a", File::Idle);
+    let says = "verdict exempt\nbecause nothing here could wake it: its guest runs by a fake with \
+                version `1.0`";
+    assert!(idle.starts_with(says), "{idle}");
+    assert!(idle.contains("\nsleeps_at none\n"), "{idle}");
+}

@@ -310,6 +310,27 @@ impl CloudMachine {
         }
     }
 
+    /// Asks it again to let the vCPUs run that were in `state`, where its answer got lost: it
+    /// may have obeyed. It answers in turn, so by then it is through with the first request.
+    fn run_again(&self, state: State, failed: Failed) -> Result<(), Failed> {
+        let is_lost = match &failed.error {
+            Error::Host { .. } | Error::Nonsense { .. } | Error::TimedOut { .. } => failed.sent,
+            Error::Missing { .. }
+            | Error::Refused { .. }
+            | Error::Died { .. }
+            | Error::Cancelled { .. } => false,
+        };
+        if !is_lost {
+            return Err(failed);
+        }
+        tracing::warn!(process = %self.peer.process, error = %failed.error, "asking again");
+        match self.state("resuming") {
+            Ok(State::Running) => Ok(()),
+            Ok(now) if now == state => self.run_from(now),
+            Ok(_) | Err(_) => Err(failed),
+        }
+    }
+
     /// Has it write a snapshot. It refuses to, unless it is paused, and as long as it is still
     /// loading what its guest was woken from, which it goes on with while it is paused.
     fn save_when_loaded(&self, target: &SnapshotTarget) -> Result<(), Error> {
@@ -384,7 +405,8 @@ impl Machine for CloudMachine {
         let had_run = self.may_have_run;
         let state = self.state("resuming")?;
         self.may_have_run = true;
-        let Err(Failed { error, sent }) = self.run_from(state) else {
+        let told = self.run_from(state).or_else(|failed| self.run_again(state, failed));
+        let Err(Failed { error, sent }) = told else {
             // What was only a configuration has been made just now, and its socket with it.
             return if state == State::Created { self.open_vsock() } else { Ok(()) };
         };

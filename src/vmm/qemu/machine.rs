@@ -16,7 +16,7 @@ use super::{
     Accelerator,
     command_line::{self, Beginning},
     console, firmware,
-    qmp::{ANSWER_LIMIT, CONNECT_LIMIT, Migration, Qmp},
+    qmp::{ANSWER_LIMIT, CONNECT_LIMIT, Connection, Migration, Qmp},
     wall_clock,
 };
 use crate::{
@@ -62,6 +62,8 @@ pub(super) struct QemuMachine {
     runtime_dir: PathBuf,
     memory_bytes: u64,
     vcpus: u8,
+    /// Open from a pause to the next resume, so that the resume needs no descriptor.
+    kept: Option<Connection>,
     /// Whether it was told to save since it last ran, as far as we know.
     saved: bool,
     /// Whether it was seen outside of its firmware, to which it never returns.
@@ -121,6 +123,7 @@ impl QemuMachine {
             runtime_dir: plan.runtime_dir.clone(),
             memory_bytes: plan.memory_bytes,
             vcpus: plan.vcpus,
+            kept: None,
             saved: false,
             // A pause waits for the firmware, so no snapshot is of it, but of a machine that
             // never leaves it.
@@ -146,6 +149,7 @@ impl QemuMachine {
             runtime_dir,
             memory_bytes: plan.memory_bytes,
             vcpus: plan.vcpus,
+            kept: None,
             saved: true,
             is_past_firmware: false,
         })
@@ -172,98 +176,122 @@ impl QemuMachine {
         }
     }
 
-    fn open(&self, doing: &'static str) -> Result<Qmp<'_>, Error> {
-        Qmp::open(&self.peer, doing, CONNECT_LIMIT)
-    }
-
-    fn status(&self, qmp: &mut Qmp<'_>) -> Result<Status, Error> {
-        const COMMAND: &str = "query-status";
-        let answer = qmp.run(COMMAND, &Value::Null, ANSWER_LIMIT)?;
-        match (answer["running"].as_bool(), answer["status"].as_str()) {
-            (Some(running), Some(word)) => Ok(Status { running, word: word.to_owned() }),
-            (None, _) | (_, None) => {
-                Err(Error::Nonsense { command: COMMAND.to_owned(), said: answer.to_string() })
-            }
-        }
-    }
-
-    /// Writes the state to a new file in `dir`.
-    fn write_state(&self, dir: &Path) -> Result<(), Error> {
-        const COMMAND: &str = "migrate";
-        let mut qmp = self.open("saving its state")?;
-        // QEMU would pause it itself, and let it run again afterwards.
-        if self.status(&mut qmp)?.running {
-            return Err(Error::Refused {
-                command: COMMAND.to_owned(),
-                said: "the machine is not paused".to_owned(),
-            });
-        }
-        let path = dir.join(STATE_FILE);
-        let state = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(host(format!("making {}", path.display())))?;
-        qmp.hand_over(STATE_FD, state.as_fd())?;
-        let uri = json!({ "uri": format!("fd:{STATE_FD}") });
-        qmp.run(COMMAND, &uri, ANSWER_LIMIT)?;
-        match qmp.wait_for_migration(COMMAND, STATE_LIMIT)? {
-            Migration::Completed => self.keep_from_changing(&mut qmp, &state, &path),
-            Migration::Failed | Migration::Underway => Err(refusal(&mut qmp, COMMAND)),
-        }
-    }
-
-    /// Makes the state that was saved fit memory that must not change when it is loaded.
-    fn keep_from_changing(
-        &self,
-        qmp: &mut Qmp<'_>,
-        state: &File,
-        path: &Path,
-    ) -> Result<(), Error> {
-        let stream =
-            wall_clock::read(state).map_err(host(format!("reading {}", path.display())))?;
-        match wall_clock::places(&stream, self.vcpus) {
-            Ok(places) => wall_clock::forget(state, &stream, &places)
-                .map_err(host(format!("writing {}", path.display()))),
-            Err(why) if may_use_kvm(qmp) => Err(Error::Nonsense {
-                command: "migrate".to_owned(),
-                said: format!(
-                    "what it wrote of its CPUs is not as known ({why}); use another version of \
-                     QEMU, or vmm = \"cloud-hypervisor\""
-                ),
-            }),
-            // Nobody writes a wall clock, so none has to be forgotten.
-            Err(_) => Ok(()),
-        }
-    }
-
-    /// Waits until QEMU is done with a save. It says so a moment before it changes its
-    /// status. A resume in between would be overtaken by that, and vCPUs run that QEMU
-    /// takes for paused.
-    fn end_save(&self, qmp: &mut Qmp<'_>) -> Result<(), Error> {
-        let deadline = Deadline::after(SETTLE_LIMIT);
-        while self.status(qmp)?.word == "finish-migrate" {
-            if deadline.passed() {
-                let command = "migrate".to_owned();
-                return Err(Error::TimedOut { command, limit: SETTLE_LIMIT });
-            }
-            clock::pause_for(SETTLE_LOOK);
-        }
-        Ok(())
+    /// Does `work` by the connection that is kept, if one is, and by a new one otherwise.
+    fn talk<T>(
+        &mut self,
+        doing: &'static str,
+        work: impl FnOnce(&mut Qmp<'_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let kept = self.kept.take();
+        let was_kept = kept.is_some();
+        let mut qmp = Qmp::over(&self.peer, kept, doing)?;
+        let done = work(&mut qmp);
+        self.kept = qmp.into_kept().filter(|_| was_kept);
+        done
     }
 
     /// Has QEMU forget a save that failed, where it has not done so by itself.
-    fn take_back_save(&self) {
+    fn take_back_save(&mut self) {
         if self.peer.process.exited().is_some() {
             return;
         }
-        let done = self.open("taking back a save").and_then(|mut qmp| call_off_migration(&mut qmp));
-        if let Err(error) = done {
+        if let Err(error) = self.talk("taking back a save", call_off_migration) {
+            let process = &self.peer.process;
             // Why the save failed is told by the caller. A resume tries this again.
-            tracing::warn!(process = %self.peer.process, %error, "a failed save is not tidied up");
+            tracing::warn!(%process, %error, "a failed save is not tidied up");
         }
+    }
+}
+
+fn status(qmp: &mut Qmp<'_>) -> Result<Status, Error> {
+    const COMMAND: &str = "query-status";
+    let answer = qmp.run(COMMAND, &Value::Null, ANSWER_LIMIT)?;
+    match (answer["running"].as_bool(), answer["status"].as_str()) {
+        (Some(running), Some(word)) => Ok(Status { running, word: word.to_owned() }),
+        (None, _) | (_, None) => {
+            Err(Error::Nonsense { command: COMMAND.to_owned(), said: answer.to_string() })
+        }
+    }
+}
+
+/// Writes the state of a machine of so many CPUs to a new file in `dir`.
+fn write_state(qmp: &mut Qmp<'_>, dir: &Path, vcpus: u8) -> Result<(), Error> {
+    const COMMAND: &str = "migrate";
+    // QEMU would pause it itself, and let it run again afterwards.
+    if status(qmp)?.running {
+        return Err(Error::Refused {
+            command: COMMAND.to_owned(),
+            said: "the machine is not paused".to_owned(),
+        });
+    }
+    let path = dir.join(STATE_FILE);
+    let state = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(host(format!("making {}", path.display())))?;
+    qmp.hand_over(STATE_FD, state.as_fd())?;
+    qmp.forget_migrations();
+    let uri = json!({ "uri": format!("fd:{STATE_FD}") });
+    qmp.run(COMMAND, &uri, ANSWER_LIMIT)?;
+    match qmp.wait_for_migration(COMMAND, STATE_LIMIT)? {
+        Migration::Completed => keep_from_changing(qmp, &state, &path, vcpus),
+        Migration::Failed | Migration::Underway => Err(refusal(qmp, COMMAND)),
+    }
+}
+
+/// Makes the state that was saved fit memory that must not change when it is loaded.
+fn keep_from_changing(
+    qmp: &mut Qmp<'_>,
+    state: &File,
+    path: &Path,
+    vcpus: u8,
+) -> Result<(), Error> {
+    let stream = wall_clock::read(state).map_err(host(format!("reading {}", path.display())))?;
+    match wall_clock::places(&stream, vcpus) {
+        Ok(places) => wall_clock::forget(state, &stream, &places)
+            .map_err(host(format!("writing {}", path.display()))),
+        Err(why) if may_use_kvm(qmp) => Err(Error::Nonsense {
+            command: "migrate".to_owned(),
+            said: format!(
+                "what it wrote of its CPUs is not as known ({why}); use another version of \
+                 QEMU, or vmm = \"cloud-hypervisor\""
+            ),
+        }),
+        // Nobody writes a wall clock, so none has to be forgotten.
+        Err(_) => Ok(()),
+    }
+}
+
+/// Waits until QEMU is done with a save. It says so a moment before it changes its
+/// status. A resume in between would be overtaken by that, and vCPUs run that QEMU
+/// takes for paused.
+fn end_save(qmp: &mut Qmp<'_>) -> Result<(), Error> {
+    let deadline = Deadline::after(SETTLE_LIMIT);
+    while status(qmp)?.word == "finish-migrate" {
+        if deadline.passed() {
+            let command = "migrate".to_owned();
+            return Err(Error::TimedOut { command, limit: SETTLE_LIMIT });
+        }
+        clock::pause_for(SETTLE_LOOK);
+    }
+    Ok(())
+}
+
+/// Lets the vCPUs run; `saved` says whether the machine may have been told to save.
+fn let_run(qmp: &mut Qmp<'_>, saved: bool) -> Result<(), Error> {
+    if saved {
+        end_save(qmp)?;
+    }
+    match qmp.run("cont", &Value::Null, ANSWER_LIMIT) {
+        // As when a daemon died while it saved.
+        Err(Error::Refused { .. }) => {
+            call_off_migration(qmp)?;
+            qmp.run("cont", &Value::Null, ANSWER_LIMIT).map(drop)
+        }
+        answer => answer.map(drop),
     }
 }
 
@@ -273,42 +301,32 @@ impl Machine for QemuMachine {
     }
 
     fn running(&mut self) -> Result<bool, Error> {
-        Ok(self.status(&mut self.open("telling its status")?)?.running)
+        self.talk("telling its status", |qmp| Ok(status(qmp)?.running))
     }
 
     fn pause(&mut self) -> Result<(), Error> {
-        let mut qmp = Qmp::open(&self.peer, "pausing", CONNECT_LIMIT)?;
-        if self.is_past_firmware {
-            qmp.run("stop", &Value::Null, PAUSE_LIMIT)?;
-            return Ok(());
-        }
-        let was_running = self.status(&mut qmp)?.running;
-        let deadline = Deadline::after(FIRMWARE_LIMIT);
-        loop {
-            qmp.run("stop", &Value::Null, PAUSE_LIMIT)?;
-            if !was_running || deadline.passed() || !is_in_firmware(&mut qmp)? {
-                self.is_past_firmware = was_running;
-                return Ok(());
-            }
-            qmp.run("cont", &Value::Null, ANSWER_LIMIT)?;
-            clock::pause_for(FIRMWARE_LOOK);
-        }
+        let mut qmp = Qmp::over(&self.peer, self.kept.take(), "pausing")?;
+        let mut is_past_firmware = self.is_past_firmware;
+        let paused = pause(&mut qmp, &mut is_past_firmware);
+        self.is_past_firmware = is_past_firmware;
+        self.kept = qmp.into_kept();
+        paused
     }
 
     fn resume(&mut self) -> Result<(), Error> {
-        let mut qmp = self.open("resuming")?;
-        if self.saved {
-            self.end_save(&mut qmp)?;
-        }
-        match qmp.run("cont", &Value::Null, ANSWER_LIMIT) {
-            // As when a daemon died while it saved.
-            Err(Error::Refused { .. }) => {
-                call_off_migration(&mut qmp)?;
-                qmp.run("cont", &Value::Null, ANSWER_LIMIT)?;
+        let saved = self.saved;
+        let mut qmp = Qmp::over(&self.peer, self.kept.take(), "resuming")?;
+        match let_run(&mut qmp, saved) {
+            // It may have obeyed, so it is asked by another connection.
+            Err(lost @ (Error::Host { .. } | Error::Nonsense { .. } | Error::TimedOut { .. })) => {
+                drop(qmp);
+                tracing::warn!(process = %self.peer.process, error = %lost, "asking again");
+                let mut qmp = Qmp::open(&self.peer, "resuming", CONNECT_LIMIT)?;
+                if !status(&mut qmp)?.running {
+                    let_run(&mut qmp, saved)?;
+                }
             }
-            answer => {
-                answer?;
-            }
+            done => done?,
         }
         self.saved = false;
         Ok(())
@@ -324,8 +342,9 @@ impl Machine for QemuMachine {
 
     fn save(&mut self, dir: &Path) -> Result<(), Error> {
         self.saved = true;
-        // QEMU talks to one client at a time, so by now the connection is closed.
-        self.write_state(dir).inspect_err(|_| self.take_back_save())
+        let vcpus = self.vcpus;
+        self.talk("saving its state", |qmp| write_state(qmp, dir, vcpus))
+            .inspect_err(|_| self.take_back_save())
     }
 
     fn lacks(&self) -> Vec<String> {
@@ -340,15 +359,16 @@ impl Machine for QemuMachine {
     fn set_balloon(&mut self, bytes: u64) -> Result<(), Error> {
         // It is told what is to be left to the guest, and says no to nothing at all.
         let left = self.memory_bytes.saturating_sub(bytes);
-        let mut qmp = self.open("resizing its balloon")?;
-        qmp.run("balloon", &json!({ "value": left }), ANSWER_LIMIT)?;
-        Ok(())
+        self.talk("resizing its balloon", |qmp| {
+            qmp.run("balloon", &json!({ "value": left }), ANSWER_LIMIT).map(drop)
+        })
     }
 
     fn balloon_bytes(&mut self) -> Result<u64, Error> {
         const COMMAND: &str = "query-balloon";
-        let mut qmp = self.open("telling the size of its balloon")?;
-        let answer = qmp.run(COMMAND, &Value::Null, ANSWER_LIMIT)?;
+        let answer = self.talk("telling the size of its balloon", |qmp| {
+            qmp.run(COMMAND, &Value::Null, ANSWER_LIMIT)
+        })?;
         let left = answer["actual"].as_u64().ok_or_else(|| Error::Nonsense {
             command: COMMAND.to_owned(),
             said: answer.to_string(),
@@ -362,6 +382,24 @@ impl Machine for QemuMachine {
 
     fn type_in(&mut self, bytes: &[u8]) -> Result<usize, Error> {
         console::type_in(&self.runtime_dir, bytes).map_err(host("typing on the console".to_owned()))
+    }
+}
+
+/// Stops the vCPUs, once the guest has left its firmware.
+fn pause(qmp: &mut Qmp<'_>, is_past_firmware: &mut bool) -> Result<(), Error> {
+    if *is_past_firmware {
+        return qmp.run("stop", &Value::Null, PAUSE_LIMIT).map(drop);
+    }
+    let was_running = status(qmp)?.running;
+    let deadline = Deadline::after(FIRMWARE_LIMIT);
+    loop {
+        qmp.run("stop", &Value::Null, PAUSE_LIMIT)?;
+        if !was_running || deadline.passed() || !is_in_firmware(qmp)? {
+            *is_past_firmware = was_running;
+            return Ok(());
+        }
+        qmp.run("cont", &Value::Null, ANSWER_LIMIT)?;
+        clock::pause_for(FIRMWARE_LOOK);
     }
 }
 

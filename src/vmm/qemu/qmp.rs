@@ -4,6 +4,10 @@
 //! descriptor for each running sandbox, nobody has to read the events that QEMU sends
 //! while nothing is asked of it, what an adopted machine is asked takes the same way as
 //! what our own is, and an answer that comes too late goes down with its connection.
+//!
+//! The exception is a machine that was paused: its connection is kept until it is resumed,
+//! so that a process that has no descriptor left can still resume it. QEMU serves one
+//! connection at a time, so whatever is asked meanwhile is asked by this one.
 
 use std::{
     io::{self, IoSlice, Read, Write},
@@ -42,7 +46,16 @@ pub(super) struct Qmp<'a> {
     peer: &'a Peer,
     /// What we are about, for the message should QEMU end meanwhile.
     doing: &'static str,
+    connection: Connection,
+}
+
+/// A connection that commands can be sent by.
+#[derive(Debug)]
+pub(super) struct Connection {
     stream: UnixStream,
+    /// Whether each command so far had its answer. If not, what comes next may be the
+    /// answer to an earlier one.
+    is_in_step: bool,
     /// What was received and is not yet a whole line.
     received: Vec<u8>,
     /// The status in the last `MIGRATION` event. It may come before the answer to the
@@ -109,7 +122,9 @@ impl<'a> Qmp<'a> {
                 source,
             })
         })?;
-        let mut qmp = Self { peer, doing, stream, received: Vec::new(), migration: None };
+        let connection =
+            Connection { stream, is_in_step: true, received: Vec::new(), migration: None };
+        let mut qmp = Self { peer, doing, connection };
         let greeting = qmp.read_line("connect", &deadline, limit)?;
         match parse(&greeting) {
             Some(Line::Greeting { .. }) => {}
@@ -119,6 +134,28 @@ impl<'a> Qmp<'a> {
         }
         qmp.run("qmp_capabilities", &Value::Null, deadline.left())?;
         Ok(qmp)
+    }
+
+    /// Goes on with the connection `kept`, or opens one.
+    pub(super) fn over(
+        peer: &'a Peer,
+        kept: Option<Connection>,
+        doing: &'static str,
+    ) -> Result<Self, Error> {
+        match kept {
+            Some(connection) => Ok(Self { peer, doing, connection }),
+            None => Self::open(peer, doing, CONNECT_LIMIT),
+        }
+    }
+
+    /// Returns the connection, if commands can still be sent by it.
+    pub(super) fn into_kept(self) -> Option<Connection> {
+        Some(self.connection).filter(|connection| connection.is_in_step)
+    }
+
+    /// Forgets how earlier migrations ended.
+    pub(super) fn forget_migrations(&mut self) {
+        self.connection.migration = None;
     }
 
     /// Runs `command` and returns its answer.
@@ -145,7 +182,7 @@ impl<'a> Qmp<'a> {
     ) -> Result<Migration, Error> {
         let deadline = Deadline::after(limit);
         loop {
-            match self.migration {
+            match self.connection.migration {
                 Some(over @ (Migration::Completed | Migration::Failed)) => return Ok(over),
                 Some(Migration::Underway) | None => {}
             }
@@ -160,6 +197,20 @@ impl<'a> Qmp<'a> {
     }
 
     fn run_with(
+        &mut self,
+        command: &str,
+        arguments: &Value,
+        fd: Option<BorrowedFd<'_>>,
+        limit: Duration,
+    ) -> Result<Value, Error> {
+        let answer = self.exchange(command, arguments, fd, limit);
+        if !matches!(answer, Ok(_) | Err(Error::Refused { .. })) {
+            self.connection.is_in_step = false;
+        }
+        answer
+    }
+
+    fn exchange(
         &mut self,
         command: &str,
         arguments: &Value,
@@ -187,7 +238,7 @@ impl<'a> Qmp<'a> {
 
     fn note(&mut self, event: &str, data: &Value) {
         if event == "MIGRATION" {
-            self.migration = data["status"].as_str().map(Migration::from_word);
+            self.connection.migration = data["status"].as_str().map(Migration::from_word);
         }
     }
 
@@ -198,16 +249,16 @@ impl<'a> Qmp<'a> {
         fd: Option<BorrowedFd<'_>>,
         limit: Duration,
     ) -> Result<(), Error> {
-        let sent = self
-            .stream
+        let stream = &mut self.connection.stream;
+        let sent = stream
             .set_write_timeout(Some(at_least_a_moment(limit)))
             .and_then(|()| match fd {
                 None => Ok(0),
-                Some(fd) => send_with(&self.stream, line.as_bytes(), fd),
+                Some(fd) => send_with(stream, line.as_bytes(), fd),
             })
             .and_then(|sent| {
                 let rest = line.as_bytes().get(sent..).unwrap_or_default();
-                self.stream.write_all(rest)
+                stream.write_all(rest)
             });
         sent.map_err(|error| self.broken(command, error, limit))
     }
@@ -220,12 +271,12 @@ impl<'a> Qmp<'a> {
     ) -> Result<String, Error> {
         let mut searched = 0;
         loop {
-            let end = self.received.iter().skip(searched).position(|b| *b == b'\n');
+            let end = self.connection.received.iter().skip(searched).position(|b| *b == b'\n');
             if let Some(end) = end {
-                let line: Vec<u8> = self.received.drain(..=searched + end).collect();
+                let line: Vec<u8> = self.connection.received.drain(..=searched + end).collect();
                 return Ok(String::from_utf8_lossy(line.trim_ascii()).into_owned());
             }
-            searched = self.received.len();
+            searched = self.connection.received.len();
             if searched > LINE_MAX_BYTES {
                 return Err(nonsense(command, "a line without end"));
             }
@@ -234,13 +285,13 @@ impl<'a> Qmp<'a> {
                 return Err(timed_out(command, limit));
             }
             let mut chunk = [0; 4096];
-            let count = self
-                .stream
+            let stream = &mut self.connection.stream;
+            let count = stream
                 .set_read_timeout(Some(at_least_a_moment(left)))
-                .and_then(|()| self.stream.read(&mut chunk));
+                .and_then(|()| stream.read(&mut chunk));
             match count {
                 Ok(0) => return Err(self.closed(command)),
-                Ok(count) => self.received.extend(chunk.iter().take(count)),
+                Ok(count) => self.connection.received.extend(chunk.iter().take(count)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(self.broken(command, error, limit)),
             }

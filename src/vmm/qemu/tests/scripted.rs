@@ -190,6 +190,51 @@ fn a_resume_calls_off_what_a_dead_daemon_was_saving() {
     actor.join().unwrap();
 }
 
+const RUNS: Act = Say(r#"{"return": {"running": true, "status": "running"}}"#);
+const IS_PAUSED: Act = Say(r#"{"return": {"running": false, "status": "paused"}}"#);
+
+#[test]
+fn a_resume_whose_answer_is_lost_is_asked_for_by_another_connection() {
+    let lost = [Hear("query-status"), IS_PAUSED, Hear("cont")];
+    let obeyed = [Hear("query-status"), RUNS, Hang];
+    let not_obeyed =
+        [Hear("query-status"), IS_PAUSED, Hear("query-status"), IS_PAUSED, Hear("cont"), Say(OK)];
+    for after in [obeyed.as_slice(), &not_obeyed] {
+        let host = Host::new();
+        let scripts = [&[], lost.as_slice(), after].map(|acts| [&INTRODUCTION, acts].concat());
+        let actor = act(&host, scripts.to_vec());
+        let mut machine = Qemu::find().unwrap().adopt(&host.plan, stand_in(&host)).unwrap();
+        machine.resume().unwrap();
+        drop(machine);
+        actor.join().unwrap();
+    }
+}
+
+#[test]
+fn what_was_paused_is_saved_and_resumed_by_the_same_connection() {
+    let host = Host::new();
+    let paused = [Hear("query-status"), IS_PAUSED, Hear("stop"), Say(OK)];
+    let failed =
+        [Hear("query-status"), IS_PAUSED, Hear("getfd"), Say(OK), Hear("migrate"), Say(OK)];
+    let told = [
+        Say(r#"{"event": "MIGRATION", "data": {"status": "failed"}}"#),
+        Hear("query-migrate"),
+        Say(r#"{"return": {"status": "failed", "error-desc": "as planned"}}"#),
+        Hear("query-migrate"),
+        Say(r#"{"return": {"status": "failed"}}"#),
+    ];
+    let resumed = [Hear("query-status"), IS_PAUSED, Hear("cont"), Say(OK), Hang];
+    let acts = [INTRODUCTION.as_slice(), &paused, &failed, &told, &resumed].concat();
+    let actor = act(&host, vec![INTRODUCTION.to_vec(), acts]);
+    let mut machine = Qemu::find().unwrap().adopt(&host.plan, stand_in(&host)).unwrap();
+    machine.pause().unwrap();
+    let error = machine.save(&host.snapshot_dir("snapshot")).unwrap_err();
+    assert!(error.to_string().contains("as planned"), "{error}");
+    machine.resume().unwrap();
+    // It hangs up with the resume, not with the machine.
+    actor.join().unwrap();
+}
+
 /// Saves by a QEMU that writes nothing, and then answers so when it is asked for KVM.
 fn save_nothing(told_of_kvm: &'static str, after: Vec<Vec<Act>>) -> (Host, Result<(), Error>) {
     let host = Host::new();
