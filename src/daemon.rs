@@ -39,7 +39,7 @@ use crate::{
         kvm,
         mount::Device,
         pool::Pool,
-        process::reserve_places,
+        process::{forbid_core_files, reserve_places},
         thread::join_by,
     },
     tree::Tree,
@@ -152,6 +152,8 @@ pub fn run(config: Config) -> Result<(), Error> {
     if !is_root() {
         return Err(Error::NotRoot);
     }
+    // Memory of guests passes through us too.
+    forbid_core_files().map_err(host("forbidding core files"))?;
     // Before much is open, as what is open may have these numbers.
     reserve_places().map_err(host("reserving numbers for the files of VMMs"))?;
     // From here on a signal is an orderly end, however early it comes.

@@ -5,6 +5,7 @@
 
 use std::{
     error::Error,
+    fmt,
     fs::File,
     io::{self, IsTerminal, Write},
     os::{fd::AsFd, linux::fs::MetadataExt},
@@ -17,8 +18,14 @@ use dozed::{
     cli::{self, Log, Task},
     daemon, doctor,
 };
-use tracing::error;
-use tracing_subscriber::{layer::SubscriberExt, util::SubscriberInitExt};
+use tracing::{Event, Level, Subscriber, error};
+use tracing_subscriber::{
+    fmt::{
+        FmtContext, FormatEvent, FormatFields,
+        format::{Compact, Format, Writer},
+    },
+    registry::LookupSpan,
+};
 
 /// The exit code for what failed.
 const FAILURE_EXIT: u8 = 1;
@@ -63,29 +70,62 @@ fn fail(error: &dyn Error, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Sends messages to the journal if standard error is connected to it, so that they keep
-/// their fields, and otherwise to standard error.
+/// Sends messages to standard error, in the form that the journal takes if that is what it
+/// is connected to.
 fn start_logging(log: &Log) {
-    let journal =
-        is_stderr(log.journal.as_deref()).then(tracing_journald::layer).and_then(Result::ok);
-    if let Some(journal) = journal {
-        tracing_subscriber::registry().with(log.level).with(journal).init();
+    let format = tracing_subscriber::fmt()
+        .with_max_level(log.level)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(false)
+        .compact();
+    if is_stderr(log.journal.as_deref()) {
+        format.event_format(JournalFormat::default()).init();
     } else {
-        tracing_subscriber::fmt()
-            .with_max_level(log.level)
-            .with_writer(io::stderr)
-            .with_ansi(io::stderr().is_terminal())
-            .with_target(false)
-            .compact()
-            .init();
+        format.init();
     }
     panic::set_hook(Box::new(|panicked| {
         let thread = thread::current();
+        // It has two lines, and a message one.
+        let panicked = panicked.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
         error!(
             thread = thread.name().unwrap_or("unnamed"),
             "a promise of our own code was broken: {panicked}"
         );
     }));
+}
+
+/// Messages for the journal, which has time, unit and process of each: their level as
+/// sd-daemon(3) has it, and all that they say in one line, as `journalctl` shows no fields.
+struct JournalFormat(Format<Compact, ()>);
+
+impl Default for JournalFormat {
+    fn default() -> Self {
+        let format = Format::default().compact().without_time();
+        Self(format.with_level(false).with_target(false).with_ansi(false))
+    }
+}
+
+impl<S, N> FormatEvent<S, N> for JournalFormat
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let priority = match *event.metadata().level() {
+            Level::ERROR => 3,
+            Level::WARN => 4,
+            Level::INFO => 6,
+            Level::DEBUG | Level::TRACE => 7,
+        };
+        write!(writer, "<{priority}>")?;
+        self.0.format_event(context, writer, event)
+    }
 }
 
 /// Says whether standard error is the socket that `journal` describes.
@@ -97,7 +137,45 @@ fn is_stderr(journal: Option<&str>) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
+
+    /// What was written, for a test.
+    #[derive(Debug, Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_message_of_the_journal_has_level_id_and_error_in_one_line() {
+        let written = Written::default();
+        let writer = written.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || writer.clone())
+            .compact()
+            .event_format(JournalFormat::default())
+            .finish();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(id = %"web-1", uid = 7, "created");
+            tracing::error!(id = %"web-1", error = "no\u{1b}[31m: disk full", "waking failed");
+        });
+        let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(
+            text,
+            "<6>created id=web-1 uid=7\n\
+             <3>waking failed id=web-1 error=\"no\\u{1b}[31m: disk full\"\n"
+        );
+    }
 
     #[test]
     fn the_journal_is_used_only_where_standard_error_is_its_socket() {

@@ -292,6 +292,7 @@ fn record() -> Record {
         created_at: Timestamp::default(),
         generation: 0,
         spec: Spec::default().into(),
+        config_by: None,
         idle_after: Period::Never,
         delete_after: Period::Never,
         pinned: false,

@@ -16,7 +16,7 @@ use rusqlite::Connection;
 
 use super::{
     Commit, Entry, Error, Index, NewSandbox, Record, RowId, SandboxId, State, Step, Timestamp,
-    Users, Waking, row, schema,
+    Users, Waking, keys_of_row, row, schema,
 };
 use crate::{
     lock::Held,
@@ -59,6 +59,7 @@ impl Index {
             created_at: now,
             generation: 0,
             spec: self.specs.intern(new.spec),
+            config_by: None,
             idle_after: new.idle_after,
             delete_after: new.delete_after,
             pinned: false,
@@ -254,6 +255,12 @@ impl Index {
         // Whoever has the count of this one and writes it to the next of its name is refused.
         self.first_count.fetch_max(entry.activity_count() + 1, Ordering::SeqCst);
         write(&self.table).remove(entry);
+        // What is left of it here goes at the next start.
+        let doing = || format!("removing what the index has of {}", record.id);
+        let keys = keys_of_row(record.row);
+        if let Err(error) = self.execute(&doing, |open| schema::remove_metas(open, &keys)) {
+            tracing::warn!(%error, "keys of a sandbox that is gone stay");
+        }
         Ok(())
     }
 
@@ -293,6 +300,28 @@ impl Index {
     /// What SQLite says.
     pub fn remove_meta_unsynced(&self, key: &str) -> Result<(), Error> {
         self.put_meta(key, None, Wait::ForNothing)
+    }
+
+    /// Removes all keys that begin with one of these. A power cut may take it back.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn remove_metas(&self, prefixes: &[String]) -> Result<(), Error> {
+        if prefixes.is_empty() {
+            return Ok(());
+        }
+        let mut connection = lock(&self.connection);
+        self.log.check()?;
+        let open = connection.as_mut().ok_or(Error::Closed)?;
+        let mut remove = || -> rusqlite::Result<()> {
+            let transaction = open.transaction()?;
+            prefixes.iter().try_for_each(|prefix| schema::remove_metas(&transaction, prefix))?;
+            transaction.commit()
+        };
+        remove().map_err(Error::sql(&self.path, || "removing keys from the index".to_owned()))?;
+        let commit = self.log.wrote();
+        self.log.want(commit);
+        Ok(())
     }
 
     /// Writes what is left to write, and notes that all is well, so that the next opening

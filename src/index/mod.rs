@@ -284,3 +284,9 @@ impl Index {
             .unwrap();
     }
 }
+
+/// Returns what the keys begin with that belong to a row, and go with it.
+#[must_use]
+pub fn keys_of_row(row: RowId) -> String {
+    format!("row:{row}:")
+}

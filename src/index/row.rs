@@ -7,11 +7,11 @@ use rusqlite::{Connection, Row, params_from_iter, types::FromSql, types::Value};
 use super::{Error, spec::Specs};
 use crate::sandbox::{
     Owner, Period, ProcessIdentity, Record, RowId, SandboxId, SnapshotFacts, Spec, State,
-    Timestamp, Waking,
+    Timestamp, Waking, Writer,
 };
 
 /// The columns that change, in the order in which [`values`] and [`read`] have them.
-const COLUMNS: [&str; 35] = [
+const COLUMNS: [&str; 36] = [
     "uid",
     "gid",
     "state",
@@ -44,6 +44,7 @@ const COLUMNS: [&str; 35] = [
     "slept_idle",
     "in_vain",
     "awake_until",
+    "config_by",
     "last_activity_at",
     "sleep_at",
     "delete_at",
@@ -228,6 +229,7 @@ fn values(record: &Record, last_activity: Timestamp) -> [Value; COLUMNS.len()] {
         record.waking.slept_idle.into(),
         record.waking.in_vain.into(),
         record.waking.awake_until.map(moment).into(),
+        record.config_by.as_ref().map(|writer| writer.to_string()).into(),
         moment(last_activity),
         record.sleep_at(last_activity).map(moment).into(),
         record.delete_at().map(moment).into(),
@@ -321,8 +323,13 @@ fn read(
             in_vain: c.next()?,
             awake_until: c.moment_or_none()?,
         },
+        config_by: c.next::<Option<String>>()?.map(|text| writer(&text)).transpose()?,
     };
     Ok((record, c.moment()?))
+}
+
+fn writer(text: &str) -> Result<Arc<Writer>, String> {
+    text.parse().map(Arc::new).map_err(|error| format!("`{text}` wrote no config: {error}"))
 }
 
 fn id(text: &str) -> Result<SandboxId, String> {

@@ -11,11 +11,12 @@ use super::Error;
 use crate::sys::files;
 
 /// What version 0, an empty file, and each later version are brought forward by.
-pub(super) const MIGRATIONS: [&str; 4] = [
+pub(super) const MIGRATIONS: [&str; 5] = [
     include_str!("migration-1.sql"),
     include_str!("migration-2.sql"),
     include_str!("migration-3.sql"),
     include_str!("migration-4.sql"),
+    include_str!("migration-5.sql"),
 ];
 
 /// Marks the file as ours: `dozd` in ASCII.
@@ -156,6 +157,14 @@ pub(super) fn metas(
 
 pub(super) fn remove_meta(connection: &Connection, key: &str) -> rusqlite::Result<()> {
     connection.prepare_cached("DELETE FROM meta WHERE key = ?")?.execute([key])?;
+    Ok(())
+}
+
+/// Removes all keys that begin with `prefix`, whose last byte is no `0xff`, as in no text.
+pub(super) fn remove_metas(connection: &Connection, prefix: &str) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("DELETE FROM meta WHERE key >= ?1 AND key < ?1 || char(1114111)")?
+        .execute([prefix])?;
     Ok(())
 }
 

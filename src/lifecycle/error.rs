@@ -4,7 +4,7 @@ use std::{io, path::PathBuf, time::Duration};
 
 use crate::{
     index, net,
-    sandbox::{Owner, Refused, SandboxId, State, Users, network::AddressPlan},
+    sandbox::{Refused, SandboxId, State, Users, network::AddressPlan, text::one_line},
     snapshot, vmm,
 };
 
@@ -79,20 +79,29 @@ pub enum Error {
         /// Where it is.
         state: State,
     },
-    /// The owner cannot open a file that `config` names.
+    /// Who wrote `config` cannot open a file that it names.
     #[error(
-        "the owner of {id} (uid {}, gid {}) cannot open {}, which its `config` names",
-        .owner.uid, .owner.gid, .path.display()
+        "who wrote the `config` of {id} (uid {uid}, gid {gid}) cannot open {}, which it names; let \
+         them, or have somebody who can write it again",
+        .path.display()
     )]
-    NotOwners {
+    NotWriters {
         /// The sandbox.
         id: SandboxId,
         /// The file.
         path: PathBuf,
-        /// Its owner.
-        owner: Owner,
+        /// The user who wrote it.
+        uid: u32,
+        /// And their group.
+        gid: u32,
         /// What the system said.
         source: io::Error,
+    },
+    /// It was given to another owner since a file of it was opened.
+    #[error("{id} was given to another owner since this file was opened; open it again")]
+    ChangedHands {
+        /// The sandbox.
+        id: SandboxId,
     },
     /// Nothing to boot.
     #[error("{id} has no kernel; set `kernel` in its file `config`, or in [template]")]
@@ -339,10 +348,10 @@ impl Error {
                 | snapshot::Error::Ambiguous { .. }
                 | snapshot::Error::Incomplete { .. } => Fault::Other,
             },
-            Self::NotOwners { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+            Self::NotWriters { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 Fault::Denied
             }
-            Self::Host { source, .. } | Self::NotOwners { source, .. } => fault_of_io(source),
+            Self::Host { source, .. } | Self::NotWriters { source, .. } => fault_of_io(source),
             Self::Network { source, .. } => match source {
                 net::Error::Host { source, .. } => fault_of_io(source),
                 net::Error::Lacking { .. }
@@ -364,6 +373,7 @@ impl Error {
             | Self::NotStopped { .. }
             | Self::NotRunning { .. }
             | Self::NoKernel { .. }
+            | Self::ChangedHands { .. }
             | Self::Active { .. }
             | Self::NoMemory { .. }
             | Self::TooMany { .. }
@@ -395,7 +405,8 @@ fn fault_of_io(error: &io::Error) -> Fault {
     }
 }
 
-/// Returns the whole chain of an error as one line, the outermost first.
+/// Returns the whole chain of an error as one line, the outermost first. It is bounded, and
+/// safe to be shown: VMMs, owners and file systems have a word in it.
 #[must_use]
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut line = error.to_string();
@@ -405,6 +416,5 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
         line.push_str(&cause.to_string());
         next = cause.source();
     }
-    // One line is the contract; VMMs and file systems do not know of it.
-    line.split_whitespace().collect::<Vec<_>>().join(" ")
+    one_line(&line)
 }

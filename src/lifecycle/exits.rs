@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use super::{Entry, Error, Lifecycle, chain, machines::Ended};
 use crate::{
     lifecycle::Held,
-    sandbox::{Cause, Step},
+    sandbox::{Cause, Step, text::one_line},
     sync::Arc,
     sys::{
         files::remove_tree,
@@ -62,8 +62,8 @@ impl Lifecycle {
         if live.process.exited().is_none() || self.by_row(ended.row).is_none() {
             return;
         }
-        let why = self.reason(&entry, ended.exit);
-        tracing::info!(id = %entry.id(), "{why}");
+        let why = one_line(&self.reason(&entry, ended.exit));
+        tracing::info!(id = %entry.id(), "its guest ended: {why}");
         if let Err(error) = self.lose(&held, &entry, &why) {
             self.record_later(&entry, "the end of its guest", &error);
         }
@@ -97,7 +97,7 @@ impl Lifecycle {
         self.step_because(cause, held, entry, Step::Lost, |record| {
             record.process = None;
             record.snapshot = None;
-            record.error = Some(why.into());
+            record.error = Some(one_line(why).into());
         })?;
         self.machines.strike(entry.row());
         Ok(())

@@ -1,9 +1,9 @@
 //! The files that a spec names: kernel, initial RAM file system and disks.
 //!
 //! Whoever writes a `config` names them, and a VMM opens them with rights that its writer may
-//! not have. So they are opened as the sandbox's owner, each time that a machine is to use
-//! them, and from then on it is what is open that is used. Root may name what it likes, and
-//! what it names in `[template]` is for everybody.
+//! not have. So they are opened as whoever wrote it, each time that a machine is to use them,
+//! and from then on it is what is open that is used. Root may name what it likes, and what it
+//! names in `[template]` is for everybody.
 
 use std::{
     io,
@@ -13,7 +13,7 @@ use std::{
 
 use super::{Error, Lifecycle};
 use crate::{
-    sandbox::{Disk, Owner, Record},
+    sandbox::{Disk, Record, Writer},
     snapshot::Home,
     sync::Arc,
     sys::{
@@ -27,7 +27,7 @@ use crate::{
 pub struct Unusable {
     /// A sentence about it.
     pub why: String,
-    /// Whether it is that the owner may not have it.
+    /// Whether it is that who wrote the `config` may not have it.
     pub is_denied: bool,
 }
 
@@ -56,19 +56,19 @@ impl Files {
 }
 
 impl Lifecycle {
-    /// Returns what is wrong with a file for a sandbox of `owner`, if anything.
+    /// Returns what is wrong with a file that is named in a `config` of `writer`, if anything.
     #[must_use]
-    pub fn why_unusable(&self, owner: Owner, path: &Path) -> Option<Unusable> {
-        if !self.is_for_its_owner(owner, path) {
+    pub fn why_unusable(&self, writer: &Writer, path: &Path) -> Option<Unusable> {
+        if !self.is_for_its_writer(writer, path) {
             return why_unusable(path).map(|why| Unusable { why, is_denied: false });
         }
-        let error = open_one_as(owner, path).err()?;
+        let error = open_one_as(writer, path).err()?;
         let is_denied = error.kind() == io::ErrorKind::PermissionDenied;
         let why = if is_denied {
-            let Owner { uid, gid } = owner;
+            let Writer { uid, gid, .. } = writer;
             format!(
-                "the sandbox's owner (uid {uid}, gid {gid}) may not read it; let them, or have \
-                 it named in [template]"
+                "you (uid {uid}, gid {gid}) may not read it; whoever writes a `config` has to be \
+                 allowed to read what it names, but for what [template] names"
             )
         } else {
             format!("{error}; write the path of a file")
@@ -104,24 +104,27 @@ impl Lifecycle {
         needed: impl IntoIterator<Item = &'a PathBuf>,
         dispensable: impl IntoIterator<Item = &'a PathBuf>,
     ) -> Result<Files, Error> {
-        let owner = record.owner;
+        let Some(writer) = record.config_by.as_deref() else {
+            return Ok(Files::default());
+        };
         let needed = needed.into_iter().map(|path| (path.as_path(), true));
         let dispensable = dispensable.into_iter().map(|path| (path.as_path(), false));
         let wanted: Vec<_> = needed
             .chain(dispensable)
-            .filter(|(path, _)| self.is_for_its_owner(owner, path))
+            .filter(|(path, _)| self.is_for_its_writer(writer, path))
             .collect();
         if wanted.is_empty() {
             return Ok(Files::default());
         }
-        let failed = |path: &Path, source| Error::NotOwners {
+        let failed = |path: &Path, source| Error::NotWriters {
             id: record.id.clone(),
             path: path.to_owned(),
-            owner,
+            uid: writer.uid,
+            gid: writer.gid,
             source,
         };
         let paths: Vec<_> = wanted.iter().map(|(path, _)| *path).collect();
-        let opened = open_as(owner, &paths).map_err(|source| failed(paths[0], source))?;
+        let opened = open_as(writer, &paths).map_err(|source| failed(paths[0], source))?;
         let files = wanted.into_iter().zip(opened).map(|((path, is_needed), file)| match file {
             Ok(file) => Ok((path.to_owned(), Some(Arc::new(file)))),
             Err(_) if !is_needed => Ok((path.to_owned(), None)),
@@ -130,9 +133,9 @@ impl Lifecycle {
         files.collect::<Result<_, _>>().map(Files)
     }
 
-    /// Says whether a file has to be the owner's to use, rather than root's.
-    fn is_for_its_owner(&self, owner: Owner, path: &Path) -> bool {
-        owner.uid != own_ids().0 && self.settings.template.files().all(|named| named != path)
+    /// Says whether a file is opened as whoever named it, rather than as root.
+    fn is_for_its_writer(&self, writer: &Writer, path: &Path) -> bool {
+        writer.uid != own_ids().0 && self.settings.template.files().all(|named| named != path)
     }
 }
 
@@ -140,6 +143,6 @@ fn shared_disks(record: &Record) -> impl Iterator<Item = &PathBuf> {
     record.spec.disks.iter().filter(|disk| disk.readonly).map(|disk| &disk.path)
 }
 
-fn open_one_as(owner: Owner, path: &Path) -> io::Result<OwnedFd> {
-    open_as(owner, &[path])?.pop().unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()))
+fn open_one_as(writer: &Writer, path: &Path) -> io::Result<OwnedFd> {
+    open_as(writer, &[path])?.pop().unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()))
 }

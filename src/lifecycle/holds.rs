@@ -128,6 +128,20 @@ impl Lifecycle {
         }
     }
 
+    /// Ends the holds of a sandbox by the users of whom `has_ended` says so.
+    pub fn end_holds(&self, entry: &Entry, has_ended: impl Fn(u32) -> bool) {
+        let row = entry.row();
+        let ended: Vec<HoldId> = {
+            let table = lock(&self.holds.table);
+            let holds = table.held.get(&row).into_iter().flatten();
+            let ended = holds.filter(|(_, (holder, _))| has_ended(holder.uid));
+            ended.map(|(number, _)| HoldId { row, number: *number }).collect()
+        };
+        for hold in ended {
+            self.give_up(hold);
+        }
+    }
+
     /// Returns how many holds there are of all sandboxes.
     #[must_use]
     pub fn holds_in_use(&self) -> usize {

@@ -85,7 +85,7 @@ pub use stale::{CLOCK_KEY, Stale};
 use unsettled::Unsettled;
 
 pub use crate::{
-    index::{Commit, Due, Entry, Error as IndexError, Index},
+    index::{Commit, Due, Entry, Error as IndexError, Index, keys_of_row},
     net::Counters,
     notify::{News, Reader, View, Viewer},
 };

@@ -4,7 +4,7 @@ use super::{Entry, Error, Lifecycle, chain, create::free_name, network::net_fail
 use crate::{
     lifecycle::Held,
     sandbox::{
-        Owner, Period, Record, Spec, State,
+        Owner, Period, Record, Spec, State, Writer,
         network::{Destinations, Nameservers, Span},
     },
     snapshot::Home,
@@ -20,8 +20,10 @@ pub enum Policy {
     DeleteAfter(Period),
     /// Whether it may not be deleted.
     Pinned(bool),
-    /// Its hardware, only while stopped; and what counts as activity.
+    /// Its hardware, only while stopped; and what counts as activity. As its owner wrote it.
     Spec(Box<Spec>),
+    /// The same, written by somebody who need not be its owner.
+    Config(Box<Spec>, Writer),
     /// Whose it is.
     Owner(Owner),
     /// Who answers its guest's questions for names.
@@ -32,6 +34,22 @@ pub enum Policy {
     Allowed(Destinations),
 }
 
+impl Policy {
+    /// Returns what is set, in a word for the log.
+    fn word(&self) -> &'static str {
+        match self {
+            Self::IdleAfter(_) => "idle_after",
+            Self::DeleteAfter(_) => "delete_after",
+            Self::Pinned(_) => "pinned",
+            Self::Spec(_) | Self::Config(..) => "config",
+            Self::Owner(_) => "owner",
+            Self::Nameservers(_) => "nameservers",
+            Self::Denied(_) => "denied",
+            Self::Allowed(_) => "allowed",
+        }
+    }
+}
+
 impl Lifecycle {
     /// Sets one thing, durably.
     ///
@@ -39,12 +57,13 @@ impl Lifecycle {
     /// `NotStopped` for hardware of a sandbox that is not stopped, `NotAllowed` for a network
     /// that cannot be allowed.
     pub fn set(&self, held: &Held, entry: &Arc<Entry>, policy: Policy) -> Result<(), Error> {
+        let what = policy.word();
         self.operate(held, entry, |operation| {
             let before = entry.record();
             let mut after = Record::clone(&before);
             apply(&mut after, policy.clone());
             self.check_allowed(entry, &before.spec, &after.spec)?;
-            if let Policy::Spec(spec) = &policy
+            if let Policy::Spec(spec) | Policy::Config(spec, _) = &policy
                 && !before.spec.is_equal_but_for_activity(spec)
             {
                 self.settle(held, entry, operation)?;
@@ -71,6 +90,7 @@ impl Lifecycle {
                     self.give_vsock(entry, after.owner);
                 }
                 self.bell.ring();
+                tracing::info!(id = %entry.id(), cause = %held.cause(), "{what} set");
             }
             Ok(())
         })
@@ -113,7 +133,10 @@ impl Lifecycle {
             .and_then(|()| self.hear_for(entry));
         changed.or_else(|cause| {
             // What is in force is what it was.
-            self.amend(held, entry, |record| record.spec = Arc::clone(&before.spec))?;
+            self.amend(held, entry, |record| {
+                record.spec = Arc::clone(&before.spec);
+                record.config_by.clone_from(&before.config_by);
+            })?;
             Err(cause)
         })
     }
@@ -133,7 +156,11 @@ fn apply(record: &mut Record, policy: Policy) {
         Policy::IdleAfter(period) => record.idle_after = period,
         Policy::DeleteAfter(period) => record.delete_after = period,
         Policy::Pinned(pinned) => record.pinned = pinned,
-        Policy::Spec(spec) => record.spec = Arc::from(spec),
+        Policy::Spec(spec) => apply(record, Policy::Config(spec, record.owner.into())),
+        Policy::Config(spec, writer) => {
+            record.spec = Arc::from(spec);
+            record.config_by = Some(Arc::new(writer));
+        }
         Policy::Owner(owner) => record.owner = owner,
         Policy::Nameservers(list) => Arc::make_mut(&mut record.spec).nameservers = list,
         Policy::Denied(list) => Arc::make_mut(&mut record.spec).denied = list,

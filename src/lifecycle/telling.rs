@@ -3,7 +3,7 @@
 use super::{Entry, Held, Lifecycle, News};
 use crate::{
     notify::{Event, What},
-    sandbox::{Cause, Record},
+    sandbox::{Cause, Record, State},
     sync::Arc,
 };
 
@@ -44,6 +44,16 @@ impl Lifecycle {
             snapshot_bytes: after.snapshot.map(|snapshot| snapshot.bytes),
             error: after.error.clone().filter(|_| after.error != before.error),
         };
+        let (from, to) = (before.state.word(), after.state.word());
+        let took_ms = slept.or(woken).map(|took| took.as_millis());
+        match after.state {
+            State::Stopped | State::Running | State::Snapshotted => {
+                tracing::info!(id = %after.id, from, %cause, took_ms, "{to}");
+            }
+            State::Booting | State::Snapshotting | State::Restoring | State::Deleting => {
+                tracing::debug!(id = %after.id, from, %cause, "{to}");
+            }
+        }
         self.news.tell(&self.event(after, what, cause));
     }
 

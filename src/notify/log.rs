@@ -35,15 +35,27 @@ pub struct Viewer {
     pub uid: u32,
     /// The group.
     pub gid: u32,
-    /// The supplementary groups.
-    pub groups: Vec<u32>,
+    /// The supplementary groups, as far as they are kept, ascending.
+    groups: Arc<[u32]>,
 }
 
+/// How many groups of a viewer are looked at: far more than people are in, and few enough that
+/// an open file costs next to nothing.
+const VIEWER_GROUPS_MAX: usize = 1024;
+
 impl Viewer {
+    /// Makes a viewer, of whose groups the first 1024 count.
+    #[must_use]
+    pub fn new(uid: u32, gid: u32, groups: &[u32]) -> Self {
+        let mut groups = groups[..groups.len().min(VIEWER_GROUPS_MAX)].to_vec();
+        groups.sort_unstable();
+        Self { uid, gid, groups: groups.into() }
+    }
+
     /// Says whether this user may see what `owner` has.
     #[must_use]
     pub fn may_see(&self, owner: Owner) -> bool {
-        let groups = || self.groups.contains(&owner.gid);
+        let groups = || self.groups.binary_search(&owner.gid).is_ok();
         self.uid == 0 || self.uid == owner.uid || self.gid == owner.gid || groups()
     }
 }
@@ -113,6 +125,7 @@ impl Log {
     #[must_use]
     pub fn open(self: &Arc<Self>, view: View) -> Reader {
         let mut ring = lock(&self.ring);
+        let view = ring.shared(view);
         let there = ring.tally(&view);
         let tally = match &view {
             View::Sandbox(row) => ring.sandboxes.entry(*row).or_insert(there),
@@ -187,6 +200,17 @@ impl Ring {
                     .rev()
                     .filter(|number| viewer.may_see(self.event(*number).owner)),
             ),
+        }
+    }
+
+    /// Returns a view that has what one that is open has already in common with it.
+    fn shared(&self, view: View) -> View {
+        match &view {
+            View::Viewer(viewer) => {
+                let open = self.viewers.get_key_value(viewer);
+                open.map_or(view, |(open, _)| View::Viewer(open.clone()))
+            }
+            View::Sandbox(_) => view,
         }
     }
 
@@ -327,7 +351,9 @@ mod tests {
     use super::*;
     use crate::{notify::What, sandbox::Cause};
 
-    const ROOT: Viewer = Viewer { uid: 0, gid: 0, groups: Vec::new() };
+    fn root() -> Viewer {
+        Viewer::new(0, 0, &[])
+    }
 
     fn now() -> jiff::Timestamp {
         jiff::Timestamp::from_millisecond(1_700_000_000_000).unwrap()
@@ -368,9 +394,9 @@ mod tests {
             events.iter().filter(|event| event.row.0 == row).cloned().collect()
         };
         events[..10].iter().for_each(|event| log.append(event));
-        let all_of_root = log.open(View::Viewer(ROOT));
+        let all_of_root = log.open(View::Viewer(root()));
         let ones = log.open(View::Sandbox(RowId(1)));
-        let theirs = log.open(View::Viewer(Viewer { uid: 1002, gid: 5, groups: vec![6] }));
+        let theirs = log.open(View::Viewer(Viewer::new(1002, 5, &[6])));
         let before = all(&all_of_root, 0);
         assert_eq!(before, text(&events[..10]));
         assert!(!all_of_root.has_more() && ones.has_more());
@@ -380,10 +406,10 @@ mod tests {
         assert_eq!(all(&ones, 0), text(&of(1)));
         assert_eq!(all(&theirs, 0), text(&of(2)));
         for (view, want) in [
-            (View::Viewer(ROOT), text(&events)),
+            (View::Viewer(root()), text(&events)),
             (View::Sandbox(RowId(1)), text(&of(1))),
             (View::Sandbox(RowId(9)), String::new()),
-            (View::Viewer(Viewer { uid: 1, gid: 100, groups: Vec::new() }), text(&events)),
+            (View::Viewer(Viewer::new(1, 100, &[])), text(&events)),
         ] {
             assert_eq!(log.size(&view).0, want.len() as u64);
             assert_eq!(log.size(&view).1.is_some(), !want.is_empty());
@@ -396,7 +422,7 @@ mod tests {
         let events: Vec<_> = (0..9).map(|number| event(number % 2, number)).collect();
         events.iter().for_each(|event| log.append(event));
         let whole = text(&events);
-        let reader = log.open(View::Viewer(ROOT));
+        let reader = log.open(View::Viewer(root()));
         for from in (0..=whole.len()).rev().chain([0, 5]) {
             assert_eq!(all(&reader, from as u64), whole[from..], "from {from}");
         }
@@ -438,7 +464,7 @@ mod tests {
     #[test]
     fn a_file_that_is_open_never_gets_shorter_and_one_that_is_opened_anew_has_what_is_kept() {
         let log = Arc::new(Log::default());
-        let view = View::Viewer(ROOT);
+        let view = View::Viewer(root());
         log.append(&event(1, 0));
         let reader = log.open(view.clone());
         let mut last = 0;
@@ -455,6 +481,21 @@ mod tests {
         assert_eq!(all(&log.open(view), 0).len() as u64, size);
         let ring = lock(&log.ring);
         assert!(ring.viewers.is_empty() && ring.sandboxes.is_empty());
+    }
+
+    #[test]
+    fn a_viewer_in_many_groups_costs_once_and_a_bounded_amount() {
+        let log = Arc::new(Log::default());
+        let groups: Vec<u32> = (0..65_536).collect();
+        let open = || log.open(View::Viewer(Viewer::new(1, 1, &groups)));
+        let readers: Vec<_> = (0..3).map(|_| open()).collect();
+        let groups_of = |reader: &Reader| match &reader.view {
+            View::Viewer(viewer) => Arc::clone(&viewer.groups),
+            View::Sandbox(_) => panic!("it is a viewer's"),
+        };
+        let first = groups_of(&readers[0]);
+        assert_eq!(first.len(), VIEWER_GROUPS_MAX);
+        assert!(readers.iter().all(|reader| Arc::ptr_eq(&groups_of(reader), &first)));
     }
 
     #[test]

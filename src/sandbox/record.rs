@@ -24,6 +24,63 @@ pub struct Owner {
     pub gid: u32,
 }
 
+/// Who wrote the `config` of a sandbox: the files that it names are opened with their rights.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Writer {
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+    /// The groups that they were in besides, as far as they are kept.
+    groups: Vec<u32>,
+}
+
+/// How many groups of a writer are kept. Whoever is in more has no rights by the others.
+const WRITER_GROUPS_MAX: usize = 32;
+
+impl Writer {
+    /// Makes a writer, of whose groups the first are kept.
+    #[must_use]
+    pub fn new(uid: u32, gid: u32, mut groups: Vec<u32>) -> Self {
+        groups.truncate(WRITER_GROUPS_MAX);
+        groups.shrink_to_fit();
+        Self { uid, gid, groups }
+    }
+
+    /// Returns the groups that they were in besides.
+    #[must_use]
+    pub fn groups(&self) -> &[u32] {
+        &self.groups
+    }
+}
+
+impl From<Owner> for Writer {
+    fn from(Owner { uid, gid }: Owner) -> Self {
+        Self::new(uid, gid, Vec::new())
+    }
+}
+
+/// `1000:100`, and then the other groups, `1000:100:4:24`.
+impl fmt::Display for Writer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.uid, self.gid)?;
+        self.groups.iter().try_for_each(|group| write!(f, ":{group}"))
+    }
+}
+
+impl std::str::FromStr for Writer {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let numbers: Vec<u32> = text.split(':').map(str::parse).collect::<Result<_, _>>()?;
+        match *numbers {
+            [uid, gid, ref groups @ ..] => Ok(Self::new(uid, gid, groups.to_vec())),
+            // One that has no group is as one that is no number.
+            _ => Err("".parse::<u32>().expect_err("nothing is no number")),
+        }
+    }
+}
+
 /// What tells one process from every other that has had its number.
 ///
 /// Where the kernel has pidfs (Linux 6.9), the inode of a pidfd is unique for the
@@ -72,6 +129,8 @@ pub struct Record {
     pub generation: u64,
     /// Its hardware and guest.
     pub spec: Arc<Spec>,
+    /// Who wrote that; nobody where it is the template's.
+    pub config_by: Option<Arc<Writer>>,
     /// How long without activity before the reaper puts it to sleep.
     pub idle_after: Period,
     /// How long asleep before the reaper deletes it.
@@ -180,6 +239,7 @@ mod tests {
             created_at: at(0),
             generation: 0,
             spec: Arc::new(Spec::default()),
+            config_by: None,
             idle_after: Period::After(Duration::from_secs(60)),
             delete_after: Period::After(Duration::from_secs(600)),
             pinned: false,
@@ -196,6 +256,18 @@ mod tests {
             retry_at: None,
             waking: Waking::default(),
         }
+    }
+
+    #[test]
+    fn a_writer_reads_back_and_has_a_bounded_count_of_groups() {
+        for text in ["1000:100", "1000:100:4:24"] {
+            assert_eq!(text.parse::<Writer>().unwrap().to_string(), text);
+        }
+        for text in ["", "1000", "1000:", "a:b", "1000:100:"] {
+            text.parse::<Writer>().unwrap_err();
+        }
+        let writer = Writer::new(1, 2, (0..65_536).collect());
+        assert_eq!(writer.groups().len(), WRITER_GROUPS_MAX);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::{ffi::CStr, fs, path::Path};
 
+use crate::sandbox::text::is_plain;
+
 /// Returns the supplementary groups of a thread; none where it cannot be seen.
 #[must_use]
 pub fn groups_of(tid: u32) -> Vec<u32> {
@@ -22,12 +24,13 @@ pub fn process_of(tid: u32) -> Option<u32> {
     field(&status_of(tid)?, "Tgid:")?.trim().parse().ok()
 }
 
-/// Returns the name of the program that a thread runs, without control characters and
-/// blanks: anybody can call theirs what they like.
+/// Returns the name of the program that a thread runs, of plain characters without blanks:
+/// anybody can call theirs what they like.
 #[must_use]
 pub fn command_of(tid: u32) -> Option<String> {
-    let name = fs::read_to_string(format!("/proc/{tid}/comm")).ok()?;
-    let plain = |c: char| if c.is_control() || c.is_whitespace() { '_' } else { c };
+    let name = fs::read(format!("/proc/{tid}/comm")).ok()?;
+    let name = String::from_utf8_lossy(&name);
+    let plain = |c: char| if is_plain(c) && !c.is_whitespace() { c } else { '_' };
     Some(name.trim_end_matches('\n').chars().map(plain).collect())
 }
 

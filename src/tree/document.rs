@@ -18,16 +18,17 @@ use super::{
     Caller, Errno, File, Job, Node, Tree,
     command::{self, BadCommand, DOCUMENT_MAX_BYTES},
     errno,
-    write::{Written, actor, answer},
+    handle::OpenedBy,
+    write::{Written, actor, answer, check_opened},
 };
 use crate::{
     lifecycle::{Entry, Error, Lifecycle, Policy, Wait},
     sandbox::{
-        Actor, Cause, Spec, SpecError, State,
+        Actor, Cause, Spec, SpecError, State, Writer,
         network::{Destinations, Nameservers},
     },
     sync::{Arc, Mutex, lock},
-    sys::task::{has_open_for_writing, process_of, signal_that_killed},
+    sys::task::{groups_of, has_open_for_writing, process_of, signal_that_killed},
 };
 
 /// How many bytes of documents that are being written a user may have at a time: sixteen of
@@ -88,6 +89,7 @@ pub(super) struct Document {
     wait: Wait,
     /// Whether the old text is its beginning.
     is_appended: bool,
+    opened: OpenedBy,
     /// The process that opened it, where that is known.
     opener: Option<u32>,
     uid: u32,
@@ -99,13 +101,17 @@ pub(super) struct Document {
     committing: Mutex<()>,
 }
 
+/// Who wrote a document: for the log, and with which rights.
+type Author = (Actor, Writer);
+
 #[derive(Debug, Default)]
 struct Draft {
     /// `None` until something is written.
     text: Option<Vec<u8>>,
     status: DraftStatus,
-    /// Who wrote to it first.
-    by: Option<Actor>,
+    /// Who wrote to it: the first, or another after root. What root's open file is given to
+    /// write has not root's rights.
+    by: Option<Author>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -189,6 +195,7 @@ impl Document {
         kind: DocumentKind,
         wait: Wait,
         is_appended: bool,
+        opened: OpenedBy,
         caller: Caller,
         budget: &Arc<DraftBudget>,
     ) -> Self {
@@ -196,6 +203,7 @@ impl Document {
             kind,
             wait,
             is_appended,
+            opened,
             opener: process_of(caller.tid),
             uid: caller.uid,
             budget: Arc::clone(budget),
@@ -211,7 +219,7 @@ impl Document {
         &self,
         offset: u64,
         data: &[u8],
-        by: impl FnOnce() -> Actor,
+        by: impl FnOnce() -> Author,
         old: impl FnOnce() -> String,
     ) -> Result<Option<String>, Refusal> {
         let mut draft = lock(&self.draft);
@@ -249,7 +257,10 @@ impl Document {
         };
         draft.text = Some(text);
         draft.status = DraftStatus::Changed;
-        draft.by.get_or_insert_with(by);
+        match &mut draft.by {
+            Some((_, writer)) if writer.uid != 0 => {}
+            earlier => *earlier = Some(by()),
+        }
         completed.map_err(|_| Refusal::Now(BadCommand::NotText))
     }
 
@@ -291,7 +302,7 @@ impl Document {
     }
 
     /// Takes its text to commit it, if there is something to commit.
-    fn take_changed(&self) -> Result<Option<(Vec<u8>, Actor)>, Errno> {
+    fn take_changed(&self) -> Result<Option<(Vec<u8>, Author)>, Errno> {
         let mut draft = lock(&self.draft);
         match draft.status {
             DraftStatus::Clean => Ok(None),
@@ -426,7 +437,8 @@ impl Tree {
             return Written::Now(Err(Errno::NoDev));
         };
         let old = || document.kind.text(&entry.record().spec);
-        let lines = match document.write(offset, data, || actor(caller), old) {
+        let by = || (actor(caller), writer(caller));
+        let lines = match document.write(offset, data, by, old) {
             Ok(Some(lines)) => lines,
             Ok(None) => return Written::Now(Ok(data.len())),
             Err(Refusal::Before(errno)) => return Written::Now(Err(errno)),
@@ -439,7 +451,7 @@ impl Tree {
         let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
         let (kind, len) = (document.kind, data.len());
         let check = move || {
-            let checked = check_beginning(&lifecycle, &entry, kind, &lines);
+            let checked = check_beginning(&lifecycle, &entry, kind, &lines, &writer(caller));
             checked.map(|()| len).inspect_err(|errno| document.refuse(*errno))
         };
         // The lists name no files, so to check them waits for no disk.
@@ -465,12 +477,13 @@ fn check_beginning(
     entry: &Arc<Entry>,
     kind: DocumentKind,
     lines: &str,
+    writer: &Writer,
 ) -> Result<(), Errno> {
     if let Some(list) = kind.list(lines.as_bytes()) {
         return list.map(drop).map_err(|bad| refused(lifecycle, entry, &bad));
     }
     let record = entry.record();
-    let begun = read_config(lifecycle, entry, |missing| {
+    let begun = read_config(lifecycle, entry, writer, |missing| {
         Spec::parse_beginning(lines, &record.spec, missing)
     })?;
     let Some(mut spec) = begun else { return Ok(()) };
@@ -490,9 +503,9 @@ fn commit(
     entry: &Arc<Entry>,
     document: &Document,
     text: &[u8],
-    by: Actor,
+    (actor, writer): Author,
 ) -> Result<(), Errno> {
-    let cause = Cause::Write(by);
+    let cause = Cause::Write(actor);
     let lock = |wait| lifecycle.lock(entry, wait, cause).map_err(|error| errno::of(&error));
     let (held, policy) = if let Some(list) = document.kind.list(text) {
         let policy = list.map_err(|bad| refused(lifecycle, entry, &bad))?;
@@ -504,28 +517,34 @@ fn commit(
         let parse = || {
             let mut base = Spec::clone(&lifecycle.settings().template);
             base.keep_policy(&entry.record().spec);
-            read_config(lifecycle, entry, |missing| Spec::parse(text, &base, missing))
+            read_config(lifecycle, entry, &writer, |missing| Spec::parse(text, &base, missing))
         };
         parse()?; // What makes no sense does not wait to be told so.
         let held = lock(document.wait)?;
-        (held, Policy::Spec(Box::new(parse()?)))
+        (held, Policy::Config(Box::new(parse()?), writer))
     };
+    check_opened(lifecycle, entry, Some(document.opened))?;
     lifecycle
         .set(&held, entry, policy)
         .map_err(|error| answer(lifecycle, entry, "configuring", &error))
 }
 
-/// Reads a `config`, whose files have to be its owner's to use.
+/// Returns the caller as one whose rights are kept.
+fn writer(caller: Caller) -> Writer {
+    Writer::new(caller.uid, caller.gid, groups_of(caller.tid))
+}
+
+/// Reads a `config`, whose files have to be its writer's to use.
 fn read_config<T>(
     lifecycle: &Lifecycle,
     entry: &Entry,
+    writer: &Writer,
     read: impl FnOnce(&dyn Fn(&Path) -> Option<String>) -> Result<T, SpecError>,
 ) -> Result<T, Errno> {
-    let owner = entry.record().owner;
     // The first file that is amiss ends it.
     let is_denied = Cell::new(false);
     let missing = |path: &Path| {
-        let unusable = lifecycle.why_unusable(owner, path)?;
+        let unusable = lifecycle.why_unusable(writer, path)?;
         is_denied.set(unusable.is_denied);
         Some(unusable.why)
     };

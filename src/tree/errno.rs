@@ -113,6 +113,7 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         E::Locked { .. } | E::Active { .. } => Errno::Again,
         E::Exists { .. } => Errno::Exist,
         E::Pinned { .. } => Errno::Perm,
+        E::ChangedHands { .. } => Errno::Acces,
         E::NotStopped { .. } | E::NoSlot { .. } | E::Held { .. } => Errno::Busy,
         E::NoMemory { .. } => Errno::NoMem,
         E::TooMany { .. } | E::TooManyHolds { .. } | E::NoUser { .. } | E::NoAddress { .. } => {
@@ -136,7 +137,7 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         | E::Network { .. }
         | E::Snapshot { .. }
         | E::Host { .. }
-        | E::NotOwners { .. }
+        | E::NotWriters { .. }
         | E::Undead { .. }
         | E::Undo { .. } => match error.fault() {
             Fault::NoSpace => Errno::NoSpc,

@@ -5,18 +5,39 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use super::{Node, console::Console, document::Document};
+use super::{Errno, Node, console::Console, document::Document};
 use crate::{
     lifecycle::{HoldId, Reader},
-    sandbox::{State, Timestamp},
+    sandbox::{Owner, State, Timestamp},
     sync::{Arc, Mutex, lock},
 };
+
+/// Who opened a file of a sandbox, and whose that was then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct OpenedBy {
+    pub(super) uid: u32,
+    pub(super) owner: Owner,
+}
+
+impl OpenedBy {
+    /// Says whether it is of no more use, as the sandbox is `owner`'s now. It was opened with
+    /// the rights of then: root's go on, and those of the group where that is the same.
+    pub(super) fn has_ended(self, owner: Owner) -> bool {
+        let Self { uid, owner: before } = self;
+        let is_of_group = before.gid == owner.gid && uid != before.uid;
+        owner != before && uid != 0 && uid != owner.uid && !is_of_group
+    }
+}
 
 /// An open file. A handle that is not known, since an earlier daemon gave it out, is
 /// as good as one that nothing was read from yet.
 #[derive(Debug, Clone)]
 pub(super) struct Handle {
     pub(super) node: Node,
+    /// Whose file descriptor it is.
+    pub(super) uid: u32,
+    /// Who opened it, where it is a sandbox's.
+    pub(super) opened: Option<OpenedBy>,
     /// What a read at offset 0 saw; later offsets are of the same.
     pub(super) text: Option<Arc<[u8]>>,
     /// How far a console was read.
@@ -33,9 +54,11 @@ pub(super) struct Handle {
 
 impl Handle {
     /// Nothing was read of it yet.
-    pub(super) fn new(node: Node) -> Self {
+    pub(super) fn new(node: Node, uid: u32) -> Self {
         Self {
             node,
+            uid,
+            opened: None,
             text: None,
             console: None,
             events: None,
@@ -46,12 +69,46 @@ impl Handle {
     }
 }
 
+/// How many files of the tree a user may have open at a time, but for root: a watcher may have
+/// two files of each of eight thousand sandboxes open.
+const OPEN_MAX: usize = 16 * 1024;
+/// How many bytes of texts that were read in part are kept for a user: 16 MiB. A reader who is
+/// past that sees, in a later piece, the text of that moment.
+const TEXTS_MAX_BYTES: usize = 16 << 20;
+
 /// The table of open files.
 #[derive(Debug)]
 pub(super) struct Handles {
     /// A leaf lock.
-    table: Mutex<HashMap<u64, Handle>>,
+    table: Mutex<Table>,
     next: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    open: HashMap<u64, Handle>,
+    of_uid: HashMap<u32, Usage>,
+}
+
+/// What the open files of a user take.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Usage {
+    files: usize,
+    text_bytes: usize,
+}
+
+impl Table {
+    /// Replaces the text that is kept for an open file.
+    fn set_text(&mut self, number: u64, text: Option<Arc<[u8]>>) {
+        let Some(handle) = self.open.get_mut(&number) else { return };
+        let usage = self.of_uid.entry(handle.uid).or_default();
+        let before = handle.text.take().map_or(0, |text| text.len());
+        usage.text_bytes = usage.text_bytes.saturating_sub(before);
+        let fits =
+            |text: &Arc<[u8]>| handle.uid == 0 || usage.text_bytes + text.len() <= TEXTS_MAX_BYTES;
+        handle.text = text.filter(fits);
+        usage.text_bytes += handle.text.as_ref().map_or(0, |text| text.len());
+    }
 }
 
 impl Handles {
@@ -59,32 +116,44 @@ impl Handles {
         Self { table: Mutex::default(), next: AtomicU64::new(1) }
     }
 
-    pub(super) fn open(&self, handle: Handle) -> u64 {
+    /// Enters an open file, of which it returns the number; `Dquot` where its user has as many
+    /// open as one may.
+    pub(super) fn open(&self, handle: Handle) -> Result<u64, Errno> {
+        let mut table = lock(&self.table);
+        let usage = table.of_uid.entry(handle.uid).or_default();
+        if handle.uid != 0 && usage.files >= OPEN_MAX {
+            return Err(Errno::Dquot);
+        }
+        usage.files += 1;
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        lock(&self.table).insert(number, handle);
-        number
+        table.open.insert(number, handle);
+        Ok(number)
     }
 
     /// Opens a file that is a hold for as long as it is open.
-    pub(super) fn open_hold(&self, node: Node, hold: HoldId) -> u64 {
-        self.open(Handle { hold: Some(hold), ..Handle::new(node) })
+    pub(super) fn open_hold(
+        &self,
+        node: Node,
+        opened: OpenedBy,
+        hold: HoldId,
+    ) -> Result<u64, Errno> {
+        let handle = Handle::new(node, opened.uid);
+        self.open(Handle { hold: Some(hold), opened: Some(opened), ..handle })
     }
 
     pub(super) fn get(&self, number: u64, node: Node) -> Handle {
-        let known = lock(&self.table).get(&number).cloned();
-        known.filter(|handle| handle.node == node).unwrap_or(Handle::new(node))
+        let known = lock(&self.table).open.get(&number).cloned();
+        known.filter(|handle| handle.node == node).unwrap_or(Handle::new(node, 0))
     }
 
     /// Keeps what a reader saw, if it will come back for the rest of it.
     pub(super) fn keep(&self, number: u64, text: Arc<[u8]>) {
-        if let Some(handle) = lock(&self.table).get_mut(&number) {
-            handle.text = Some(text);
-        }
+        lock(&self.table).set_text(number, Some(text));
     }
 
     /// Notes the state that was read.
     pub(super) fn saw(&self, number: u64, seen: (State, Timestamp)) {
-        if let Some(handle) = lock(&self.table).get_mut(&number) {
+        if let Some(handle) = lock(&self.table).open.get_mut(&number) {
             handle.seen = Some(seen);
         }
     }
@@ -92,6 +161,63 @@ impl Handles {
     /// Closes a file.
     pub(super) fn close(&self, number: u64) -> Option<Handle> {
         // A log has a lock of its own, so it is let go after this one.
-        lock(&self.table).remove(&number)
+        let mut table = lock(&self.table);
+        table.set_text(number, None);
+        let handle = table.open.remove(&number)?;
+        if let Some(usage) = table.of_uid.get_mut(&handle.uid) {
+            usage.files -= 1;
+            if usage.files == 0 {
+                table.of_uid.remove(&handle.uid);
+            }
+        }
+        Some(handle)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{sandbox::RowId, tree::File};
+
+    #[test]
+    fn what_a_user_has_open_is_bounded_and_others_do_not_feel_it() {
+        const UID: u32 = 1;
+        let handles = Handles::new();
+        let handle = |uid| Handle::new(Node::File(RowId(1), File::Status), uid);
+        let open: Vec<u64> = (0..OPEN_MAX).map(|_| handles.open(handle(UID)).unwrap()).collect();
+        assert_eq!(handles.open(handle(UID)), Err(Errno::Dquot));
+        for uid in [0, 2] {
+            handles.open(handle(uid)).unwrap();
+        }
+        let text: Arc<[u8]> = vec![0; 64 << 10].into();
+        for number in &open {
+            handles.keep(*number, Arc::clone(&text));
+            handles.keep(*number, Arc::clone(&text));
+        }
+        let usage = lock(&handles.table).of_uid[&UID];
+        assert_eq!(usage, Usage { files: OPEN_MAX, text_bytes: TEXTS_MAX_BYTES });
+        for number in open {
+            handles.close(number).unwrap();
+        }
+        assert_eq!(lock(&handles.table).of_uid.get(&UID), None);
+        handles.open(handle(UID)).unwrap();
+    }
+
+    #[test]
+    fn what_was_opened_ends_with_the_rights_that_it_was_opened_with() {
+        let owner = |uid, gid| Owner { uid, gid };
+        for (uid, before, after, has_ended) in [
+            (1, owner(1, 2), owner(1, 2), false),
+            (1, owner(1, 2), owner(7, 2), true),
+            (1, owner(1, 2), owner(1, 9), false),
+            (5, owner(1, 2), owner(7, 2), false),
+            (5, owner(1, 2), owner(7, 9), true),
+            (7, owner(1, 2), owner(7, 9), false),
+            (0, owner(1, 2), owner(7, 9), false),
+            (1, owner(1, 2), owner(0, 0), true),
+        ] {
+            let opened = OpenedBy { uid, owner: before };
+            assert_eq!(opened.has_ended(after), has_ended, "{opened:?} {after:?}");
+        }
     }
 }

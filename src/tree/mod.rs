@@ -444,7 +444,7 @@ impl Tree {
 fn viewer(caller: Caller) -> Viewer {
     // Root sees everything, so its groups need not be looked up.
     let groups = if caller.uid == 0 { Vec::new() } else { groups_of(caller.tid) };
-    Viewer { uid: caller.uid, gid: caller.gid, groups }
+    Viewer::new(caller.uid, caller.gid, &groups)
 }
 
 fn shown(at: jiff::Timestamp) -> SystemTime {

@@ -223,6 +223,18 @@ impl Node {
         }
     }
 
+    /// Returns the row and the number within it that the inode number is made of.
+    pub(super) fn row_and_number(self) -> (RowId, u64) {
+        let inode = self.inode();
+        (RowId(inode / INODES_PER_ROW), inode % INODES_PER_ROW)
+    }
+
+    /// Returns the inode number of a row and a number within it.
+    pub(super) fn inode_at(row: RowId, number: u64) -> Option<u64> {
+        let first = row.0.checked_mul(INODES_PER_ROW)?;
+        (number < INODES_PER_ROW).then(|| first.checked_add(number)).flatten()
+    }
+
     /// Returns the place that has this inode number, whether or not it exists.
     #[must_use]
     pub fn from_inode(inode: u64) -> Option<Self> {

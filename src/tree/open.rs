@@ -4,12 +4,12 @@ use super::{
     Caller, DaemonFile, Errno, File, Job, Node, Tree,
     document::{Document, DocumentKind},
     errno,
-    handle::Handle,
-    write::{actor, answer},
+    handle::{Handle, OpenedBy},
+    write::{actor, answer, check_opened},
 };
 use crate::{
     lifecycle::{Entry, HoldId, Holder, Wait},
-    sandbox::{Cause, RowId},
+    sandbox::{Cause, Owner, RowId},
     sync::Arc,
 };
 
@@ -77,10 +77,13 @@ impl Tree {
         access: Access,
         caller: Caller,
     ) -> Result<Opened, Errno> {
-        match node {
-            Node::Root | Node::Daemon(_) => {}
-            Node::Dir(row) | Node::NetDir(row) | Node::File(row, _) => drop(self.entry(row)?),
-        }
+        let owner = match node {
+            // Nobody changes the owner of these.
+            Node::Root | Node::Daemon(_) => Owner { uid: 0, gid: 0 },
+            Node::Dir(row) | Node::NetDir(row) | Node::File(row, _) => {
+                self.entry(row)?.record().owner
+            }
+        };
         // The kernel has checked the caller's permissions; root passes all of them.
         let read_only = match node {
             Node::Root | Node::Daemon(_) => true,
@@ -90,16 +93,18 @@ impl Tree {
         if access != Access::Read && read_only {
             return Err(Errno::Acces);
         }
-        let mut handle = Handle::new(node);
+        let opened = OpenedBy { uid: caller.uid, owner };
+        let mut handle = Handle::new(node, caller.uid);
+        handle.opened = matches!(node, Node::File(..)).then_some(opened);
         match node {
             Node::File(row, File::Awake) if access != Access::Read => {
-                return self.open_hold(row, access, caller);
+                return self.open_hold(row, access, opened, caller);
             }
             Node::File(row, File::Console) => {
                 let this = Arc::clone(self);
                 return Ok(Opened::Look(Box::new(move || {
                     handle.console = Some(Arc::new(this.open_console(row)));
-                    Ok(this.handles.open(handle))
+                    this.handles.open(handle)
                 })));
             }
             Node::Daemon(DaemonFile::Events) | Node::File(_, File::Events) => {
@@ -109,10 +114,10 @@ impl Tree {
         }
         if let Some(kind) = DocumentKind::of(node).filter(|_| access != Access::Read) {
             let (wait, is_append) = (access.wait(), access.is_append());
-            let document = Document::new(kind, wait, is_append, caller, &self.drafts);
+            let document = Document::new(kind, wait, is_append, opened, caller, &self.drafts);
             handle.document = Some(Arc::new(document));
         }
-        Ok(Opened::Now(self.handles.open(handle)))
+        Ok(Opened::Now(self.handles.open(handle)?))
     }
 
     /// Closes an open file that nobody has open any more, and ends the hold that it is.
@@ -130,6 +135,7 @@ impl Tree {
         self: &Arc<Self>,
         row: RowId,
         access: Access,
+        opened: OpenedBy,
         caller: Caller,
     ) -> Result<Opened, Errno> {
         let entry = self.entry(row)?;
@@ -143,20 +149,27 @@ impl Tree {
         let node = Node::File(row, File::Awake);
         // It is held from now on, so that nobody puts it to sleep before it is awake.
         let enter = move |this: &Self, entry: &Entry| -> Result<HoldId, Errno> {
-            this.lifecycle.hold(entry, holder).map_err(|error| {
+            let hold = this.lifecycle.hold(entry, holder).map_err(|error| {
                 this.lifecycle.note(entry, &error);
                 answer(&this.lifecycle, entry, "holding", &error)
-            })
+            })?;
+            // A change of owners ends the holds that it finds, and this one may be later.
+            check_opened(&this.lifecycle, entry, Some(opened))
+                .inspect_err(|_| this.lifecycle.give_up(hold))?;
+            Ok(hold)
         };
         let this = Arc::clone(self);
         if access.wait() == Wait::Never {
-            let handle = self.handles.open_hold(node, enter(self, &entry)?);
+            let hold = enter(self, &entry)?;
+            let handle = self.handles.open_hold(node, opened, hold);
+            let handle = handle.inspect_err(|_| self.lifecycle.give_up(hold))?;
             return Ok(Opened::Started(handle, Box::new(move || this.wake_held(&entry, cause))));
         }
         Ok(Opened::Later(Box::new(move || {
             let hold = enter(&this, &entry)?;
             this.wake_held(&entry, cause).inspect_err(|_| this.lifecycle.give_up(hold))?;
-            Ok(this.handles.open_hold(node, hold))
+            let handle = this.handles.open_hold(node, opened, hold);
+            handle.inspect_err(|_| this.lifecycle.give_up(hold))
         })))
     }
 

@@ -4,7 +4,10 @@ use std::{fmt::Display, time::SystemTime};
 
 use super::{
     Answer, Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree,
-    document::DocumentKind, glance::Glance, shown, view, viewer, write::answer,
+    document::DocumentKind,
+    glance::Glance,
+    shown, view, viewer,
+    write::{answer, check_opened},
 };
 use crate::{
     lifecycle::{Entry, Gauges, Reader, View},
@@ -49,6 +52,10 @@ impl Tree {
                 }
             }
         };
+        let owner = entry.as_ref().map(|entry| entry.record().owner);
+        if open.opened.zip(owner).is_some_and(|(opened, owner)| opened.has_ended(owner)) {
+            return Readiness::Gone;
+        }
         let log = |more| if more { Readiness::More } else { Readiness::AtEnd };
         match (node, entry) {
             (Node::File(_, File::State), Some(entry)) => {
@@ -114,6 +121,9 @@ impl Tree {
         caller: Caller,
     ) -> Result<Vec<u8>, Errno> {
         let open = self.handles.get(handle, node);
+        if let Node::File(row, _) = node {
+            check_opened(&self.lifecycle, &*self.open_entry(row)?, open.opened)?;
+        }
         let text = match (node, open.text) {
             (Node::File(row, File::Console), _) => {
                 let entry = self.open_entry(row)?;

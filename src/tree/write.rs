@@ -6,6 +6,7 @@ use super::{
     command::{self, BadCommand, Verb},
     document::refused,
     errno,
+    handle::OpenedBy,
 };
 use crate::{
     lifecycle::{Entry, Error, Lifecycle, Policy, Wait, Why, chain},
@@ -38,6 +39,16 @@ impl std::fmt::Debug for Written {
             Self::Started(..) => f.write_str("Started"),
         }
     }
+}
+
+/// A command that was written to a file of a sandbox.
+#[derive(Debug, Clone, Copy)]
+struct Command<'a> {
+    entry: &'a Arc<Entry>,
+    opened: Option<OpenedBy>,
+    wait: Wait,
+    len: usize,
+    caller: Caller,
 }
 
 /// A change of attributes, as much of it as means anything here. Sizes mean nothing.
@@ -118,12 +129,18 @@ impl Tree {
             Ok(entry) => entry,
             Err(errno) => return Written::Now(Err(errno)),
         };
+        let opened = self.handles.get(handle, node).opened;
+        if let Err(errno) = check_opened(&self.lifecycle, &entry, opened) {
+            return Written::Now(Err(errno));
+        }
         let wait = if nonblocking { Wait::Never } else { Wait::ForIt };
         let len = data.len();
-        let set = |policy| self.write_policy(&entry, policy, wait, len, caller);
+        let of = Command { entry: &entry, opened, wait, len, caller };
+        let set = |policy| self.write_policy(of, policy);
         let parsed = match file {
-            File::State => command::verb(data)
-                .map(|verb| verb.map(|verb| self.write_verb(&entry, verb, wait, len, caller))),
+            File::State => {
+                command::verb(data).map(|verb| verb.map(|verb| self.write_verb(of, verb)))
+            }
             File::Activity if len > command::COMMAND_MAX_BYTES => {
                 Err(BadCommand::TooLong { limit: command::COMMAND_MAX_BYTES })
             }
@@ -140,7 +157,7 @@ impl Tree {
                 let document = self.handles.get(handle, node).document;
                 return self.write_document(&entry, document, offset, data, caller);
             }
-            File::Console => Ok((len > 0).then(|| self.write_console(&entry, data.to_vec()))),
+            File::Console => Ok((len > 0).then(|| self.write_console(of, data.to_vec()))),
             File::Awake => Ok(None), // To hold it open is all that there is to do.
             File::Status
             | File::Error
@@ -157,14 +174,8 @@ impl Tree {
         }
     }
 
-    fn write_verb(
-        &self,
-        entry: &Arc<Entry>,
-        verb: Verb,
-        wait: Wait,
-        len: usize,
-        caller: Caller,
-    ) -> Written {
+    fn write_verb(&self, of: Command<'_>, verb: Verb) -> Written {
+        let Command { entry, opened, wait, len, caller } = of;
         if let Some(done) = self.already(entry, verb) {
             return Written::Now(done.map(|()| len));
         }
@@ -187,6 +198,7 @@ impl Tree {
                     .lock(&entry, Wait::ForIt, cause)
                     .map_err(|error| answer(&lifecycle, &entry, "locking", &error))?,
             };
+            check_opened(&lifecycle, &entry, opened)?;
             let (doing, result) = match verb {
                 Verb::Wake => ("waking", lifecycle.wake(&held, &entry)),
                 Verb::Sleep { count } => {
@@ -220,18 +232,13 @@ impl Tree {
         Some(Ok(()))
     }
 
-    fn write_policy(
-        &self,
-        entry: &Arc<Entry>,
-        policy: Policy,
-        wait: Wait,
-        len: usize,
-        caller: Caller,
-    ) -> Written {
+    fn write_policy(&self, of: Command<'_>, policy: Policy) -> Written {
+        let Command { entry, opened, wait, len, caller } = of;
         let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
         let cause = Cause::Write(actor(caller));
         Written::Later(Box::new(move || {
             let held = lifecycle.lock(&entry, wait, cause).map_err(|error| errno::of(&error))?;
+            check_opened(&lifecycle, &entry, opened)?;
             lifecycle
                 .set(&held, &entry, policy)
                 .map(|()| len)
@@ -239,9 +246,11 @@ impl Tree {
         }))
     }
 
-    fn write_console(&self, entry: &Arc<Entry>, bytes: Vec<u8>) -> Written {
+    fn write_console(&self, of: Command<'_>, bytes: Vec<u8>) -> Written {
+        let Command { entry, opened, .. } = of;
         let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
         Written::Later(Box::new(move || {
+            check_opened(&lifecycle, &entry, opened)?;
             lifecycle.type_in(&entry, &bytes).map_err(|error| {
                 lifecycle.note(&entry, &error);
                 answer(&lifecycle, &entry, "typing on the console of", &error)
@@ -302,9 +311,14 @@ impl Tree {
             .lifecycle
             .lock(&entry, Wait::ForIt, Cause::Write(by))
             .map_err(|error| errno::of(&error))?;
+        let before = entry.record().owner;
         self.lifecycle
             .set(&held, &entry, Policy::Owner(owner))
-            .map_err(|error| answer(&self.lifecycle, &entry, "changing the owner of", &error))
+            .map_err(|error| answer(&self.lifecycle, &entry, "changing the owner of", &error))?;
+        drop(held);
+        // What is open still is looked at when it is used; a hold is used all the time.
+        self.lifecycle.end_holds(&entry, |uid| OpenedBy { uid, owner: before }.has_ended(owner));
+        Ok(())
     }
 
     /// Makes a sandbox: `mkdir` in the root.
@@ -342,7 +356,7 @@ impl Tree {
                 // The name is still held by the end of an earlier sandbox.
                 Err(Error::Locked { .. }) => Err(Errno::Busy),
                 Err(error) => {
-                    tracing::info!(%id, error = chain(&error), "creating");
+                    tracing::info!(%id, error = chain(&error), "creating failed");
                     let errno = errno::of(&error);
                     this.lifecycle.metrics().failed(errno.word());
                     Err(errno)
@@ -382,6 +396,21 @@ impl Tree {
     }
 }
 
+/// Refuses what is done by an open file whose sandbox was given to somebody else since.
+pub(super) fn check_opened(
+    lifecycle: &Lifecycle,
+    entry: &Entry,
+    opened: Option<OpenedBy>,
+) -> Result<(), Errno> {
+    match opened {
+        Some(opened) if opened.has_ended(entry.record().owner) => {
+            let error = Error::ChangedHands { id: entry.id().clone() };
+            Err(answer(lifecycle, entry, "using an open file of", &error))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
 /// Says who `caller` is, as far as the kernel tells.
 pub(super) fn actor(caller: Caller) -> Actor {
     let (pid, command) = (process_of(caller.tid), command_of(caller.tid));
@@ -394,9 +423,9 @@ pub(super) fn answer(lifecycle: &Lifecycle, entry: &Entry, doing: &str, error: &
     lifecycle.metrics().failed(errno.word());
     let error = chain(error);
     if matches!(errno, Errno::Io | Errno::TimedOut | Errno::NoSpc) {
-        tracing::error!(id = %entry.id(), ?errno, error, "{doing}");
+        tracing::error!(id = %entry.id(), ?errno, error, "{doing} failed");
     } else {
-        tracing::info!(id = %entry.id(), ?errno, error, "{doing}");
+        tracing::info!(id = %entry.id(), ?errno, error, "{doing} failed");
     }
     errno
 }

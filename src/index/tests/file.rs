@@ -6,9 +6,9 @@ use super::*;
 fn a_file_of_a_later_version_is_refused() {
     let host = Host::new();
     host.index.close().unwrap();
-    host.meddle("PRAGMA user_version = 5");
+    host.meddle("PRAGMA user_version = 6");
     let error = Index::open(&host.path()).unwrap_err().to_string();
-    assert!(error.contains("has version 5, and this dozed knows versions up to 4"), "{error}");
+    assert!(error.contains("has version 6, and this dozed knows versions up to 5"), "{error}");
 }
 
 #[test]

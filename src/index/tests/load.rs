@@ -3,7 +3,7 @@
 use proptest::{option, prelude::*};
 
 use super::*;
-use crate::sandbox::ProcessIdentity;
+use crate::sandbox::{ProcessIdentity, Writer};
 
 fn any_moment() -> impl Strategy<Value = Timestamp> + Clone {
     any::<i64>().prop_map(at)
@@ -68,13 +68,18 @@ prop_compose! {
     }
 }
 
+fn any_writer() -> impl Strategy<Value = Arc<Writer>> {
+    any::<(u32, u32, Vec<u32>)>()
+        .prop_map(|(uid, gid, groups)| Writer::new(uid, gid, groups).into())
+}
+
 prop_compose! {
     fn any_record()(
         id in "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",
         (uid, gid) in any::<(u32, u32)>(),
         state in 0..State::ALL.len(),
         (since, created_at, retry_at) in (any_moment(), any_moment(), option::of(any_moment())),
-        spec in any_spec(),
+        (spec, config_by) in (any_spec(), option::of(any_writer())),
         (idle_after, delete_after, pinned) in (any_period(), any_period(), any::<bool>()),
         (user, slot) in any::<(Option<u32>, Option<u32>)>(),
         (vmm, error) in (option::of(any_text()), option::of(any_text())),
@@ -92,6 +97,7 @@ prop_compose! {
             created_at,
             generation,
             spec,
+            config_by,
             idle_after,
             delete_after,
             pinned,

@@ -9,7 +9,7 @@ use std::{
 use rustix::fs::rename;
 
 use super::*;
-use crate::sys::host::own_ids;
+use crate::{sandbox::Writer, sys::host::own_ids};
 
 /// Whose the sandboxes of `Host::create` are.
 const OWNER: Owner = Owner { uid: 1, gid: 2 };
@@ -57,9 +57,9 @@ fn disk(path: &Path, readonly: bool) -> Disk {
 fn is_denied(host: &Host, path: &Path, state: State) {
     let before = host.vmm.calls();
     let error = host.wake("a").unwrap_err();
-    assert!(matches!(&error, Error::NotOwners { path: at, .. } if at == path), "{error}");
+    assert!(matches!(&error, Error::NotWriters { path: at, .. } if at == path), "{error}");
     assert_eq!(error.fault(), Comes::Denied);
-    let says = format!("the owner of a (uid 1, gid 2) cannot open {}", path.display());
+    let says = format!("who wrote the `config` of a (uid 1, gid 2) cannot open {}", path.display());
     assert!(host.error("a").contains(&says), "{}", host.error("a"));
     assert_eq!((host.state("a"), host.vmm.calls()), (state, before));
 }
@@ -152,7 +152,7 @@ fn a_disk_that_was_swapped_for_a_link_while_it_slept_is_not_attached() {
     rename(&shared, &aside).unwrap();
     symlink(images.ours("secret"), &shared).unwrap();
     let error = host.sleep("a").unwrap_err();
-    assert!(matches!(error, Error::NotOwners { .. }), "{error}");
+    assert!(matches!(error, Error::NotWriters { .. }), "{error}");
     assert!(host.guest_runs("a"));
     rename(&aside, &shared).unwrap();
     host.sleep("a").unwrap();
@@ -160,7 +160,7 @@ fn a_disk_that_was_swapped_for_a_link_while_it_slept_is_not_attached() {
 }
 
 #[test]
-fn a_new_owner_uses_what_they_may_open_and_root_whatever_it_names() {
+fn a_new_owner_changes_nothing_of_whose_rights_open_it() {
     let (host, images) = (Host::new(), Images::new());
     host.create("a");
     let (own, secret) = (images.own("own"), images.ours("secret"));
@@ -168,14 +168,30 @@ fn a_new_owner_uses_what_they_may_open_and_root_whatever_it_names() {
     host.check("a");
     host.sleep("a").unwrap();
     let give = |uid| host.set("a", Policy::Owner(Owner { uid, gid: 9 })).unwrap();
+    for uid in [7, own_ids().0] {
+        give(uid);
+        host.wake("a").unwrap();
+        host.sleep("a").unwrap();
+        // The old owner can still change what is there, and gets nothing by it.
+        let aside = images.0.path().join("aside");
+        rename(&own, &aside).unwrap();
+        symlink(&secret, &own).unwrap();
+        is_denied(&host, &own, State::Snapshotted);
+        rename(&aside, &own).unwrap();
+    }
+    let (denied, root) = (Writer::new(7, 9, vec![]), Writer::new(own_ids().0, 9, vec![]));
+    assert!(host.daemon.why_unusable(&denied, &secret).unwrap().is_denied);
+    assert_eq!(host.daemon.why_unusable(&root, &secret), None);
+    // Who may, may also write it for somebody else's sandbox.
     give(7);
-    assert_eq!(host.wake("a").unwrap_err().fault(), Comes::Denied);
-    give(own_ids().0);
     host.wake("a").unwrap();
-    assert_eq!(host.vmm.plan().disks[0].path, own, "it is as it was");
-    let (denied, root) = (Owner { uid: 7, gid: 9 }, host.entry("a").record().owner);
-    assert!(host.daemon.why_unusable(denied, &secret).unwrap().is_denied);
-    assert_eq!(host.daemon.why_unusable(root, &secret), None);
+    let before = Spec::clone(&host.entry("a").record().spec);
+    let mut spec = before.clone();
+    spec.disks = vec![disk(&secret, true)];
+    host.create("b");
+    host.set("b", Policy::Config(Box::new(spec), root)).unwrap();
+    host.wake("b").unwrap();
+    assert_eq!(host.vmm.plan().disks[0].path, secret);
 }
 
 #[test]
@@ -183,7 +199,7 @@ fn a_file_that_the_template_names_is_for_everybody() {
     let host = Host::new();
     // Nobody has such a file, and to say so is not to refuse it.
     let kernel = host.daemon.settings.template.kernel.clone().unwrap();
-    let unusable = host.daemon.why_unusable(OWNER, &kernel).unwrap();
+    let unusable = host.daemon.why_unusable(&OWNER.into(), &kernel).unwrap();
     assert!(!unusable.is_denied && unusable.why.contains("no such file"), "{unusable:?}");
     host.create("a");
     host.wake("a").unwrap();

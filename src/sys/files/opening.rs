@@ -14,22 +14,22 @@ use std::{
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
 
 use super::owner::pretend;
-use crate::sandbox::Owner;
+use crate::sandbox::Writer;
 
-/// Opens files for reading as `owner`, who is in no group but that one. What is neither a
-/// regular file nor a block device is refused, and not opened: to open some is to wait, or
-/// to do something.
+/// Opens files for reading as `writer`, who is in the groups that are known of them. What is
+/// neither a regular file nor a block device is refused, and not opened: to open some is to
+/// wait, or to do something.
 ///
 /// # Errors
 /// Where nothing can be opened as them. What each of the files says is in its place.
-pub fn open_as(owner: Owner, paths: &[&Path]) -> io::Result<Vec<io::Result<OwnedFd>>> {
+pub fn open_as(writer: &Writer, paths: &[&Path]) -> io::Result<Vec<io::Result<OwnedFd>>> {
     thread::scope(|scope| {
         // Who a thread is for the file system is its own affair, and this one ends here. For
-        // signals it goes on being us, so that the owner cannot end us by it.
+        // signals it goes on being us, so that they cannot end us by it.
         let opening = thread::Builder::new().name("dozed-open".to_owned()).spawn_scoped(
             scope,
             || -> io::Result<Vec<_>> {
-                pretend(owner.uid, owner.gid, &[])?;
+                pretend(writer.uid, writer.gid, writer.groups())?;
                 Ok(paths.iter().map(|path| open(path)).collect())
             },
         )?;
@@ -73,7 +73,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::sys::host::own_ids;
+    use crate::{sandbox::Owner, sys::host::own_ids};
 
     /// Nobody's.
     const OWNER: Owner = Owner { uid: 2_147_000_001, gid: 2_147_000_002 };
@@ -100,7 +100,7 @@ mod tests {
     }
 
     fn open_one(path: &Path) -> io::Result<OwnedFd> {
-        open_as(OWNER, &[path]).unwrap().pop().unwrap()
+        open_as(&OWNER.into(), &[path]).unwrap().pop().unwrap()
     }
 
     fn refused(path: &Path) -> io::ErrorKind {
@@ -120,6 +120,16 @@ mod tests {
         // Mode bits that keep the owner out keep them out here too.
         assert_eq!(refused(&place.file("shut", (OWNER.uid, OWNER.gid), 0o044)), denied);
         assert_eq!(fs::read(place.0.path().join("ours")).unwrap(), b"ours", "we are who we were");
+    }
+
+    #[test]
+    fn a_file_of_a_group_that_they_were_in_is_opened_too() {
+        const GROUP: u32 = 2_147_000_003;
+        let (place, ours) = (Place::new(), own_ids());
+        let path = place.file("groups", (ours.0, GROUP), 0o640);
+        assert_eq!(refused(&path), io::ErrorKind::PermissionDenied);
+        let writer = Writer::new(OWNER.uid, OWNER.gid, vec![7, GROUP]);
+        open_as(&writer, &[&path]).unwrap().pop().unwrap().unwrap();
     }
 
     #[test]
@@ -171,7 +181,7 @@ mod tests {
         let (place, ours) = (Place::new(), own_ids());
         let own = place.file("own", (OWNER.uid, OWNER.gid), 0o600);
         let secret = place.file("secret", ours, 0o600);
-        let answers = open_as(OWNER, &[&secret, &own]).unwrap();
+        let answers = open_as(&OWNER.into(), &[&secret, &own]).unwrap();
         assert_eq!(answers.iter().map(Result::is_ok).collect::<Vec<_>>(), [false, true]);
     }
 }

@@ -105,9 +105,8 @@ impl<'a> Launch<'a> {
 impl Process {
     /// Starts a process: in a session of its own, so that a Ctrl-C for us is not for it, and
     /// that the kernel does not end it (SIGHUP) where it is stopped when we end; with `/` as
-    /// its directory, and with no environment and no file of ours but
-    /// those of `launch`. One without privileges leaves no core file, which would have
-    /// all of its memory in it.
+    /// its directory, and with no environment and no file of ours but those of `launch`. It
+    /// leaves no core file, which would have all of its memory in it.
     ///
     /// # Errors
     /// Where the program cannot be started; no process is left then.
@@ -128,6 +127,7 @@ impl Process {
         // The steps of the child, in their order.
         before_exec(&mut command, || Ok(setsid().map(drop)?));
         close_on_exec(&mut command);
+        before_exec(&mut command, forbid_core_files);
         // Whatever comes of it, our copies are closed when this is over.
         let (inherited, lent, placed) = (launch.inherited, launch.lent, launch.placed);
         keep_on_exec(&mut command, &inherited);
@@ -172,6 +172,14 @@ fn before_exec(
     // SAFETY: between fork and exec only what is safe in a signal handler is allowed, and
     // all steps in this module are no more than that.
     unsafe { command.pre_exec(step) };
+}
+
+/// Has this process, and whoever it starts, leave no core file when it crashes.
+///
+/// # Errors
+/// Those of setrlimit(2).
+pub fn forbid_core_files() -> io::Result<()> {
+    Ok(setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?)
 }
 
 /// Has the child close, when it becomes its program, whatever it inherited beyond its
@@ -236,7 +244,6 @@ fn give_up_privileges(command: &mut Command, kept: CapabilitySet, user: Option<&
         (Uid::from_raw(user.uid), Gid::from_raw(user.uid), groups)
     });
     before_exec(command, move || {
-        setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
         if let Some((uid, gid, groups)) = &user {
             // In this order: who is not root any more cannot change groups. These are
             // those of the one thread that the child has.

@@ -611,3 +611,27 @@ fn why_a_mkdir_or_an_rmdir_failed_is_told_to_its_user_until_one_succeeds() {
     assert_eq!(remove(), Ok(()));
     assert_eq!(error(user), "ok\n");
 }
+
+#[test]
+fn changed_modes_go_with_their_sandbox_from_memory_and_index() {
+    let host = Host::new();
+    for id in ["a", "ab"] {
+        host.create(id);
+    }
+    let tree = tree(&host);
+    let mode = AttrChange { mode: Some(0o600), ..Default::default() };
+    let change = |node: Node| tree.set_attr(node, mode, ROOT).unwrap().unwrap()().unwrap();
+    let row = |id: &str| host.entry(id).row();
+    let nodes = [Node::Dir(row("a")), Node::File(row("a"), File::State), Node::Dir(row("ab"))];
+    for node in nodes.into_iter().chain([Node::Root]) {
+        change(node);
+    }
+    let left = || host.daemon.index().metas("row:").unwrap().len();
+    assert_eq!(left(), 4);
+    tree.remove_dir(Node::Root, b"a", ROOT).unwrap().wait().unwrap();
+    assert_eq!(left(), 2);
+    assert_eq!(nodes.map(|node| tree.modes.get(node).is_some()), [false, false, true]);
+    // Of one that was deleted while nobody had a tree nothing is read.
+    host.destroy("ab").unwrap();
+    assert_eq!((left(), self::tree(&host).modes.get(Node::Root)), (1, Some(0o600)));
+}

@@ -32,12 +32,9 @@ const NIC_TRANSPORT: usize = 2;
 /// What the machine is to begin with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Beginning<'a> {
-    /// The kernel's first instruction.
-    Boot {
-        kernel: &'a Path,
-        /// The whole command line of the kernel.
-        cmdline: &'a str,
-    },
+    /// The first instruction of this kernel. Its command line, which may have secrets, is not
+    /// among the arguments, which everybody on the host may read: QEMU waits until it is told.
+    Boot { kernel: &'a Path },
     /// A snapshot. Everything that the kernel's files gave the machine is in its memory
     /// and state, so neither need they be there any more nor be as they were.
     Restore,
@@ -71,12 +68,12 @@ pub(super) fn arguments(
         args.add_nic(nic, tap);
     }
     match beginning {
-        Beginning::Boot { kernel, cmdline } => {
+        Beginning::Boot { kernel } => {
+            args.flag("--preconfig");
             args.add("-kernel", kernel);
             if let Some(initramfs) = &plan.initramfs {
                 args.add("-initrd", initramfs);
             }
-            args.add("-append", cmdline);
         }
         Beginning::Restore => args.add("-incoming", "defer"),
     }
@@ -112,8 +109,12 @@ impl Arguments {
     fn add_machine(&mut self, plan: &Plan, accelerator: Accelerator) {
         self.add("-accel", accelerator.word());
         self.add("-cpu", accelerator.cpu());
-        // Debian's kernel finds virtio-mmio devices by ACPI only.
-        self.add("-machine", format!("{MACHINE},acpi=on,rtc=on,ioapic2=off,memory-backend=mem"));
+        // Debian's kernel finds virtio-mmio devices by ACPI only. A core file of QEMU has no
+        // memory of the guest.
+        self.add(
+            "-machine",
+            format!("{MACHINE},acpi=on,rtc=on,ioapic2=off,memory-backend=mem,dump-guest-core=off"),
+        );
         // Virtio 1, rather than the draft that came before it.
         self.add("-global", "virtio-mmio.force-legacy=false");
         self.add("-smp", plan.vcpus.to_string());

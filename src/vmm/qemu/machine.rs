@@ -40,6 +40,8 @@ const STATE_FILE: &str = "vmstate";
 /// The name by which QEMU knows the descriptor of that file.
 const STATE_FD: &str = "vmstate";
 
+/// A machine is made in some 50 ms, with files that may be on a slow disk.
+const MACHINE_LIMIT: Duration = Duration::from_secs(30);
 /// A pause ends with the disks flushed, and a disk may have much to write.
 const PAUSE_LIMIT: Duration = Duration::from_secs(30);
 /// A save flushes the disks once more, and writes some hundred KiB; a load reads them.
@@ -155,9 +157,13 @@ impl QemuMachine {
         })
     }
 
-    /// Waits until QEMU has made the machine and takes commands.
-    pub(super) fn greet(&self) -> Result<(), Error> {
-        set_up_migration(&mut Qmp::open(&self.peer, "starting", CONNECT_LIMIT)?)
+    /// Gives the kernel its command line, and waits until QEMU has made the machine.
+    pub(super) fn configure(&self, cmdline: &str) -> Result<(), Error> {
+        let mut qmp = Qmp::open(&self.peer, "starting", CONNECT_LIMIT)?;
+        let append = json!({ "path": "/machine", "property": "append", "value": cmdline });
+        qmp.run("qom-set", &append, ANSWER_LIMIT)?;
+        qmp.run("x-exit-preconfig", &Value::Null, MACHINE_LIMIT)?;
+        set_up_migration(&mut qmp)
     }
 
     /// Loads the snapshot in `dir`. The machine is paused then.

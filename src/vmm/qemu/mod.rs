@@ -167,9 +167,8 @@ impl Vmm for Qemu {
             Accelerator::Kvm => None,
             Accelerator::Tcg => tsc::khz(),
         };
-        let beginning =
-            Beginning::Boot { kernel, cmdline: &kernel_cmdline(&plan.cmdline, tsc_khz) };
-        self.start(plan, beginning, QemuMachine::greet)
+        let cmdline = kernel_cmdline(&plan.cmdline, tsc_khz);
+        self.start(plan, Beginning::Boot { kernel }, |machine| machine.configure(&cmdline))
     }
 
     fn restore(&self, plan: &Plan, dir: &Path) -> Result<Box<dyn Machine>, Error> {

@@ -1,4 +1,4 @@
-//! Whose files a guest is made of: those that the sandbox's owner may open.
+//! Whose files a guest is made of: those that whoever wrote its `config` may open.
 
 use std::{
     fs::{self, Permissions},
@@ -12,7 +12,7 @@ use std::{
 use rustix::io::Errno;
 use tempfile::TempDir;
 
-use super::{refused, words};
+use super::words;
 use crate::support::{Host, Setup, command};
 
 /// Two users, each in a group of their own.
@@ -119,15 +119,14 @@ fn a_config_that_names_what_its_owner_may_not_read_is_refused() {
         stage.is_denied(&disk(path, false), path);
         stage.is_denied(&disk(path, true), path);
     }
-    // Nor does root make them have it, as long as the sandbox is theirs.
-    let document = format!("kernel = \"{}\"", roots.display());
-    refused(&stage.host, "web-1/config", document.as_bytes(), Errno::ACCESS, "may not read it");
     let fifo = stage.path("fifo");
     stage.host.bash_ok(&format!("mkfifo -m 666 {}", fifo.display()));
-    let document = format!("kernel = \"{}\"", fifo.display());
-    refused(&stage.host, "web-1/config", document.as_bytes(), Errno::INVAL, "nor a block device");
+    let said = stage.as_owner(&kernel(&fifo)).unwrap_err();
+    assert!(said.contains(&words(Errno::INVAL)), "{said}");
+    assert!(stage.host.error("web-1").contains("nor a block device"));
     assert_eq!(stage.host.read("web-1/config"), before);
-    stage.host.bash_ok(&format!("chown 0:0 web-1 && {}", kernel(&roots)));
+    // Root may, for whomever it does.
+    stage.host.bash_ok(&kernel(&roots));
     stage.host.wake("web-1");
     stage.host.counts_on("web-1");
 }
@@ -194,4 +193,26 @@ fn a_link_that_is_put_in_the_place_of_a_file_gains_nothing() {
     swap_back(&shared);
     stage.succeeds("echo wake > web-1/state");
     host.counts_on("web-1");
+}
+
+#[test]
+fn a_sandbox_that_is_given_to_root_has_no_file_more() {
+    let stage = Stage::new();
+    let host = &stage.host;
+    let (secret, shared) = (stage.kernel("secret", 0), stage.file("shared", &[7; 4096], OWNER));
+    stage.succeeds(&disk(&shared, true));
+    host.bash_ok("chown 0:0 web-1");
+    // The directory is theirs, so they can put there what they like.
+    swap(&shared, &secret);
+    let refused = host.write("web-1/state", "wake");
+    assert_eq!(refused, Err(Errno::ACCESS), "{}", host.error("web-1"));
+    swap_back(&shared);
+    host.wake("web-1");
+    host.counts_on("web-1");
+    host.sleep("web-1");
+    swap(&shared, &secret);
+    assert_eq!(host.write("web-1/state", "wake"), Err(Errno::ACCESS));
+    assert_eq!(host.state("web-1"), "snapshotted");
+    swap_back(&shared);
+    host.wake("web-1");
 }
