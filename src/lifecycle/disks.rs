@@ -1,20 +1,24 @@
 //! A sandbox's own copies of its writable disks.
 
-use std::{cell::Cell, rc::Rc};
+use std::{cell::Cell, io, path::PathBuf, rc::Rc};
 
 use super::{
     Entry, Error, Lifecycle,
+    create::free_name,
     files::Files,
     operation::Operation,
     undo::Undo,
     wake::{host_failed, snapshot_failed},
 };
 use crate::{
-    sandbox::{Disk, Record},
+    sandbox::{Disk, Record, Spec},
     snapshot::{Home, SLEEP_RESERVE_BYTES},
     sync::Arc,
-    sys::files::{PieceError, bytes_to_copy, copy_image, remove_file},
+    sys::files::{PieceError, bytes_to_copy, copy_image, remove_file, rename_durably},
 };
+
+/// More disks than any machine has.
+const MAX_DISKS: usize = 16;
 
 impl Lifecycle {
     /// Makes the copies that the sandbox does not have yet. They are removed if the boot fails,
@@ -70,4 +74,56 @@ fn missing_disks<'a>(
 ) -> impl Iterator<Item = (usize, &'a Disk)> {
     let disks = record.spec.disks.iter().enumerate();
     disks.filter(|(number, disk)| !disk.readonly && !home.disk(*number).exists())
+}
+
+/// Keeps the disks that `after` does not have in their places, under names that say which image
+/// they were copied from. They may hold work; a config that names the image again gets them back.
+pub(super) fn set_aside_changed_disks(
+    home: &Home,
+    before: &Record,
+    after: &Spec,
+) -> io::Result<()> {
+    for (number, disk) in before.spec.disks.iter().enumerate() {
+        let same = after.disks.get(number) == Some(disk);
+        let own = home.disk(number);
+        if same || disk.readonly || !own.try_exists()? {
+            continue;
+        }
+        let mut kept = home.kept_disk(number, &disk.path);
+        if kept.try_exists()? {
+            kept = free_name(&kept);
+        }
+        tracing::info!(id = %before.id, disk = %kept.display(), "kept a disk that was replaced");
+        rename_durably(&own, &kept)?;
+    }
+    Ok(())
+}
+
+/// Moves the disks that were set aside, and that the config names again, back into their places.
+/// Of several that were copied from one image each goes first to the number that it had.
+pub(super) fn take_back_disks(home: &Home, record: &Record) -> io::Result<()> {
+    let disks = || record.spec.disks.iter().enumerate().filter(|(_, disk)| !disk.readonly);
+    for (number, disk) in disks() {
+        take_back(home, record, number, &[home.kept_disk(number, &disk.path)])?;
+    }
+    for (number, disk) in disks() {
+        let kept: Vec<_> = (0..MAX_DISKS).map(|had| home.kept_disk(had, &disk.path)).collect();
+        take_back(home, record, number, &kept)?;
+    }
+    Ok(())
+}
+
+/// Moves the first of `kept` that exists to the place of a disk, if that is free.
+fn take_back(home: &Home, record: &Record, number: usize, kept: &[PathBuf]) -> io::Result<()> {
+    let own = home.disk(number);
+    if own.try_exists()? {
+        return Ok(());
+    }
+    for kept in kept {
+        if kept.try_exists()? {
+            tracing::info!(id = %record.id, disk = %kept.display(), "took back a disk");
+            return rename_durably(kept, &own);
+        }
+    }
+    Ok(())
 }

@@ -1,13 +1,12 @@
 //! What may be set of a sandbox without waking it or putting it to sleep.
 
-use super::{Entry, Error, Lifecycle, chain, create::free_name, network::net_failed};
+use super::{Entry, Error, Lifecycle, chain, disks::set_aside_changed_disks, network::net_failed};
 use crate::{
     lifecycle::Held,
     sandbox::{
         Owner, Period, Record, Spec, State, Writer,
         network::{Destinations, Nameservers, Span},
     },
-    snapshot::Home,
     sync::{Arc, lock},
 };
 
@@ -166,20 +165,4 @@ fn apply(record: &mut Record, policy: Policy) {
         Policy::Denied(list) => Arc::make_mut(&mut record.spec).denied = list,
         Policy::Allowed(list) => Arc::make_mut(&mut record.spec).allowed = list,
     }
-}
-
-/// A disk that was copied from another image than the new spec names is kept beside
-/// its successor: it may hold work.
-fn set_aside_changed_disks(home: &Home, before: &Record, after: &Spec) -> std::io::Result<()> {
-    for (number, disk) in before.spec.disks.iter().enumerate() {
-        let same = after.disks.get(number) == Some(disk);
-        let own = home.disk(number);
-        if same || disk.readonly || !own.exists() {
-            continue;
-        }
-        let aside = free_name(&own);
-        tracing::info!(id = %before.id, disk = %aside.display(), "kept a disk that was replaced");
-        crate::sys::files::rename_durably(&own, &aside)?;
-    }
-    Ok(())
 }

@@ -3,8 +3,8 @@
 use std::{path::Path, thread};
 
 use super::{
-    Arrow, Entry, Error, Lifecycle, Outcome, Signal, exits::end, files::Files, machines::Live,
-    memory_of, operation::Operation, undo::Undo,
+    Arrow, Entry, Error, Lifecycle, Outcome, Signal, disks::take_back_disks, exits::end,
+    files::Files, machines::Live, memory_of, operation::Operation, undo::Undo,
 };
 use crate::{
     lifecycle::Held,
@@ -301,6 +301,7 @@ impl Lifecycle {
         let memory = memory_of(vmm.as_ref(), &record);
         self.give_user(held, entry, vmm.as_ref())?;
         self.check_fit(vmm.as_ref(), &entry.record())?;
+        take_back_disks(&home, &record).map_err(host_failed(entry, "taking back a disk of"))?;
         let files = self.open_to_boot(&record, &home)?;
 
         // A crash after this line is found at start-up.

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::{ffi::OsStrExt as _, fs::OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -12,6 +12,9 @@ use crate::{
     sandbox::{RowId, SandboxId},
     sys::{cancel::Cancel, files},
 };
+
+/// How much of the hash of an image's path is in the name of a disk that is kept: 64 bits.
+const KEPT_DISK_HASH_CHARS: usize = 16;
 
 /// The directory of one sandbox, `STORE/sandboxes/ROW`. It may not be there yet.
 #[derive(Debug, Clone)]
@@ -93,6 +96,14 @@ impl Home {
     #[must_use]
     pub fn disk(&self, number: usize) -> PathBuf {
         self.dir.join(format!("disk-{number}.img"))
+    }
+
+    /// Returns where the copy of the disk with this number, made from `image`, is kept while
+    /// the config does not name it.
+    #[must_use]
+    pub fn kept_disk(&self, number: usize, image: &Path) -> PathBuf {
+        let hash = blake3::hash(image.as_os_str().as_bytes()).to_hex();
+        self.disk(number).with_added_extension(&hash[..KEPT_DISK_HASH_CHARS])
     }
 
     /// Returns the file that is there if a sync of the files of the living machine failed, or

@@ -71,6 +71,17 @@ fn a_linux_guest_keeps_its_files_and_its_time_over_sleeps_and_its_disk_over_a_sh
     host.wake("web-1");
     wait_until("the guest is up again", || boots(&host, "web-1") == 2);
     asks(&host, "web-1", "echo on-$(cat /data/note)", "on-note-15");
+
+    // Another machine meanwhile does not cost it what is on its disk.
+    host.types("web-1", "poweroff");
+    wait_until("the guest has shut down again", || host.state("web-1") == "stopped");
+    let config = host.read("web-1/config");
+    host.write("web-1/config", "disks = []\n").unwrap();
+    assert!(!host.home("web-1").join("disk-0.img").exists());
+    host.write("web-1/config", &config).unwrap();
+    host.wake("web-1");
+    wait_until("the guest is up once more", || boots(&host, "web-1") == 3);
+    asks(&host, "web-1", "echo on-$(cat /data/note)", "on-note-15");
 }
 
 #[test]

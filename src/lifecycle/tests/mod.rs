@@ -16,6 +16,7 @@ mod balloon;
 mod copied;
 mod crashes;
 mod deletion;
+mod disks;
 mod evidence;
 mod failures;
 mod files;

@@ -1,0 +1,131 @@
+//! A sandbox's copies of its disks, while its config changes.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use super::*;
+use crate::sandbox::Disk;
+
+struct Stage {
+    host: Host,
+    images: tempfile::TempDir,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let (host, images) = (Host::new(), tempfile::tempdir().unwrap());
+        host.create("a");
+        Self { host, images }
+    }
+
+    fn image(&self, name: &str) -> PathBuf {
+        let path = self.images.path().join(name);
+        fs::write(&path, format!("pristine {name}")).unwrap();
+        path
+    }
+
+    /// Stops it and has its config name these images.
+    fn name(&self, images: &[&Path]) {
+        let mut spec = Spec::clone(&self.host.entry("a").record().spec);
+        let disk = |path: &&Path| Disk { path: path.to_path_buf(), readonly: false };
+        spec.disks = images.iter().map(disk).collect();
+        self.host.set("a", Policy::Spec(Box::new(spec))).unwrap();
+    }
+
+    fn disk(&self, number: usize) -> PathBuf {
+        self.host.daemon.home(&self.host.entry("a").record()).disk(number)
+    }
+
+    /// Boots it, and returns what is on its disks.
+    fn boot(&self) -> Vec<String> {
+        self.host.wake("a").unwrap();
+        let count = self.host.entry("a").record().spec.disks.len();
+        let disks = (0..count).map(|number| fs::read_to_string(self.disk(number)).unwrap());
+        let disks = disks.collect();
+        self.host.vmm.shut_down(self.pid());
+        wait_for("the guest to be stopped", || self.host.state("a") == State::Stopped);
+        disks
+    }
+
+    fn pid(&self) -> u32 {
+        self.host.entry("a").record().process.as_ref().unwrap().pid
+    }
+
+    fn guest_writes(&self, number: usize, what: &str) {
+        fs::write(self.disk(number), what).unwrap();
+    }
+}
+
+#[test]
+fn a_disk_that_is_dropped_and_named_again_is_the_same_disk() {
+    let stage = Stage::new();
+    let (one, two) = (stage.image("one"), stage.image("two"));
+    stage.name(&[&one]);
+    assert_eq!(stage.boot(), ["pristine one"]);
+    stage.guest_writes(0, "work on one");
+    stage.name(&[]);
+    assert_eq!(stage.boot(), [""; 0]);
+    stage.name(&[&one]);
+    assert_eq!(stage.boot(), ["work on one"]);
+    // The image itself is not needed for that.
+    stage.name(&[&two]);
+    assert_eq!(stage.boot(), ["pristine two"]);
+    stage.guest_writes(0, "work on two");
+    stage.name(&[&one]);
+    fs::remove_file(&one).unwrap();
+    assert_eq!(stage.boot(), ["work on one"]);
+    stage.name(&[&two]);
+    assert_eq!(stage.boot(), ["work on two"]);
+}
+
+#[test]
+fn disks_that_change_places_keep_what_is_on_them() {
+    let stage = Stage::new();
+    let (one, two) = (stage.image("one"), stage.image("two"));
+    stage.name(&[&one, &two]);
+    stage.boot();
+    stage.guest_writes(0, "work on one");
+    stage.guest_writes(1, "work on two");
+    stage.name(&[&two, &one]);
+    assert_eq!(stage.boot(), ["work on two", "work on one"]);
+    stage.name(&[&two]);
+    stage.name(&[&one]);
+    assert_eq!(stage.boot(), ["work on one"]);
+    stage.name(&[&one, &two]);
+    assert_eq!(stage.boot(), ["work on one", "work on two"]);
+}
+
+#[test]
+fn two_disks_of_one_image_stay_two() {
+    let stage = Stage::new();
+    let image = stage.image("one");
+    stage.name(&[&image, &image]);
+    stage.boot();
+    stage.guest_writes(0, "first");
+    stage.guest_writes(1, "second");
+    stage.name(&[]);
+    stage.name(&[&image, &image]);
+    assert_eq!(stage.boot(), ["first", "second"]);
+    stage.name(&[&image]);
+    assert_eq!(stage.boot(), ["first"]);
+    stage.name(&[&image, &image, &image]);
+    assert_eq!(stage.boot(), ["first", "second", "pristine one"]);
+}
+
+#[test]
+fn a_boot_that_fails_keeps_a_disk_that_it_took_back() {
+    let stage = Stage::new();
+    let (one, two) = (stage.image("one"), stage.image("two"));
+    stage.name(&[&one]);
+    stage.boot();
+    stage.guest_writes(0, "work on one");
+    stage.name(&[]);
+    stage.name(&[&one, &two]);
+    stage.host.vmm.fail_next(Call::Boot, Fault::Refuse);
+    stage.host.wake("a").unwrap_err();
+    assert_eq!(fs::read_to_string(stage.disk(0)).unwrap(), "work on one");
+    assert!(!stage.disk(1).exists());
+    assert_eq!(stage.boot(), ["work on one", "pristine two"]);
+}
