@@ -177,6 +177,18 @@ impl Reaper {
     }
 }
 
+#[cfg(test)]
+impl Reaper {
+    /// Looks once, acts on all that is due, and ends. The bell is closed already.
+    pub(crate) fn run_once(mut self) {
+        let limit = Duration::from_secs(3600);
+        let looking = self.threads.pop().expect("the thread that looks is the last one");
+        join_by(looking, &Deadline::after(limit), "the thread that looks");
+        self.shared.queue.drain(limit);
+        self.stop(limit);
+    }
+}
+
 impl Shared {
     fn look_on(self: &Arc<Self>) {
         let mut next_tick = self.lifecycle.clock().now();

@@ -84,6 +84,15 @@ impl Queue {
     /// Notes that one was acted on.
     pub(super) fn done(&self, due: Due) {
         lock(&self.state).in_hand.remove(&due.row());
+        self.changed.notify_all();
+    }
+
+    /// Waits until nothing waits and nothing is acted on.
+    #[cfg(test)]
+    pub(super) fn drain(&self, limit: Duration) {
+        use crate::sync::wait_while_within;
+        let is_busy = |state: &mut State| !state.in_hand.is_empty();
+        drop(wait_while_within(&self.changed, lock(&self.state), limit, is_busy));
     }
 
     /// Says whether any waits for a worker.

@@ -117,7 +117,7 @@ impl Rig {
             Op::Tick(_) => {
                 // With its bell closed it looks once, does all that is due, and ends.
                 self.host.daemon.bell().close();
-                Reaper::start(Arc::clone(&self.host.daemon), NO_TICK, 1).unwrap().stop(NO_TICK);
+                Reaper::start(Arc::clone(&self.host.daemon), NO_TICK, 1).unwrap().run_once();
                 Ok(())
             }
             Op::Pass(by) => {
