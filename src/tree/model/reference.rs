@@ -304,6 +304,11 @@ impl Reference {
                 // Who does not wait hears nothing of how it ended.
                 if *nonblocking { Answer::Is(Ok(())) } else { answer }
             }
+            Op::Set(name, Setting::Config { vcpus, mib }) if self.refuses(*name, *vcpus, *mib) => {
+                // Its lines are refused when they are written, before any operation begins.
+                self.get(*name).error = Some("cannot change while it is");
+                Answer::Is(Err(Errno::Busy))
+            }
             Op::Set(name, setting) => {
                 let done = self.set(*name, *setting);
                 self.answer(*name, done)
@@ -478,6 +483,13 @@ impl Reference {
     /// The memory of all that have a VMM.
     pub(super) fn awake_mib(&self) -> u64 {
         self.known.iter().flatten().filter(|known| known.has_machine()).map(|known| known.mib).sum()
+    }
+
+    /// Says whether a `config` is for another machine than the one that runs or sleeps.
+    fn refuses(&mut self, name: Name, vcpus: u32, mib: u64) -> bool {
+        let known = self.get(name);
+        let is_other = (vcpus, mib) != (known.vcpus, known.mib);
+        is_other && matches!(known.state, State::Running | State::Snapshotted)
     }
 
     fn set(&mut self, name: Name, setting: Setting) -> Done {
