@@ -109,6 +109,14 @@ pub enum Error {
         /// The sandbox.
         id: SandboxId,
     },
+    /// A file that its config names is of a kind that no machine boots with.
+    #[error("{id} cannot boot: {why}")]
+    Unbootable {
+        /// The sandbox.
+        id: SandboxId,
+        /// Which file, and how to mend it.
+        why: String,
+    },
     /// There was activity since the caller looked.
     #[error("{id} was active since: its count is {count} now")]
     Active {
@@ -373,6 +381,7 @@ impl Error {
             | Self::NotStopped { .. }
             | Self::NotRunning { .. }
             | Self::NoKernel { .. }
+            | Self::Unbootable { .. }
             | Self::ChangedHands { .. }
             | Self::Active { .. }
             | Self::NoMemory { .. }

@@ -37,6 +37,7 @@ mod files;
 mod gauge;
 mod held;
 mod holds;
+mod images;
 mod machines;
 mod metrics;
 mod network;

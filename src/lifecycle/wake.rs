@@ -4,7 +4,8 @@ use std::{path::Path, thread};
 
 use super::{
     Arrow, Entry, Error, Lifecycle, Outcome, Signal, disks::take_back_disks, exits::end,
-    files::Files, machines::Live, memory_of, operation::Operation, undo::Undo,
+    files::Files, images::check_formats, machines::Live, memory_of, operation::Operation,
+    undo::Undo,
 };
 use crate::{
     lifecycle::Held,
@@ -303,6 +304,7 @@ impl Lifecycle {
         self.check_fit(vmm.as_ref(), &entry.record())?;
         take_back_disks(&home, &record).map_err(host_failed(entry, "taking back a disk of"))?;
         let files = self.open_to_boot(&record, &home)?;
+        check_formats(&record, &home, &files)?;
 
         // A crash after this line is found at start-up.
         self.step(held, entry, Step::Boot, |record| record.vmm = Some(named(&identity)))?;

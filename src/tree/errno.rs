@@ -121,9 +121,11 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         }
         // A sandbox without a kernel cannot be woken until its config changes: the
         // verb makes no sense in this state.
-        E::Refused(_) | E::NoKernel { .. } | E::NotRunning { .. } | E::NotAllowed { .. } => {
-            Errno::Inval
-        }
+        E::Refused(_)
+        | E::NoKernel { .. }
+        | E::Unbootable { .. }
+        | E::NotRunning { .. }
+        | E::NotAllowed { .. } => Errno::Inval,
         E::ShuttingDown => Errno::Shutdown,
         E::NoVmm { .. }
         | E::Foreign { .. }

@@ -129,3 +129,40 @@ fn a_boot_that_fails_keeps_a_disk_that_it_took_back() {
     assert!(!stage.disk(1).exists());
     assert_eq!(stage.boot(), ["work on one", "pristine two"]);
 }
+
+#[test]
+fn an_image_that_is_not_raw_boots_nothing_and_error_says_what_converts_it() {
+    let stage = Stage::new();
+    let (host, image) = (&stage.host, stage.image("one"));
+    fs::write(&image, b"QFI\xfb\0\0\0\x03").unwrap();
+    for readonly in [false, true] {
+        let mut spec = Spec::clone(&host.entry("a").record().spec);
+        spec.disks = vec![Disk { path: image.clone(), readonly }];
+        host.set("a", Policy::Spec(Box::new(spec))).unwrap();
+        let calls = host.vmm.calls();
+        assert!(matches!(host.wake("a"), Err(Error::Unbootable { .. })));
+        let says = host.error("a");
+        assert!(says.contains(&format!("qemu-img convert -O raw {}", image.display())), "{says}");
+        assert_eq!((host.state("a"), host.vmm.calls()), (State::Stopped, calls));
+        assert!(!stage.disk(0).exists());
+    }
+    // What a guest writes to its own copy is its own affair.
+    let raw = stage.image("raw");
+    stage.name(&[&raw]);
+    stage.boot();
+    fs::write(stage.disk(0), b"QFI\xfb\0\0\0\x03").unwrap();
+    host.wake("a").unwrap();
+}
+
+#[test]
+fn a_kernel_that_is_none_boots_nothing() {
+    let stage = Stage::new();
+    let (host, script) = (&stage.host, stage.image("script"));
+    let mut spec = Spec::clone(&host.entry("a").record().spec);
+    spec.kernel = Some(script.clone());
+    host.set("a", Policy::Spec(Box::new(spec))).unwrap();
+    assert!(matches!(host.wake("a"), Err(Error::Unbootable { .. })));
+    assert!(host.error("a").contains("is no kernel"), "{}", host.error("a"));
+    fs::write(&script, b"\x7fELF").unwrap();
+    host.wake("a").unwrap();
+}

@@ -24,10 +24,11 @@ impl Images {
         Self(dir)
     }
 
-    /// Makes a file of `owner` that nobody else may read, with its own name in it.
+    /// Makes a file of `owner` that nobody else may read, with its own name in it, which may be
+    /// taken for a kernel.
     fn file(&self, name: &str, owner: Owner) -> PathBuf {
         let path = self.0.path().join(name);
-        fs::write(&path, name).unwrap();
+        fs::write(&path, format!("\x7fELF {name}")).unwrap();
         chown(&path, Some(owner.uid), Some(owner.gid)).unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
         path
@@ -112,12 +113,12 @@ fn what_the_owner_may_open_is_handed_on_open_and_not_by_its_path() {
     });
     host.wake("a").unwrap();
     let plan = host.vmm.plan();
-    assert_eq!(read(&host, plan.kernel.as_deref().unwrap()), "kernel");
-    assert_eq!(read(&host, plan.initramfs.as_deref().unwrap()), "initramfs");
-    assert_eq!(read(&host, &plan.disks[1].path), "shared");
+    assert_eq!(read(&host, plan.kernel.as_deref().unwrap()), "\x7fELF kernel");
+    assert_eq!(read(&host, plan.initramfs.as_deref().unwrap()), "\x7fELF initramfs");
+    assert_eq!(read(&host, &plan.disks[1].path), "\x7fELF shared");
     let own = host.daemon.home(&host.entry("a").record()).disk(0);
     assert_eq!(plan.disks[0].path, own);
-    assert_eq!(fs::read_to_string(own).unwrap(), "copied");
+    assert_eq!(fs::read_to_string(own).unwrap(), "\x7fELF copied");
     drop(plan);
     host.check("a");
 }

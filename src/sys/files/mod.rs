@@ -27,7 +27,7 @@ pub use durable::{
 };
 pub use flock::{LockFile, Use, is_image_locked, lock_file, lock_holder};
 pub use identity::{FileId, ids_below};
-pub use opening::{handle_path, open_as};
+pub use opening::{handle_path, open_as, read_start};
 pub use owner::{
     Wish, check_plain, give_dir, give_file, let_pass, let_read, may, open_path, take_back,
 };

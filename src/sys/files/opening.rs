@@ -5,7 +5,8 @@
 //! is found then is what is used: the open file, and never the path again.
 
 use std::{
-    io,
+    fs::File,
+    io::{self, Read as _},
     os::fd::{AsFd, AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     thread,
@@ -42,6 +43,24 @@ pub fn open_as(writer: &Writer, paths: &[&Path]) -> io::Result<Vec<io::Result<Ow
 #[must_use]
 pub fn handle_path(file: &impl AsFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
+}
+
+/// Reads the first bytes of a regular file or block device, at most `max`, without waiting for
+/// anybody who has it. Anything else is refused.
+///
+/// # Errors
+/// Those of open(2) and read(2).
+pub fn read_start(path: &Path, max: usize) -> io::Result<Vec<u8>> {
+    let found = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let kind = FileType::from_raw_mode(fstat(&found)?.st_mode);
+    if !matches!(kind, FileType::RegularFile | FileType::BlockDevice) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = File::from(openat(CWD, handle_path(&found), flags, Mode::empty())?);
+    let mut start = Vec::with_capacity(max);
+    file.take(max as u64).read_to_end(&mut start)?;
+    Ok(start)
 }
 
 fn open(path: &Path) -> io::Result<OwnedFd> {

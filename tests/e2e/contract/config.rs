@@ -60,6 +60,22 @@ fn without_a_kernel_there_is_nothing_to_wake() {
 }
 
 #[test]
+fn an_image_that_is_not_raw_fails_the_wake_with_the_command_that_converts_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.qcow2");
+    std::fs::write(&image, [&b"QFI\xfb\0\0\0\x03"[..], &[0; 65536]].concat()).unwrap();
+    let host = Setup::counter("").start();
+    host.mkdir("web-1").unwrap();
+    host.write("web-1/config", format!("disks = [{{ path = {image:?} }}]\n")).unwrap();
+    let converts = format!("`qemu-img convert -O raw {} OUT`", image.display());
+    refused(&host, "web-1/state", b"wake", Errno::INVAL, &converts);
+    assert_eq!(host.state("web-1"), "stopped");
+    std::fs::write(&image, [0; 65536]).unwrap();
+    host.wake("web-1");
+    host.counts_on("web-1");
+}
+
+#[test]
 fn a_kernel_that_went_away_or_is_none_fails_the_wake_and_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let kernel = dir.path().join("kernel");
@@ -68,6 +84,10 @@ fn a_kernel_that_went_away_or_is_none_fails_the_wake_and_says_so() {
     host.mkdir("web-1").unwrap();
     let document = format!("kernel = \"{}\"\n", kernel.display());
     host.write("web-1/config", &document).unwrap();
+    refused(&host, "web-1/state", b"wake", Errno::INVAL, "is no kernel");
+    assert_eq!(host.state("web-1"), "stopped");
+    // It looks like one, and the VMM knows better.
+    std::fs::write(&kernel, b"\x7fELF, but no kernel").unwrap();
     assert_eq!(host.write("web-1/state", "wake"), Err(Errno::IO));
     assert_eq!(host.state("web-1"), "stopped");
     assert!(host.error("web-1").contains("booting web-1: "), "{}", host.error("web-1"));
