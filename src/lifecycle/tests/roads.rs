@@ -143,7 +143,7 @@ fn a_disk_that_another_config_replaces_is_kept() {
     with(image("second")).unwrap();
     host.wake("a").unwrap();
     assert_eq!(std::fs::read_to_string(&own).unwrap(), "second");
-    let kept = own.with_added_extension("1");
+    let kept = host.daemon.home(&record).kept_disk(0, &host.dir.path().join("first"));
     assert_eq!(std::fs::read_to_string(kept).unwrap(), "first");
 }
 
