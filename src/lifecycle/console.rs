@@ -15,7 +15,7 @@ use super::{Entry, Error, Lifecycle, Signal, wake::vmm_failed};
 use crate::{
     sandbox::Record,
     sync::lock,
-    sys::files::{data_extents, punch},
+    sys::files::{data_extents, open_regular, open_regular_to_write, punch},
 };
 
 /// How much of a console is kept at least.
@@ -40,7 +40,7 @@ impl Lifecycle {
     /// Returns how much there is of a sandbox's console; nothing before its first boot.
     #[must_use]
     pub fn console(&self, record: &Record) -> ConsoleLog {
-        let Ok(file) = File::open(self.home(record).console_log()) else {
+        let Ok(file) = open_regular(&self.home(record).console_log()) else {
             return ConsoleLog::default();
         };
         let Ok(metadata) = file.metadata() else {
@@ -54,7 +54,7 @@ impl Lifecycle {
     /// # Errors
     /// The file system's.
     pub fn read_console(&self, entry: &Entry, from: u64, size: usize) -> io::Result<Vec<u8>> {
-        let file = match File::open(self.home(&entry.record()).console_log()) {
+        let file = match open_regular(&self.home(&entry.record()).console_log()) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(error),
@@ -98,7 +98,7 @@ impl Lifecycle {
                 continue;
             };
             let path = self.home(&entry.record()).console_log();
-            let trimmed = File::options().read(true).write(true).open(&path).and_then(|f| trim(&f));
+            let trimmed = open_regular_to_write(&path).and_then(|f| trim(&f));
             if let Err(error) = trimmed
                 && error.kind() != io::ErrorKind::NotFound
             {
@@ -112,7 +112,7 @@ impl Lifecycle {
     pub fn disk_bytes(&self, record: &Record) -> u64 {
         let home = self.home(record);
         let own = record.spec.disks.iter().enumerate().filter(|(_, disk)| !disk.readonly);
-        own.filter_map(|(number, _)| std::fs::metadata(home.disk(number)).ok())
+        own.filter_map(|(number, _)| std::fs::symlink_metadata(home.disk(number)).ok())
             .map(|metadata| metadata.blocks() * 512)
             .sum()
     }

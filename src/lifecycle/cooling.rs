@@ -12,7 +12,7 @@ use crate::{
     sandbox::{Record, RowId, State, Timestamp},
     snapshot::MEMORY,
     sync::{Mutex, lock},
-    sys::files::{cached_bytes, drop_cache},
+    sys::files::{cached_bytes, drop_cache, open_regular},
 };
 
 /// How long a sleeper's memory stays in the page cache if nobody else needs the room.
@@ -70,6 +70,6 @@ impl Lifecycle {
 
     fn open_memory(&self, record: &Record) -> Option<File> {
         let dir = self.home(record).snapshot_dir(record.snapshot?.generation);
-        File::open(dir.join(MEMORY)).ok()
+        open_regular(&dir.join(MEMORY)).ok()
     }
 }

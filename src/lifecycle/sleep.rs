@@ -294,7 +294,7 @@ impl Lifecycle {
             Ok(DiskFacts {
                 path: disk.path.clone(),
                 readonly: disk.readonly,
-                bytes: std::fs::metadata(path)?.len(),
+                bytes: std::fs::symlink_metadata(path)?.len(),
             })
         };
         let disks: std::io::Result<_> = record.spec.disks.iter().enumerate().map(disk).collect();

@@ -1,7 +1,7 @@
 //! A committed snapshot, on its way to being woken.
 
 use std::{
-    fs::{self, File},
+    fs,
     io::{self, Read as _},
     path::{Path, PathBuf},
 };
@@ -80,7 +80,7 @@ impl Snapshot {
     pub fn check_memory(&self, cancel: &Cancel) -> Result<(), Error> {
         let path = self.memory();
         let reading = || format!("reading {}", path.display());
-        let file = File::open(&path).map_err(Error::io(reading))?;
+        let file = files::open_regular(&path).map_err(Error::io(reading))?;
         // One thread: the VMM starts at the same time.
         let found =
             digest::of_blocks(&file, &|| cancel.check(), 1).map_err(Error::piece(reading))?;
@@ -150,9 +150,12 @@ impl Snapshot {
         let name = &want.name;
         let path = self.dir().join(name);
         let reading = || Error::io(|| format!("reading {}", path.display()));
-        let mut file = match File::open(&path) {
+        let mut file = match files::open_regular(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(self.damaged(format!("`{name}` is missing")));
+            }
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                return Err(self.damaged(format!("`{name}` cannot be used: {error}")));
             }
             other => other.map_err(reading())?,
         };
@@ -179,7 +182,7 @@ fn read_manifest(dir: &Path) -> Result<Manifest, Error> {
     let path = dir.join(MANIFEST);
     let reading = || Error::io(|| format!("reading {}", path.display()));
     let mut bytes = Vec::new();
-    match File::open(&path) {
+    match files::open_regular(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(if dir.is_dir() {
                 let why = "it has no manifest".to_owned();

@@ -39,10 +39,10 @@ impl Reading {
     /// Begins to read the memory `path` of a machine that is paused, and to write it to
     /// the disk.
     pub(super) fn begin(path: &Path, cancel: &Arc<Cancel>) -> io::Result<Self> {
-        let file = File::open(path)?;
+        let file = files::open_regular(path)?;
         let changed = changed(&file)?;
         // A descriptor has one offset, and this one is kept for the time of change.
-        let memory = File::open(path)?;
+        let memory = files::open_regular(path)?;
         let given_up = Arc::new(Cancel::default());
         let (cancel, stop) = (Arc::clone(cancel), Arc::clone(&given_up));
         let thread = Builder::new().name("memory-digest".to_owned()).spawn(move || {

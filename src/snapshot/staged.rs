@@ -1,7 +1,7 @@
 //! A sleep under way, up to its commit point.
 
 use std::{
-    fs::{self, File},
+    fs,
     io::Write,
     path::{Path, PathBuf},
     thread::{self, Scope, ScopedJoinHandle},
@@ -270,7 +270,7 @@ fn describe(
     let mut facts = Vec::with_capacity(small.len() + 1);
     for name in small {
         let path = dir.join(name);
-        let described = File::open(&path)
+        let described = files::open_regular(&path)
             .and_then(|mut file| digest::of_small(&mut file))
             .and_then(|digest| facts_of(&path, name, digest));
         facts.push(described.map_err(Error::io(|| format!("reading {}", path.display())))?);
@@ -282,7 +282,7 @@ fn describe(
     let digest = match early {
         Some(digest) => digest,
         None => {
-            let memory = File::open(&path).map_err(Error::io(reading_it))?;
+            let memory = files::open_regular(&path).map_err(Error::io(reading_it))?;
             digest::of_blocks(&memory, &|| cancel.check(), DIGEST_THREADS)
                 .map_err(Error::piece(reading_it))?
         }
@@ -298,7 +298,7 @@ fn describe(
 fn sync_memory(dir: &Path, cancel: &Cancel) -> Result<(), Error> {
     let path = dir.join(MEMORY);
     let syncing = || format!("syncing {}", path.display());
-    let memory = File::open(&path).map_err(Error::io(syncing))?;
+    let memory = files::open_regular(&path).map_err(Error::io(syncing))?;
     files::sync_in_pieces(&memory, cancel).map_err(Error::piece(syncing))
 }
 
@@ -310,7 +310,7 @@ fn sync_small(dir: &Path, name: &str) -> Result<(), Error> {
 fn facts_of(path: &Path, name: &str, digest: String) -> std::io::Result<FileFacts> {
     Ok(FileFacts {
         name: name.to_owned(),
-        bytes: fs::metadata(path)?.len(),
+        bytes: fs::symlink_metadata(path)?.len(),
         stored_bytes: files::allocated_bytes(path)?,
         digest,
     })

@@ -279,7 +279,7 @@ fn every_damage_is_told_and_nothing_is_removed() {
         fs::write(path, bytes).unwrap();
     };
     type Spoil<'a> = &'a dyn Fn(&Store);
-    let cases: [(&str, Spoil<'_>); 12] = [
+    let cases: [(&str, Spoil<'_>); 13] = [
         ("`vmstate` does not match its digest", &|store| {
             flip(store.file("vmstate"));
         }),
@@ -313,9 +313,13 @@ fn every_damage_is_told_and_nothing_is_removed() {
         ("a file `extra` that is not its own", &|store| {
             fs::write(store.file("extra"), "").unwrap();
         }),
-        ("`vmstate` has 4096 bytes, and had 9", &|store| {
+        ("it is a directory, not a regular file", &|store| {
             fs::remove_file(store.file("vmstate")).unwrap();
             fs::create_dir(store.file("vmstate")).unwrap();
+        }),
+        ("`memory` cannot be used: it is a FIFO, not a regular file", &|store| {
+            fs::remove_file(store.file("memory")).unwrap();
+            files::regular::tests::make_fifo(&store.file("memory"));
         }),
     ];
     for (says, spoil) in cases {

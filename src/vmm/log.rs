@@ -1,11 +1,12 @@
 //! What a VMM itself has to say, which it writes to its standard error.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, Read, Seek, SeekFrom},
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
+
+use crate::sys::files::{open_regular, open_regular_to_append};
 
 /// A VMM's last words are a line or two.
 const LAST_WORDS_MAX_BYTES: u64 = 4096;
@@ -19,7 +20,7 @@ pub(super) struct LastWords {
 
 /// Opens the log for a process that is to write to it.
 pub(super) fn open(log: &Path) -> io::Result<(File, LastWords)> {
-    let file = OpenOptions::new().append(true).create(true).mode(0o600).open(log)?;
+    let file = open_regular_to_append(log)?;
     let from = file.metadata()?.len();
     let log = log.to_owned();
     Ok((file, LastWords { log, from }))
@@ -28,7 +29,7 @@ pub(super) fn open(log: &Path) -> io::Result<(File, LastWords)> {
 impl LastWords {
     /// Returns those of a process that wrote before we knew it: what it writes from now on.
     pub(super) fn from_now_on(log: &Path) -> Self {
-        Self { log: log.to_owned(), from: log.metadata().map_or(0, |meta| meta.len()) }
+        Self { log: log.to_owned(), from: log.symlink_metadata().map_or(0, |meta| meta.len()) }
     }
 
     /// Returns the end of what the process wrote, as one line. It is for a message about
@@ -38,7 +39,7 @@ impl LastWords {
     }
 
     fn read_tail(&self) -> io::Result<String> {
-        let mut log = File::open(&self.log)?;
+        let mut log = open_regular(&self.log)?;
         let end = log.metadata()?.len();
         let start = self.from.max(end.saturating_sub(LAST_WORDS_MAX_BYTES));
         log.seek(SeekFrom::Start(start))?;

@@ -42,6 +42,51 @@ fn a_failed_sleep_leaves_the_guest_running() {
 }
 
 #[test]
+fn a_sleep_does_not_wait_for_a_fifo_or_a_link_in_place_of_the_memory() {
+    let put: [fn(&std::path::Path, &std::path::Path); 2] = [
+        |path, _| crate::sys::files::regular::tests::make_fifo(path),
+        |path, aside| std::os::unix::fs::symlink(aside, path).unwrap(),
+    ];
+    for put in put {
+        let host = running();
+        let home = host.daemon.home(&host.entry("a").record());
+        let memory = || home.live_memory(home.survey().unwrap().live.unwrap());
+        let aside = host.daemon.settings().store.join("aside");
+        crate::sys::files::rename(&memory(), &aside).unwrap();
+        put(&memory(), &aside);
+        let error = crate::lifecycle::chain(&host.sleep("a").unwrap_err());
+        assert!(error.contains("`memory` is no file"), "{error}");
+        assert_eq!(host.state("a"), State::Running);
+        assert!(host.guest_runs("a"));
+        let memory = memory();
+        std::fs::remove_file(&memory).unwrap();
+        crate::sys::files::rename(&aside, &memory).unwrap();
+        host.check("a");
+    }
+}
+
+#[test]
+fn a_console_does_not_wait_for_a_fifo_nor_follow_a_link() {
+    let host = running();
+    let entry = host.entry("a");
+    let log = host.daemon.home(&entry.record()).console_log();
+    let secret = host.daemon.settings().store.join("secret");
+    std::fs::write(&secret, "secret").unwrap();
+    let put: [&dyn Fn(); 2] = [&|| crate::sys::files::regular::tests::make_fifo(&log), &|| {
+        std::os::unix::fs::symlink(&secret, &log).unwrap();
+    }];
+    for put in put {
+        std::fs::remove_file(&log).ok();
+        put();
+        assert_eq!(host.daemon.console(&entry.record()), crate::lifecycle::ConsoleLog::default());
+        let error = host.daemon.read_console(&entry, 0, 100).unwrap_err();
+        assert!(error.to_string().contains("not a regular file"), "{error}");
+        host.daemon.trim_consoles();
+    }
+    assert_eq!(std::fs::read(&secret).unwrap(), b"secret");
+}
+
+#[test]
 fn a_vmm_that_dies_while_going_to_sleep_is_a_lost_guest() {
     for call in [Call::Pause, Call::Save] {
         let host = running();

@@ -10,6 +10,8 @@ use std::{
 
 use rustix::fs::{CWD, RenameFlags};
 
+use super::regular::open_regular;
+
 /// Makes the directory `path`, and those above it, for its owner alone.
 ///
 /// One that is there already keeps its mode.
@@ -37,7 +39,7 @@ pub fn sync_dir(path: &Path) -> io::Result<()> {
 /// Those of open(2) and fsync(2). After a failed one only `write_anew` makes the next one mean
 /// anything.
 pub fn sync_file(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
+    open_regular(path)?.sync_all()
 }
 
 /// Replaces the file `path` by `bytes`: after a crash the old or the new is there,

@@ -13,6 +13,7 @@ use rustix::{
     io::Errno,
 };
 
+use super::regular::open_image;
 use crate::sys::clock::{Deadline, pause_for};
 
 /// How long a child of a holder that is gone may have the file still: from its fork to its
@@ -73,7 +74,7 @@ pub fn lock_holder(path: &Path) -> Option<u32> {
 /// # Errors
 /// Where it cannot be opened for reading, or its file system has no locks.
 pub fn is_image_locked(path: &Path, wanted: Use) -> io::Result<bool> {
-    let image = File::open(path)?;
+    let image = open_image(path)?;
     let kind = match wanted {
         Use::Read => libc::F_RDLCK,
         Use::Write => libc::F_WRLCK,

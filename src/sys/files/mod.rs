@@ -14,6 +14,7 @@ mod flock;
 mod identity;
 mod opening;
 mod owner;
+pub(crate) mod regular;
 mod reserve;
 mod rewrite;
 mod room;
@@ -30,6 +31,10 @@ pub use identity::{FileId, ids_below};
 pub use opening::{handle_path, open_as, read_start};
 pub use owner::{
     Wish, check_plain, give_dir, give_file, let_pass, let_read, may, open_path, take_back,
+};
+pub use regular::{
+    open_image, open_regular, open_regular_to_append, open_regular_to_write, overwrite_regular,
+    read_regular,
 };
 pub use reserve::{RESERVE_BYTES, Reserve};
 pub use rewrite::write_anew;

@@ -1,8 +1,8 @@
 //! Writing a file anew after the disk has lost some of it.
 
-use std::{fs::File, io, ops::Range, os::unix::fs::FileExt as _, path::Path};
+use std::{io, ops::Range, os::unix::fs::FileExt as _, path::Path};
 
-use super::{PieceError, sparse::data_extents};
+use super::{PieceError, regular::open_regular_to_write, sparse::data_extents};
 use crate::sys::cancel::Cancel;
 
 /// How much is read at a time.
@@ -23,7 +23,7 @@ const ZEROS: [u8; PAGE] = [0; PAGE];
 /// # Errors
 /// `CalledOff` within a piece; otherwise what the disk says.
 pub fn write_anew(path: &Path, cancel: &Cancel) -> Result<(), PieceError> {
-    let file = File::options().read(true).write(true).open(path)?;
+    let file = open_regular_to_write(path)?;
     // A failure that nobody was told of yet is of the writes before these.
     file.sync_data().ok();
     let len = file.metadata()?.len();
@@ -68,7 +68,7 @@ fn runs_to_write(bytes: &[u8], at: u64, extents: &[Range<u64>]) -> Vec<Range<usi
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::fs::{self, File};
 
     use super::*;
     use crate::sys::files::allocated_bytes;

@@ -11,7 +11,10 @@ use rustix::{
     io::Errno,
 };
 
-use super::sparse::{allocated_bytes, punch};
+use super::{
+    regular::open_regular_to_write,
+    sparse::{allocated_bytes, punch},
+};
 
 /// The file systems that are known to keep room for a mapping, by `statfs(2)`. Not so tmpfs,
 /// where blocks are memory, nor btrfs: there each page that is written again takes a new
@@ -51,7 +54,7 @@ fn is_known(kind: libc::c_long) -> bool {
 /// # Errors
 /// `ENOSPC` where the disk has less; some blocks may have been taken then.
 pub fn take_room(path: &Path, len: u64) -> io::Result<Room> {
-    let file = File::options().read(true).write(true).open(path)?;
+    let file = open_regular_to_write(path)?;
     if file.metadata()?.len() < len {
         file.set_len(len)?;
     }
@@ -72,7 +75,7 @@ pub fn take_room(path: &Path, len: u64) -> io::Result<Room> {
 /// # Errors
 /// What the system says; some blocks may have been given back.
 pub fn give_back_room(path: &Path) -> io::Result<u64> {
-    let file = File::options().read(true).write(true).open(path)?;
+    let file = open_regular_to_write(path)?;
     if is_known(fstatfs(&file)?.f_type) {
         for piece in unwritten(&file)? {
             if piece.end - piece.start >= PIECE_MIN_BYTES {

@@ -19,6 +19,7 @@ use rustix::{
 use super::{
     PieceError,
     durable::{create_private, rename_durably, with_suffix},
+    regular::{open_image, open_regular},
 };
 use crate::sys::cancel::Cancel;
 
@@ -68,7 +69,7 @@ impl Iterator for DataExtents<'_> {
 /// # Errors
 /// Those of stat(2).
 pub fn allocated_bytes(path: &Path) -> io::Result<u64> {
-    Ok(fs::metadata(path)?.blocks().saturating_mul(512))
+    Ok(fs::symlink_metadata(path)?.blocks().saturating_mul(512))
 }
 
 /// Returns how many bytes of the file `path` are no holes, nor room that nobody wrote to.
@@ -76,7 +77,7 @@ pub fn allocated_bytes(path: &Path) -> io::Result<u64> {
 /// # Errors
 /// Those of open(2) and lseek(2).
 pub fn data_bytes(path: &Path) -> io::Result<u64> {
-    let file = File::open(path)?;
+    let file = open_regular(path)?;
     data_extents(&file).map(|extent| extent.map(|extent| extent.end - extent.start)).sum()
 }
 
@@ -137,7 +138,7 @@ pub fn sync_in_pieces(file: &File, cancel: &Cancel) -> Result<(), PieceError> {
 /// `CalledOff` within a piece or two; otherwise what the system says.
 pub fn copy_image(from: &Path, to: &Path, cancel: &Cancel) -> Result<u64, PieceError> {
     cancel.check()?;
-    let source = File::open(from)?;
+    let source = open_image(from)?;
     let meta = source.metadata()?;
     if !meta.is_file() {
         let error = io::Error::new(io::ErrorKind::InvalidInput, "an image is a regular file");
@@ -358,7 +359,7 @@ mod tests {
         let error = copy_image(&from, &to, &called_off).unwrap_err();
         assert!(matches!(error, PieceError::CalledOff(_)), "{error}");
         let error = copy_image(temp.path(), &to, &Cancel::default()).unwrap_err();
-        assert_eq!(error.to_string(), "an image is a regular file");
+        assert_eq!(error.to_string(), "it is a directory, not a regular file");
         assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
         fs::write(&to, "mine").unwrap();
         copy_image(&from, &to, &Cancel::default()).unwrap_err();

@@ -2,12 +2,8 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fs::{File, OpenOptions},
-    io::{self, Read},
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::OpenOptionsExt,
-    },
+    io,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -32,7 +28,10 @@ use crate::{
     sync::Arc,
     sys::{
         clock::{self, Deadline, Stopwatch},
-        files::{self, Use, check_plain, give_dir, is_image_locked, take_back},
+        files::{
+            self, Use, check_plain, give_dir, is_image_locked, open_image, open_regular_to_append,
+            read_regular, take_back,
+        },
         host::own_ids,
         process::{Launch, Process},
     },
@@ -62,7 +61,7 @@ const RUN_LIMIT: Duration = Duration::from_secs(30);
 /// How fast memory is written and read at the least: a disk that is slower is not well.
 const MEMORY_MIN_BYTES_PER_SECOND: u64 = 32 << 20;
 /// The largest file that it writes beside the memory; one of a large machine has some MiB.
-const SMALL_FILE_MAX_BYTES: u64 = 64 << 20;
+pub(super) const SMALL_FILE_MAX_BYTES: u64 = 64 << 20;
 /// A process that has just ended gives up the locks on its disks when its last I/O is
 /// through, some milliseconds later. How long we wait for it, and how often we look.
 const LOCK_LIMIT: Duration = Duration::from_secs(2);
@@ -196,11 +195,7 @@ impl CloudMachine {
     fn spawn_as(identity: Identity, program: &Path, plan: &Plan) -> Result<Self, Error> {
         let (log, last_words) = log::open(&plan.vmm_log)
             .map_err(host(format!("opening {}", plan.vmm_log.display())))?;
-        let stdout = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&plan.console_log)
+        let stdout = open_regular_to_append(&plan.console_log)
             .map_err(host(format!("opening {}", plan.console_log.display())))?;
         let Console { master, terminal } = console::prepare(&plan.runtime_dir)
             .map_err(host("making a terminal for the console".to_owned()))?;
@@ -356,14 +351,15 @@ impl CloudMachine {
         for disk in &self.disks {
             // It writes through the page cache. What the guest's memory counts on as
             // written has to be there as long as the memory is.
-            File::open(disk)
+            open_image(disk)
                 .and_then(|disk| disk.sync_data())
                 .map_err(host(format!("syncing {}", disk.display())))?;
         }
         for name in [CONFIG_FILE, STATE_FILE] {
             // They are written by one call each, which writes as much as it can.
             let path = dir.join(name);
-            let text = read_small(&path).map_err(host(format!("reading {}", path.display())))?;
+            let text = read_regular(&path, SMALL_FILE_MAX_BYTES)
+                .map_err(host(format!("reading {}", path.display())))?;
             if serde_json::from_slice::<IgnoredAny>(&text).is_err() {
                 return Err(Error::Nonsense {
                     command: "vm.snapshot".to_owned(),
@@ -484,19 +480,9 @@ impl Machine for CloudMachine {
     }
 }
 
-/// Reads a file that whoever wrote it may still be writing to.
-fn read_small(path: &Path) -> io::Result<Vec<u8>> {
-    let mut text = Vec::new();
-    File::open(path)?.take(SMALL_FILE_MAX_BYTES + 1).read_to_end(&mut text)?;
-    if text.len() as u64 > SMALL_FILE_MAX_BYTES {
-        return Err(io::Error::from(io::ErrorKind::FileTooLarge));
-    }
-    Ok(text)
-}
-
 /// Returns the length of a file; none is as good as an empty one.
 fn len_of(file: &Path) -> u64 {
-    file.metadata().map_or(0, |meta| meta.len())
+    file.symlink_metadata().map_or(0, |meta| meta.len())
 }
 
 fn socket_path(runtime_dir: &Path) -> PathBuf {

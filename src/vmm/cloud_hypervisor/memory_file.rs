@@ -4,7 +4,7 @@
 //! VMM lives, and a guest that resets its machine has the VMM open it once more.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     path::{Path, PathBuf},
 };
 
@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::told;
 use crate::{
     sandbox::MemoryMode,
+    sys::files::overwrite_regular,
     vmm::{Error, Plan, peer::host},
 };
 
@@ -85,7 +86,7 @@ pub(super) fn keep_from_changing(path: &Path, text: &[u8]) -> Result<(), Error> 
     let Some(quiet) = quiet else {
         return Ok(());
     };
-    fs::write(path, quiet).map_err(host(format!("writing {}", path.display())))
+    overwrite_regular(path, quiet.as_bytes()).map_err(host(format!("writing {}", path.display())))
 }
 
 /// Returns the state without any vCPU's wall clock, or nothing where it has none anyway.

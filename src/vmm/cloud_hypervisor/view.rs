@@ -5,7 +5,7 @@
 //! is made anew for each wake, of links and one small file, on the tmpfs of the sockets.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::OpenOptions,
     io::{self, Write},
     os::unix::fs::{OpenOptionsExt, symlink},
     path::{Path, PathBuf},
@@ -16,11 +16,12 @@ use serde_json::Value;
 use super::{
     body::adapt,
     confinement,
+    machine::SMALL_FILE_MAX_BYTES,
     machine::{CONFIG_FILE, MEMORY_FILE, STATE_FILE},
     told,
 };
 use crate::{
-    sys::files::{let_pass, let_read, make_private_dir, remove_tree},
+    sys::files::{let_pass, let_read, make_private_dir, read_regular, remove_tree},
     vmm::{Error, Plan, peer::host},
 };
 
@@ -68,7 +69,8 @@ pub(super) fn remove(plan: &Plan) -> Result<(), Error> {
 
 fn adapted(plan: &Plan, dir: &Path, memory_file: Option<&Path>) -> Result<Value, Error> {
     let path = dir.join(CONFIG_FILE);
-    let text = fs::read(&path).map_err(host(format!("reading {}", path.display())))?;
+    let text = read_regular(&path, SMALL_FILE_MAX_BYTES)
+        .map_err(host(format!("reading {}", path.display())))?;
     let mut config: Value = serde_json::from_slice(&text)
         .map_err(|error| host(format!("reading {}", path.display()))(error.into()))?;
     adapt(&mut config, plan, memory_file, confinement::rules().as_deref())

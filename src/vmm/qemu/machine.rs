@@ -24,6 +24,7 @@ use crate::{
     sync::Arc,
     sys::{
         clock::{self, Deadline},
+        files::open_regular,
         process::{Launch, Process},
     },
     vmm::{
@@ -170,7 +171,7 @@ impl QemuMachine {
     pub(super) fn load(&self, dir: &Path) -> Result<(), Error> {
         const COMMAND: &str = "migrate-incoming";
         let state = dir.join(STATE_FILE);
-        let file = File::open(&state).map_err(host(format!("opening {}", state.display())))?;
+        let file = open_regular(&state).map_err(host(format!("opening {}", state.display())))?;
         let mut qmp = Qmp::open(&self.peer, "loading the snapshot", CONNECT_LIMIT)?;
         set_up_migration(&mut qmp)?;
         qmp.hand_over(STATE_FD, file.as_fd())?;
