@@ -90,8 +90,8 @@ fn why_not_raw(path: &Path, start: &[u8], readonly: bool) -> Option<String> {
     let compression = COMPRESSIONS.iter().find(|Compression(_, magic, _)| has(0, magic));
     let Compression(name, _, unpack) = compression.filter(|_| !readonly)?;
     Some(format!(
-        "{shown} is compressed by {name}, and a disk has to be raw; unpack it by `{unpack} {quoted} \
-         > OUT`, and name OUT in `config`"
+        "{shown} is compressed by {name}, and a disk has to be raw; unpack it by `{unpack} \
+         {quoted} > OUT`, and name OUT in `config`"
     ))
 }
 
