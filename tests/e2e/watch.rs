@@ -41,7 +41,8 @@ fn announcer(host: &Host) -> u32 {
 /// Wakes a sandbox and has the reaper put it to sleep, and waits until all have seen both.
 fn change_twice(host: &Host, watchers: &[Watcher], id: &str) {
     let counts: Vec<usize> = watchers.iter().map(|watcher| watcher.seen(id).len()).collect();
-    host.write(&format!("{id}/state"), "wake").unwrap();
+    let woken = host.write(&format!("{id}/state"), "wake");
+    assert_eq!(woken, Ok(()), "{id}: {}", host.error(id));
     for (watcher, count) in watchers.iter().zip(&counts) {
         watcher.wait_to_see(id, *count, "running");
     }
