@@ -61,11 +61,13 @@ fn perform(script: Vec<Act>, mut stream: UnixStream) {
     }
 }
 
-/// A process that stands for the scripted QEMU's, and stays.
+/// A process that stands for the scripted QEMU's, and stays until it is killed or the process
+/// of the tests has ended.
 fn stand_in(host: &Host) -> Arc<Process> {
     let (log, _) = log::open(&host.plan.vmm_log).unwrap();
-    let args = ["-c", "exec sleep 1000", &host.plan.token].map(Into::into);
-    Process::spawn(Launch::new(Path::new("/bin/sh"), &args, log)).unwrap()
+    let until = format!("--pid={}", std::process::id());
+    let args = [&until, "-f", "/dev/null"].map(Into::into);
+    Process::spawn(Launch::new(Path::new("/usr/bin/tail"), &args, log)).unwrap()
 }
 
 /// Opens a connection that goes as `acts` says, and does with it what `then` does.
