@@ -15,8 +15,8 @@ use std::sync::{Arc, atomic::Ordering};
 use rusqlite::Connection;
 
 use super::{
-    Commit, Entry, Error, Index, NewSandbox, Record, RowId, SandboxId, State, Step, Timestamp,
-    Users, Waking, keys_of_row, row, schema,
+    Commit, Entry, Error, Index, LOCKED_AGAIN, NewSandbox, Record, RowId, SandboxId, State, Step,
+    Timestamp, Users, Waking, keys_of_row, row, schema,
 };
 use crate::{
     lock::Held,
@@ -403,17 +403,24 @@ impl Index {
         doing: &dyn Fn() -> String,
         work: impl Fn(&Connection) -> rusqlite::Result<T>,
     ) -> Result<(T, Commit), Error> {
-        let deadline = Deadline::after(self.locked_limit);
+        let (at_last, soon) = (Deadline::after(self.locked_limit), Deadline::after(LOCKED_AGAIN));
+        let is_over =
+            || at_last.passed() || (soon.passed() && self.is_locked_out.load(Ordering::Relaxed));
         loop {
             let connection = lock(&self.connection);
             self.log.check()?;
             match work(connection.as_ref().ok_or(Error::Closed)?) {
                 Ok(done) => {
+                    self.is_locked_out.store(false, Ordering::Relaxed);
                     let commit = self.log.wrote();
                     self.checkpoints.wrote(1);
                     return Ok((done, commit));
                 }
-                Err(error) if schema::is_locked(&error) && !deadline.passed() => {}
+                Err(error) if schema::is_locked(&error) && !is_over() => {}
+                Err(error) if schema::is_locked(&error) => {
+                    self.is_locked_out.store(true, Ordering::Relaxed);
+                    return Err(Error::sql(&self.path, doing)(error));
+                }
                 Err(error) => return Err(Error::sql(&self.path, doing)(error)),
             }
         }

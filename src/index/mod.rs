@@ -21,7 +21,10 @@
 use std::{
     iter,
     path::{Path, PathBuf},
-    sync::{Arc, atomic::AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64},
+    },
     time::Duration,
 };
 
@@ -61,6 +64,9 @@ use table::Table;
 /// How long a change waits for another process that has the file locked, such as a backup or
 /// somebody who looks by hand. Longer than either takes, and a caller learns of it at last.
 const LOCKED_LIMIT: Duration = Duration::from_secs(30);
+/// How long each further change waits once one has waited that long in vain, until one succeeds.
+/// An operation makes several changes, and they are not all to wait for the same lock.
+const LOCKED_AGAIN: Duration = Duration::from_secs(1);
 
 /// How many entries are taken out of the table in one go, for which whoever makes or removes
 /// one waits.
@@ -76,6 +82,8 @@ pub struct Index {
     connection: Mutex<Option<Connection>>,
     /// How long a change may wait for another process that has the file locked.
     locked_limit: Duration,
+    /// Whether a change has waited that long in vain, and none has succeeded since.
+    is_locked_out: AtomicBool,
     /// How far what was committed is on the disk. Has a leaf.
     log: Log,
     /// Moves the log into the file.
@@ -135,6 +143,7 @@ impl Index {
             path: path.to_owned(),
             connection: Mutex::new(Some(connection)),
             locked_limit: LOCKED_LIMIT,
+            is_locked_out: AtomicBool::new(false),
             log,
             checkpoints,
             table: RwLock::new(table),

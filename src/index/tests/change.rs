@@ -1,11 +1,11 @@
 //! Disks that fail or hang, and other processes that have the file locked.
 
-use std::thread;
+use std::{sync::atomic::Ordering, thread};
 
 use super::*;
 use crate::{
     index::log::Disk,
-    sys::clock::{Deadline, pause_for},
+    sys::clock::{Deadline, Stopwatch, pause_for},
 };
 
 /// How long a condition may take to come true on a busy machine.
@@ -179,6 +179,24 @@ fn a_lock_of_another_process_that_does_not_end_is_an_error_that_changes_nothing(
     assert_eq!(host.index.count_by_state()[2], (State::Running, 1));
     other.execute_batch("ROLLBACK").unwrap();
     host.index.advance(&held, &entry, Step::Sleep, at(2), |_| ()).unwrap();
+}
+
+#[test]
+fn not_every_change_waits_for_a_lock_of_another_process_that_does_not_end() {
+    let mut host = Host::new();
+    let entry = host.running("a", 1);
+    let other = Connection::open(host.path()).unwrap();
+    other.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    let held = host.held("a");
+    host.index.locked_limit = Duration::from_millis(50);
+    host.index.amend(&held, &entry, |record| record.pinned = true).unwrap_err();
+    host.index.locked_limit = Duration::from_secs(600);
+    let since = Stopwatch::start();
+    host.index.amend(&held, &entry, |record| record.pinned = true).unwrap_err();
+    assert!(since.elapsed() < host.index.locked_limit, "it waited as if it were the first");
+    other.execute_batch("ROLLBACK").unwrap();
+    host.index.amend(&held, &entry, |record| record.pinned = true).unwrap();
+    assert!(!host.index.is_locked_out.load(Ordering::Relaxed), "the next one waits again");
 }
 
 #[test]
