@@ -358,7 +358,8 @@ fn why_unwakeable(vmm: &dyn Vmm, runs: &VmmIdentity) -> Option<String> {
     };
     let (what, then, now) = runs.difference(&here)?;
     Some(format!(
-        "its guest runs by a {} with {what} `{then}`, and the one installed now has `{now}`; {mended}",
+        "its guest runs by a {} with {what} `{then}`, and the one installed now has `{now}`; \
+         {mended}",
         runs.name
     ))
 }

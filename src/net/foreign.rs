@@ -224,8 +224,7 @@ fn read_rule(list: &[ListAttribute<ExpressionAttribute>]) -> Rule {
             }
             (_, Some(Expressions::Cmp(parts))) => {
                 conditions += 1;
-                let is_prefix = |part: &Cmp| matches!(part, Cmp::Data(DataAttribute::Value(value)) if value == LINKS);
-                of_links += usize::from(loads_link && parts.iter().any(is_prefix));
+                of_links += usize::from(loads_link && parts.iter().any(is_prefix_of_links));
             }
             (_, Some(Expressions::Immediate(parts))) => {
                 if let Some(does) = parts.iter().find_map(verdict) {
@@ -271,4 +270,9 @@ fn verdict(part: &Immediate) -> Option<Does> {
         (code, _) if u32::from(code) == DROP => Does::Refuse,
         _ => Does::Nothing,
     })
+}
+
+/// Says whether a link's name is compared with what the names of our links begin with.
+fn is_prefix_of_links(part: &Cmp) -> bool {
+    matches!(part, Cmp::Data(DataAttribute::Value(value)) if value == LINKS)
 }
