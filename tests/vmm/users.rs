@@ -8,7 +8,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use dozed::vmm::{Vmm, cloud_hypervisor::CloudHypervisor};
+use dozed::{
+    sys::command,
+    vmm::{Vmm, cloud_hypervisor::CloudHypervisor},
+};
 use rustix::{
     io::Errno,
     mount::{MountFlags, UnmountFlags, mount, unmount},
@@ -21,7 +24,7 @@ use crate::{
     daemon::{Daemon, Setup},
     files::{Host, assert_whole, counts_in, end},
     old_kernel::spawn_without,
-    support::{Standin, counter_guest, eventually, open_dir},
+    support::{SOON, Standin, counter_guest, eventually, open_dir},
 };
 
 const ID: &str = "web-1";
@@ -198,7 +201,15 @@ fn files_of_a_sandboxs_owner_are_shown_to_a_vmm_that_is_neither_the_owner_nor_ro
     let config = format!(
         "kernel = {kernel:?}\ninitramfs = {disk:?}\n[[disks]]\npath = {disk:?}\nreadonly = true\n"
     );
-    daemon.configure(ID, &config).unwrap();
+    // What its owner writes is opened with the owner's rights.
+    let text = dir.path().join("config");
+    fs::write(&text, config).unwrap();
+    fs::set_permissions(&text, Permissions::from_mode(0o644)).unwrap();
+    let copy = format!("cat {text:?} > {:?}", daemon.path("mount").join(ID).join("config"));
+    let owner = OWNER.to_string();
+    let words = ["--reuid", &owner, "--regid", &owner, "--clear-groups", "sh", "-c", &copy];
+    let written = command::output(Path::new("/usr/bin/setpriv"), &words, SOON).unwrap();
+    assert!(written.status.success(), "{written:?}: {}", daemon.read(ID, "error"));
     for _ in 0..2 {
         succeed(&daemon, ID, "wake");
         wait_for_lines(&daemon, 2);
