@@ -103,7 +103,9 @@ fn a_daemon_that_is_ending_begins_nothing_and_says_so() {
     let sleeper = thread::Builder::new().spawn(move || std::fs::write(path, "sleep")).unwrap();
     wait_until("the sleep has begun", || host.state("stuck") == "snapshotting");
     host.ask_to_end();
-    wait_until("it ends", || host.mkdir("web-2") == Err(Errno::SHUTDOWN));
+    // One that is made before the daemon is told of its end stays; each try needs its own name.
+    let mut names = (0..).map(|number| format!("late-{number}"));
+    wait_until("it ends", || host.mkdir(&names.next().unwrap()) == Err(Errno::SHUTDOWN));
     assert_eq!(host.rmdir("web-1"), Err(Errno::SHUTDOWN));
     assert_eq!(host.write("web-1/state", "sleep"), Err(Errno::SHUTDOWN));
     host.signal_vmm(stuck, Signal::CONT);
