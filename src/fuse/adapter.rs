@@ -12,13 +12,14 @@ use fuser::{
 
 use super::{
     ghosts,
+    once::{Once, give},
     polls::{self, Polls},
     translate::{
-        BLOCK_BYTES, attr_ttl, caller, caught, file_attr, give, is_append, is_nonblocking, node,
+        BLOCK_BYTES, attr_ttl, caller, caught, file_attr, is_append, is_nonblocking, node,
         not_taken, number, reply_attr, reply_data, reply_empty, reply_entry, reply_opened,
         reply_opened_document, reply_written,
     },
-    waiting::{AnnouncedWrite, Once, Waiting},
+    waiting::{AnnouncedWrite, Waiting},
 };
 use crate::{
     notify::News,

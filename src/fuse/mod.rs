@@ -17,6 +17,7 @@
 mod adapter;
 mod ghosts;
 mod mount_point;
+mod once;
 mod polls;
 mod spots;
 mod translate;

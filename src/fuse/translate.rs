@@ -11,7 +11,6 @@ use fuser::{
 };
 use rustix::fs::OFlags;
 
-use super::waiting::Once;
 use crate::{
     sys::pool::PoolError,
     tree::{Attr, Caller, Errno, Node},
@@ -25,17 +24,6 @@ const NAME_TTL: Duration = Duration::from_secs(1);
 const DIR_TTL: Duration = Duration::from_secs(1);
 /// What `stat` calls the preferred size of a read.
 pub(super) const BLOCK_BYTES: u32 = 4096;
-
-/// Gives an answer, by whoever is the first to have one.
-pub(super) fn give<T, R, A: FnOnce(R, Result<T, Number>)>(
-    reply: &Once<R>,
-    answer: &crate::sync::Mutex<Option<A>>,
-    result: Result<T, Number>,
-) {
-    if let (Some(reply), Some(answer)) = (reply.take(), crate::sync::lock(answer).take()) {
-        answer(reply, result);
-    }
-}
 
 /// Runs `work`, and turns a panic into EIO.
 pub(super) fn caught<T>(work: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {

@@ -1,0 +1,39 @@
+//! A request's answer, which is given once: by the operation, or by the interrupt.
+
+use fuser::Errno;
+
+use crate::sync::{Arc, Mutex, lock};
+
+/// A request's answer, which is given once: by the operation or by the interrupt.
+#[derive(Debug)]
+pub(super) struct Once<R> {
+    reply: Arc<Mutex<Option<R>>>,
+}
+
+impl<R> Clone for Once<R> {
+    fn clone(&self) -> Self {
+        Self { reply: Arc::clone(&self.reply) }
+    }
+}
+
+impl<R> Once<R> {
+    pub(super) fn new(reply: R) -> Self {
+        Self { reply: Arc::new(Mutex::new(Some(reply))) }
+    }
+
+    /// Takes the answer, unless it was given.
+    pub(super) fn take(&self) -> Option<R> {
+        lock(&self.reply).take()
+    }
+}
+
+/// Gives an answer, unless one was given.
+pub(super) fn give<T, R, A: FnOnce(R, Result<T, Errno>)>(
+    reply: &Once<R>,
+    answer: &Mutex<Option<A>>,
+    result: Result<T, Errno>,
+) {
+    if let (Some(reply), Some(answer)) = (reply.take(), lock(answer).take()) {
+        answer(reply, result);
+    }
+}
