@@ -243,7 +243,7 @@ pub(super) fn set_aside(range: &Range, name: &str) -> Result<(), Error> {
     let remove = move || {
         if let Err(error) = links.apply(vec![link::remove(index)], Answers::Each) {
             // The next start removes it.
-            tracing::warn!(link = aside, error = super::real::chain(&error), "a link stays");
+            tracing::warn!(link = aside, error = super::chain(&error), "a link stays");
         }
     };
     thread::Builder::new()

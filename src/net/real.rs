@@ -11,7 +11,7 @@ use std::{
 
 use super::{
     Activity, Applied, Changed, Count, Counters, Error, Known, Listener, Looked, Network, Ready,
-    Reconciled, Sampled, Wanted,
+    Reconciled, Sampled, Wanted, chain,
     doorbell::Doorbell,
     firewall,
     host::{self, Guard},
@@ -595,15 +595,4 @@ impl fmt::Debug for RealNetwork {
 /// Says whether there was nothing to remove, or to unmount.
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput)
-}
-
-/// Returns an error with all of its causes.
-pub(super) fn chain(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

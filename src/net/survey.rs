@@ -65,7 +65,7 @@ fn lacking(subject: &'static str, says: impl Into<String>) -> Finding {
 
 /// Returns an error with its causes, for the middle of a sentence.
 fn told(error: &Error) -> String {
-    super::real::chain(error)
+    super::chain(error)
 }
 
 /// The parts of nf_tables that our rules are made of: what each is for, the module that it
