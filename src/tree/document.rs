@@ -18,8 +18,8 @@ use super::{
     Caller, Errno, File, Job, Node, Tree,
     command::{self, BadCommand, DOCUMENT_MAX_BYTES},
     errno,
-    handle::OpenedBy,
-    write::{Written, actor, answer, check_opened},
+    opened::OpenedBy,
+    write::{Written, actor, answer, check_opened, refused},
 };
 use crate::{
     lifecycle::{Entry, Error, Lifecycle, Policy, Wait},
@@ -461,14 +461,6 @@ impl Tree {
             Written::Now(check())
         }
     }
-}
-
-/// Notes and counts why something written was refused, and returns its errno.
-pub(super) fn refused(lifecycle: &Lifecycle, entry: &Entry, bad: &BadCommand) -> Errno {
-    lifecycle.note(entry, bad);
-    let errno = errno::of_command(bad);
-    lifecycle.metrics().failed(errno.word());
-    errno
 }
 
 /// Refuses the beginning of a document that no further lines can make valid.

@@ -5,29 +5,12 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use super::{Errno, Node, console::Console, document::Document};
+use super::{Errno, Node, console::Console, document::Document, opened::OpenedBy};
 use crate::{
     lifecycle::{HoldId, Reader},
-    sandbox::{Owner, State, Timestamp},
+    sandbox::{State, Timestamp},
     sync::{Arc, Mutex, lock},
 };
-
-/// Who opened a file of a sandbox, and whose that was then.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct OpenedBy {
-    pub(super) uid: u32,
-    pub(super) owner: Owner,
-}
-
-impl OpenedBy {
-    /// Says whether it is of no more use, as the sandbox is `owner`'s now. It was opened with
-    /// the rights of then: root's go on, and those of the group where that is the same.
-    pub(super) fn has_ended(self, owner: Owner) -> bool {
-        let Self { uid, owner: before } = self;
-        let is_of_group = before.gid == owner.gid && uid != before.uid;
-        owner != before && uid != 0 && uid != owner.uid && !is_of_group
-    }
-}
 
 /// An open file. A handle that is not known, since an earlier daemon gave it out, is
 /// as good as one that nothing was read from yet.
@@ -205,7 +188,7 @@ mod tests {
 
     #[test]
     fn what_was_opened_ends_with_the_rights_that_it_was_opened_with() {
-        let owner = |uid, gid| Owner { uid, gid };
+        let owner = |uid, gid| crate::sandbox::Owner { uid, gid };
         for (uid, before, after, has_ended) in [
             (1, owner(1, 2), owner(1, 2), false),
             (1, owner(1, 2), owner(7, 2), true),

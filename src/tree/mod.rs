@@ -18,6 +18,7 @@ mod model;
 mod modes;
 mod node;
 mod open;
+mod opened;
 mod read;
 mod root_error;
 #[cfg(test)]

@@ -4,7 +4,8 @@ use super::{
     Caller, DaemonFile, Errno, File, Job, Node, Tree,
     document::{Document, DocumentKind},
     errno,
-    handle::{Handle, OpenedBy},
+    handle::Handle,
+    opened::OpenedBy,
     write::{actor, answer, check_opened},
 };
 use crate::{

@@ -4,9 +4,8 @@
 use super::{
     Attr, Caller, Errno, File, Node, Tree,
     command::{self, BadCommand, Verb},
-    document::refused,
     errno,
-    handle::OpenedBy,
+    opened::OpenedBy,
 };
 use crate::{
     lifecycle::{Entry, Error, Lifecycle, Policy, Wait, Why, chain},
@@ -427,5 +426,13 @@ pub(super) fn answer(lifecycle: &Lifecycle, entry: &Entry, doing: &str, error: &
     } else {
         tracing::info!(id = %entry.id(), ?errno, error, "{doing} failed");
     }
+    errno
+}
+
+/// Notes and counts why something written was refused, and returns its errno.
+pub(super) fn refused(lifecycle: &Lifecycle, entry: &Entry, bad: &BadCommand) -> Errno {
+    lifecycle.note(entry, bad);
+    let errno = errno::of_command(bad);
+    lifecycle.metrics().failed(errno.word());
     errno
 }
