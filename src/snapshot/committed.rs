@@ -177,6 +177,51 @@ impl Snapshot {
     }
 }
 
+impl Home {
+    /// Reads and checks the snapshot `generation` of the sandbox `id`, all but its memory.
+    ///
+    /// # Errors
+    /// `Absent`, `Damaged`, `Foreign` or `Newer`: the snapshot stays as it is.
+    pub fn open(&self, id: &SandboxId, generation: u64) -> Result<Snapshot, Error> {
+        Snapshot::open(self.clone(), self.snapshot_dir(generation), id, generation)
+    }
+
+    /// Makes the snapshot that the life `generation` was woken from the truth again, if its
+    /// memory is as it was. The VMM must be gone.
+    ///
+    /// Memory that was mapped proves by this that the guest has not run: one that executes
+    /// anything changes it. Memory that was copied is as it was whatever the guest did
+    /// since, so the caller must know by other means.
+    ///
+    /// It is checked where the life has it, and only then named a snapshot: a crash in
+    /// between leaves no snapshot whose guest may have run.
+    ///
+    /// # Errors
+    /// As [`Home::open`] and [`Snapshot::check_memory`]; the life is then as it was. `Damaged`
+    /// and `Absent` are final: the memory has changed, or is not there.
+    pub fn unconsume(&self, id: &SandboxId, generation: u64, cancel: &Cancel) -> Result<(), Error> {
+        let (live, dir) = (self.live_dir(generation), self.snapshot_dir(generation));
+        self.check_unchanged(id, generation, cancel)?;
+        files::rename_durably(&live, &dir)
+            .map_err(Error::io(|| format!("taking back {}", live.display())))
+    }
+
+    /// Makes sure that the memory of the life `generation` is as in the snapshot that it was
+    /// woken from.
+    ///
+    /// # Errors
+    /// As [`Home::unconsume`].
+    pub fn check_unchanged(
+        &self,
+        id: &SandboxId,
+        generation: u64,
+        cancel: &Cancel,
+    ) -> Result<(), Error> {
+        Snapshot::open(self.clone(), self.live_dir(generation), id, generation)?
+            .check_memory(cancel)
+    }
+}
+
 fn read_manifest(dir: &Path) -> Result<Manifest, Error> {
     let dir = dir.to_owned();
     let path = dir.join(MANIFEST);

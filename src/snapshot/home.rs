@@ -7,10 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Error, MEMORY, Memory, Snapshot, Staged};
+use super::{Error, MEMORY, Memory};
 use crate::{
     sandbox::{RowId, SandboxId},
-    sys::{cancel::Cancel, files},
+    sys::files,
 };
 
 /// How much of the hash of an image's path is in the name of a disk that is kept: 64 bits.
@@ -107,7 +107,7 @@ impl Home {
     }
 
     /// Returns the file that is there if a sync of the files of the living machine failed, or
-    /// was cut off: see [`Staged::begin_sync`].
+    /// was cut off: see [`super::Staged::begin_sync`].
     pub(super) fn unsynced_mark(&self) -> PathBuf {
         self.dir.join("unsynced")
     }
@@ -185,31 +185,6 @@ impl Home {
         given_back().map_err(Error::io(|| format!("giving back room of {}", dir.display())))
     }
 
-    /// Makes the directory that a sleep collects the snapshot `generation` in. What an
-    /// earlier sleep left behind is taken back as by [`Home::recover_partials`].
-    ///
-    /// # Errors
-    /// `Ambiguous` while there is a snapshot that nobody consumed, since this one would
-    /// be a second truth; otherwise where the store cannot be written.
-    pub fn stage(&self, generation: u64, memory: Memory) -> Result<Staged, Error> {
-        let survey = self.survey()?;
-        if let Some(committed) = survey.committed {
-            return Err(Error::Ambiguous {
-                dir: self.dir.clone(),
-                names: format!("{committed} and soon {generation}"),
-            });
-        }
-        for partial in survey.partials {
-            self.clear_partial(partial, survey.live, memory)?;
-        }
-        let dir = self.partial_dir(generation);
-        files::make_private_dir(&dir).map_err(Error::io(|| format!("making {}", dir.display())))?;
-        let mark = self.unsynced_mark();
-        let rewrites =
-            mark.try_exists().map_err(Error::io(|| format!("looking for {}", mark.display())))?;
-        Ok(Staged::new(self.clone(), generation, rewrites))
-    }
-
     /// Takes back each sleep that was cut before its commit point while the VMM is alive:
     /// memory that it maps goes back to where its life has it, and the rest is removed.
     ///
@@ -225,7 +200,12 @@ impl Home {
     }
 
     /// Gives the memory in the partial `generation` back to `live`, and removes the rest.
-    fn clear_partial(&self, generation: u64, live: Option<u64>, kind: Memory) -> Result<(), Error> {
+    pub(super) fn clear_partial(
+        &self,
+        generation: u64,
+        live: Option<u64>,
+        kind: Memory,
+    ) -> Result<(), Error> {
         if kind == Memory::Copied {
             return self.remove_partial(generation);
         }
@@ -257,49 +237,6 @@ impl Home {
             taken => taken.and_then(|()| files::remove_tree(&dir)),
         };
         removed.map_err(Error::io(|| format!("removing {}", dir.display())))
-    }
-
-    /// Reads and checks the snapshot `generation` of the sandbox `id`, all but its memory.
-    ///
-    /// # Errors
-    /// `Absent`, `Damaged`, `Foreign` or `Newer`: the snapshot stays as it is.
-    pub fn open(&self, id: &SandboxId, generation: u64) -> Result<Snapshot, Error> {
-        Snapshot::open(self.clone(), self.snapshot_dir(generation), id, generation)
-    }
-
-    /// Makes the snapshot that the life `generation` was woken from the truth again, if its
-    /// memory is as it was. The VMM must be gone.
-    ///
-    /// Memory that was mapped proves by this that the guest has not run: one that executes
-    /// anything changes it. Memory that was copied is as it was whatever the guest did
-    /// since, so the caller must know by other means.
-    ///
-    /// It is checked where the life has it, and only then named a snapshot: a crash in
-    /// between leaves no snapshot whose guest may have run.
-    ///
-    /// # Errors
-    /// As [`Home::open`] and [`Snapshot::check_memory`]; the life is then as it was. `Damaged`
-    /// and `Absent` are final: the memory has changed, or is not there.
-    pub fn unconsume(&self, id: &SandboxId, generation: u64, cancel: &Cancel) -> Result<(), Error> {
-        let (live, dir) = (self.live_dir(generation), self.snapshot_dir(generation));
-        self.check_unchanged(id, generation, cancel)?;
-        files::rename_durably(&live, &dir)
-            .map_err(Error::io(|| format!("taking back {}", live.display())))
-    }
-
-    /// Makes sure that the memory of the life `generation` is as in the snapshot that it was
-    /// woken from.
-    ///
-    /// # Errors
-    /// As [`Home::unconsume`].
-    pub fn check_unchanged(
-        &self,
-        id: &SandboxId,
-        generation: u64,
-        cancel: &Cancel,
-    ) -> Result<(), Error> {
-        Snapshot::open(self.clone(), self.live_dir(generation), id, generation)?
-            .check_memory(cancel)
     }
 
     /// Removes the files of the snapshot that the life `generation` was woken from, when

@@ -8,8 +8,8 @@ use std::{
 };
 
 use super::{
-    Error, FileFacts, Home, MANIFEST, MEMORY, Manifest, ManifestFacts, SMALL_FILE_MAX_BYTES,
-    digest,
+    Error, FileFacts, Home, MANIFEST, MEMORY, Manifest, ManifestFacts, Memory,
+    SMALL_FILE_MAX_BYTES, digest,
     reading::{DIGEST_THREADS, Reading},
 };
 use crate::{
@@ -246,6 +246,33 @@ impl Staged {
                 Ok(small)
             }
         }
+    }
+}
+
+impl Home {
+    /// Makes the directory that a sleep collects the snapshot `generation` in. What an
+    /// earlier sleep left behind is taken back as by [`Home::recover_partials`].
+    ///
+    /// # Errors
+    /// `Ambiguous` while there is a snapshot that nobody consumed, since this one would
+    /// be a second truth; otherwise where the store cannot be written.
+    pub fn stage(&self, generation: u64, memory: Memory) -> Result<Staged, Error> {
+        let survey = self.survey()?;
+        if let Some(committed) = survey.committed {
+            return Err(Error::Ambiguous {
+                dir: self.dir().to_owned(),
+                names: format!("{committed} and soon {generation}"),
+            });
+        }
+        for partial in survey.partials {
+            self.clear_partial(partial, survey.live, memory)?;
+        }
+        let dir = self.partial_dir(generation);
+        files::make_private_dir(&dir).map_err(Error::io(|| format!("making {}", dir.display())))?;
+        let mark = self.unsynced_mark();
+        let rewrites =
+            mark.try_exists().map_err(Error::io(|| format!("looking for {}", mark.display())))?;
+        Ok(Staged::new(self.clone(), generation, rewrites))
     }
 }
 
