@@ -2,8 +2,13 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::process::Process;
 use crate::sync::{Arc, Mutex, lock};
+
+/// What ends when an operation is called off.
+pub trait Victim: std::fmt::Debug + Send + Sync {
+    /// Kills it. Doing it again is no error.
+    fn kill(&self);
+}
 
 /// Calls off an operation: long loops look at it, and the processes that the
 /// operation waits for are killed, which ends the wait.
@@ -14,7 +19,7 @@ use crate::sync::{Arc, Mutex, lock};
 pub struct Cancel {
     called_off: AtomicBool,
     /// The processes to kill. At most one or two.
-    victims: Mutex<Vec<Arc<Process>>>,
+    victims: Mutex<Vec<Arc<dyn Victim>>>,
 }
 
 /// The operation was called off.
@@ -40,12 +45,12 @@ impl Cancel {
         if self.called_off.load(Ordering::SeqCst) { Err(CalledOff) } else { Ok(()) }
     }
 
-    /// Has `process` killed if the operation is or was called off.
-    pub fn ends_with(&self, process: &Arc<Process>) {
+    /// Has `victim` killed if the operation is or was called off.
+    pub fn ends_with(&self, victim: Arc<dyn Victim>) {
         let mut victims = lock(&self.victims);
-        victims.push(Arc::clone(process));
         if self.called_off.load(Ordering::SeqCst) {
-            process.kill();
+            victim.kill();
         }
+        victims.push(victim);
     }
 }

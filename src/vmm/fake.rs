@@ -336,7 +336,7 @@ impl FakeVmm {
             ..Launch::new(Path::new(PROGRAM), &args, log.map_err(failed)?)
         };
         let process = Process::spawn(launch).map_err(failed)?;
-        plan.cancel.ends_with(&process);
+        plan.cancel.ends_with(Arc::<Process>::clone(&process));
         let copies = self.0.copies_memory(plan.memory_mode);
         let memory = if copies {
             tempfile::tempfile()

@@ -48,7 +48,7 @@ pub(super) fn begin<M: Machine>(
     let mut machine = spawn()?;
     // The process is killed if the work is called off, and then whatever is asked of it
     // fails.
-    plan.cancel.ends_with(machine.process());
+    plan.cancel.ends_with(Arc::<Process>::clone(machine.process()));
     let ready = then(&mut machine).and_then(|()| plan.cancel.check().map_err(|_| called_off()));
     let Err(error) = ready else {
         return Ok(machine);

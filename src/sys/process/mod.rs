@@ -31,6 +31,7 @@ use crate::{
     sandbox::ProcessIdentity,
     sync::{Arc, Mutex, lock},
     sys::{
+        cancel::Victim,
         clock::{self, Deadline},
         files::FileId,
     },
@@ -60,6 +61,12 @@ pub struct Process {
     /// How it ended, once we know. The lock is held while we ask the kernel, so that
     /// a child is reaped once and everybody hears the same.
     ending: Mutex<Option<Exit>>,
+}
+
+impl Victim for Process {
+    fn kill(&self) {
+        Process::kill(self);
+    }
 }
 
 impl Process {
