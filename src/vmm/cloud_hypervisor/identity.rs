@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{machine::STATE_FILE, memory_file, told};
+use super::{memory_file, saved::STATE_FILE, told};
 use crate::{
     sys::{
         door::Door,

@@ -19,6 +19,7 @@ use super::{
     identity::{ExecName, Identity},
     memory_file,
     restore_mode::STILL_LOADING,
+    saved::{CONFIG_FILE, MEMORY_FILE, SMALL_FILE_MAX_BYTES, STATE_FILE},
     told,
     version::{OLDEST, Version},
     view, vsock,
@@ -43,13 +44,6 @@ use crate::{
     },
 };
 
-/// The file that it writes memory to, which we call as all drivers do.
-pub(super) const MEMORY_FILE: &str = "memory-ranges";
-/// The file that it writes its configuration to.
-pub(super) const CONFIG_FILE: &str = "config.json";
-/// The file that it writes the state of CPUs and devices to.
-pub(super) const STATE_FILE: &str = "state.json";
-
 /// For a process that is starting, which takes 4 ms alone on a CPU. With a hundred wakes at
 /// once on two it is seconds.
 const START_LIMIT: Duration = Duration::from_secs(15);
@@ -60,8 +54,6 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(30);
 const RUN_LIMIT: Duration = Duration::from_secs(30);
 /// How fast memory is written and read at the least: a disk that is slower is not well.
 const MEMORY_MIN_BYTES_PER_SECOND: u64 = 32 << 20;
-/// The largest file that it writes beside the memory; one of a large machine has some MiB.
-pub(super) const SMALL_FILE_MAX_BYTES: u64 = 64 << 20;
 /// A process that has just ended gives up the locks on its disks when its last I/O is
 /// through, some milliseconds later. How long we wait for it, and how often we look.
 const LOCK_LIMIT: Duration = Duration::from_secs(2);

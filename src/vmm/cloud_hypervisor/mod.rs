@@ -21,6 +21,7 @@ mod identity;
 mod machine;
 mod memory_file;
 mod restore_mode;
+mod saved;
 mod told;
 mod version;
 mod view;

@@ -16,8 +16,7 @@ use serde_json::Value;
 use super::{
     body::adapt,
     confinement,
-    machine::SMALL_FILE_MAX_BYTES,
-    machine::{CONFIG_FILE, MEMORY_FILE, STATE_FILE},
+    saved::{CONFIG_FILE, MEMORY_FILE, SMALL_FILE_MAX_BYTES, STATE_FILE},
     told,
 };
 use crate::{
