@@ -11,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use super::{Entry, Error, Lifecycle, Signal, wake::vmm_failed};
+use super::{Entry, Error, Lifecycle, Signal, error::vmm_failed};
 use crate::{
     sandbox::Record,
     sync::lock,

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Entry, Error, Held, Lifecycle, wake::host_failed};
+use super::{Entry, Error, Held, Lifecycle, error::host_failed};
 use crate::{
     index::{self, NewSandbox},
     sandbox::{Cause, Owner, RowId, SandboxId},

@@ -20,7 +20,8 @@ use std::{
 };
 
 use super::{
-    Arrow, Entry, Error, Lifecycle, Outcome, chain, exits::end, operation::Claim, wake::host_failed,
+    Arrow, Entry, Error, Lifecycle, Outcome, chain, error::host_failed, exits::end,
+    operation::Claim,
 };
 use crate::{
     lifecycle::Held,

@@ -5,10 +5,10 @@ use std::{cell::Cell, io, path::PathBuf, rc::Rc};
 use super::{
     Entry, Error, Lifecycle,
     create::free_name,
+    error::{host_failed, snapshot_failed},
     files::Files,
     operation::Operation,
     undo::Undo,
-    wake::{host_failed, snapshot_failed},
 };
 use crate::{
     sandbox::{Disk, Record, Spec},

@@ -3,7 +3,8 @@
 use std::{io, path::PathBuf, time::Duration};
 
 use crate::{
-    index, net,
+    index::{self, Entry},
+    net,
     sandbox::{Refused, SandboxId, State, Users, network::AddressPlan, text::one_line},
     snapshot, vmm,
 };
@@ -400,6 +401,34 @@ impl Error {
             | Self::Panicked { .. } => Fault::Other,
         }
     }
+}
+
+pub(super) fn vmm_failed(
+    entry: &Entry,
+    doing: &'static str,
+) -> impl Fn(vmm::Error) -> Error + Copy {
+    move |source| Error::Vmm { doing, id: entry.id().clone(), source }
+}
+
+pub(super) fn snapshot_failed(
+    entry: &Entry,
+    doing: &'static str,
+) -> impl Fn(snapshot::Error) -> Error + Copy {
+    move |source| Error::Snapshot { doing, id: entry.id().clone(), source }
+}
+
+pub(super) fn host_failed(
+    entry: &Entry,
+    doing: &'static str,
+) -> impl Fn(io::Error) -> Error + Copy {
+    move |source| Error::Host { doing, id: entry.id().clone(), source }
+}
+
+pub(super) fn net_failed(
+    entry: &Entry,
+    doing: &'static str,
+) -> impl Fn(net::Error) -> Error + Copy {
+    move |source| Error::Network { doing, id: entry.id().clone(), source }
 }
 
 /// Of all that a system can say, only a full disk is something that a caller can tell

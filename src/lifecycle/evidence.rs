@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Entry, Error, Lifecycle, wake::snapshot_failed};
+use super::{Entry, Error, Lifecycle, error::snapshot_failed};
 use crate::{
     sandbox::{ProcessIdentity, Record, RowId, State},
     snapshot::{Home, Survey},

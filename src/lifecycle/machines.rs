@@ -6,7 +6,7 @@ use std::{
     sync::{OnceLock, mpsc},
 };
 
-use super::gauge::Gauge;
+use super::usage::Usage;
 use crate::{
     sandbox::RowId,
     sync::{Arc, Mutex, lock},
@@ -26,7 +26,7 @@ pub(super) struct Live {
     /// What tells of its disks.
     pub(super) disk_traffic: DiskTraffic,
     /// What it was seen to use. A leaf lock.
-    pub(super) gauge: Mutex<Gauge>,
+    pub(super) usage: Mutex<Usage>,
     /// What its VMM is, which an upgrade of the program leaves as it was.
     pub(super) identity: OnceLock<Arc<VmmIdentity>>,
     /// Why it could not be woken if it were put to sleep, by the last look. A leaf lock.
@@ -73,7 +73,7 @@ impl Machines {
             disk_traffic: machine.disk_traffic(),
             machine: Mutex::new(machine),
             process: Arc::clone(&process),
-            gauge: Mutex::default(),
+            usage: Mutex::default(),
             identity: OnceLock::new(),
             unwakeable: Mutex::default(),
         });

@@ -34,7 +34,6 @@ mod error;
 mod evidence;
 mod exits;
 mod files;
-mod gauge;
 mod held;
 mod holds;
 mod images;
@@ -46,6 +45,7 @@ mod policy;
 mod reconcile;
 mod resume;
 mod room;
+mod sampling;
 mod sleep;
 mod stale;
 mod telling;
@@ -56,6 +56,7 @@ mod tests;
 mod undo;
 mod unsettled;
 mod upkeep;
+mod usage;
 mod wake;
 
 use std::{
@@ -74,7 +75,6 @@ use cooling::Cooling;
 pub use error::{Error, Fault, chain};
 pub use evidence::{Contradicted, check_index_file};
 pub use files::Unusable;
-pub use gauge::{Busyness, Rates};
 pub use held::Held;
 use holds::Holds;
 pub use holds::{HoldId, Holder};
@@ -84,6 +84,7 @@ use operation::Operations;
 pub use policy::Policy;
 pub use stale::{CLOCK_KEY, Stale};
 use unsettled::Unsettled;
+pub use usage::{Busyness, Rates};
 
 pub use crate::{
     index::{Commit, Due, Entry, Error as IndexError, Index, keys_of_row},

@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Entry, Error, Held, Lifecycle, Wait, chain, undo::Undo};
+use super::{Entry, Error, Held, Lifecycle, Wait, chain, error::net_failed, undo::Undo};
 use crate::{
     net::{self, Applied, Counters, Known, Ready, Reconciled, Ring, Wanted},
     sandbox::{
@@ -392,11 +392,4 @@ impl Lifecycle {
 fn needs_forwarding(record: &Record) -> bool {
     let policy = record.spec.network_policy();
     record.state == State::Running && policy.is_some_and(|policy| policy.needs_forwarding())
-}
-
-pub(super) fn net_failed(
-    entry: &Entry,
-    doing: &'static str,
-) -> impl Fn(net::Error) -> Error + Copy {
-    move |source| Error::Network { doing, id: entry.id().clone(), source }
 }

@@ -1,6 +1,6 @@
 //! What may be set of a sandbox without waking it or putting it to sleep.
 
-use super::{Entry, Error, Lifecycle, chain, disks::set_aside_changed_disks, network::net_failed};
+use super::{Entry, Error, Lifecycle, chain, disks::set_aside_changed_disks, error::net_failed};
 use crate::{
     lifecycle::Held,
     sandbox::{

@@ -43,13 +43,13 @@ use std::{io, thread, time::Duration};
 
 use super::{
     Entry, Error, Lifecycle, Outcome, Signal, chain,
+    error::{host_failed, snapshot_failed, vmm_failed},
     evidence::Tokened,
     exits::{LOST, end},
     files::Files,
     machines::Live,
     memory_of,
     operation::Operation,
-    wake::{host_failed, snapshot_failed, vmm_failed},
 };
 use crate::{
     lifecycle::Held,

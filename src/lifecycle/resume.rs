@@ -1,6 +1,6 @@
 //! Letting a guest run that was woken, and what it means when its VMM does not say that it does.
 
-use super::{Entry, Error, Lifecycle, machines::Live, wake::vmm_failed};
+use super::{Entry, Error, Lifecycle, error::vmm_failed, machines::Live};
 use crate::{snapshot::Memory, sync::lock, sys::cancel::Cancel, vmm};
 
 impl Lifecycle {

@@ -5,7 +5,7 @@
 //! instruction. They are given back when it sleeps. Where the file system cannot do that
 //! (tmpfs, btrfs) the room that all who are awake may still want is counted.
 
-use super::{Entry, Error, Lifecycle, chain, machines::Live, memory_of, wake::snapshot_failed};
+use super::{Entry, Error, Lifecycle, chain, error::snapshot_failed, machines::Live, memory_of};
 use crate::{
     sandbox::{Record, RowId, State, Step},
     snapshot::{self, Home, Memory},

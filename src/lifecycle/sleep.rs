@@ -5,11 +5,12 @@ use std::{cell::RefCell, rc::Rc};
 use super::{
     Arrow, Entry, Error, Lifecycle, Outcome, Why,
     admission::Slot,
+    error::{host_failed, snapshot_failed, vmm_failed},
     machines::Live,
     memory_of,
     operation::Operation,
     undo::Undo,
-    wake::{host_failed, machine_of, named, snapshot_failed, vmm_failed},
+    wake::{machine_of, named},
 };
 use crate::{
     index::Commit,
@@ -114,7 +115,7 @@ impl Lifecycle {
         let wanted = self.last_look(entry, &record, operation, &live, why, &mut undo);
         if !matches!(wanted, Ok(true)) {
             self.deflate(entry, &live);
-            self.gauge_anew(entry);
+            self.sample_anew(entry);
             self.step(held, entry, Step::Undo, |_| ())
                 .inspect_err(|_| self.settle_later(entry.row()))?;
             return wanted.map(|_| Outcome::Spared);
@@ -336,7 +337,7 @@ impl Lifecycle {
             None if matches!(error, Error::Undo { .. }) => self.recover(held, entry, operation),
             None => self.step(held, entry, Step::Undo, |_| ()).map(drop),
         };
-        self.gauge_anew(entry);
+        self.sample_anew(entry);
         if let Err(error) = ended {
             tracing::error!(id = %entry.id(), error = super::chain(&error), "ending a sleep");
             self.settle_later(entry.row());

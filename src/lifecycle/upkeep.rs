@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Entry, Error, Held, Lifecycle, Wait, chain, network::net_failed};
+use super::{Entry, Error, Held, Lifecycle, Wait, chain, error::net_failed};
 use crate::{
     net::{self, Known},
     sandbox::{Cause, RowId, SandboxId, State},

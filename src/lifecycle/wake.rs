@@ -3,8 +3,15 @@
 use std::{path::Path, thread};
 
 use super::{
-    Arrow, Entry, Error, Lifecycle, Outcome, Signal, disks::take_back_disks, exits::end,
-    files::Files, images::check_formats, machines::Live, memory_of, operation::Operation,
+    Arrow, Entry, Error, Lifecycle, Outcome, Signal,
+    disks::take_back_disks,
+    error::{host_failed, snapshot_failed, vmm_failed},
+    exits::end,
+    files::Files,
+    images::check_formats,
+    machines::Live,
+    memory_of,
+    operation::Operation,
     undo::Undo,
 };
 use crate::{
@@ -17,7 +24,7 @@ use crate::{
         clock::Stopwatch,
         files::{let_through, make_private_dir},
     },
-    vmm::{self, Machine, Plan, PlannedDisk, PlannedNic, PlannedVsock, Vmm, VmmIdentity},
+    vmm::{Machine, Plan, PlannedDisk, PlannedNic, PlannedVsock, Vmm, VmmIdentity},
 };
 
 impl Lifecycle {
@@ -484,25 +491,4 @@ pub(super) fn machine_of(spec: &Spec, vmm: &VmmIdentity) -> String {
 /// Names a VMM as `status` shows it.
 pub(super) fn named(identity: &VmmIdentity) -> Box<str> {
     format!("{} {}", identity.name, identity.version).into()
-}
-
-pub(super) fn vmm_failed(
-    entry: &Entry,
-    doing: &'static str,
-) -> impl Fn(vmm::Error) -> Error + Copy {
-    move |source| Error::Vmm { doing, id: entry.id().clone(), source }
-}
-
-pub(super) fn snapshot_failed(
-    entry: &Entry,
-    doing: &'static str,
-) -> impl Fn(snapshot::Error) -> Error + Copy {
-    move |source| Error::Snapshot { doing, id: entry.id().clone(), source }
-}
-
-pub(super) fn host_failed(
-    entry: &Entry,
-    doing: &'static str,
-) -> impl Fn(std::io::Error) -> Error + Copy {
-    move |source| Error::Host { doing, id: entry.id().clone(), source }
 }

@@ -1,0 +1,214 @@
+//! Looks at how busy each guest is, by what the kernel counts of its VMM. No VMM is asked.
+
+use std::{collections::HashMap, io, time::Duration};
+
+use super::{
+    Entry, Error, Lifecycle, Signal, chain,
+    error::net_failed,
+    machines::Live,
+    usage::{Busyness, Reading, Sample},
+};
+use crate::{
+    net::{self, Known, TAP},
+    sandbox::{NetMode, Record, RowId, SandboxId, SignalSet, State},
+    sync::{Arc, lock},
+    vmm::DiskTraffic,
+};
+
+/// What a VMM reads and writes before each frame of the guest's device: the header of virtio 1.
+const FRAME_HEADER_BYTES: u64 = 12;
+
+impl Lifecycle {
+    /// Looks at what every guest that runs has used. Called at each tick.
+    pub fn sample_activity(&self) {
+        self.sample(self.machines.all());
+    }
+
+    /// Looks at what these guests have used, before it is judged whether they are idle.
+    pub fn sample_activity_of(&self, rows: &[RowId]) {
+        self.sample(rows.iter().filter_map(|row| Some((*row, self.machines.get(*row)?))).collect());
+    }
+
+    fn sample(&self, lives: Vec<(RowId, Arc<Live>)>) {
+        let is_due = |(row, live): (RowId, Arc<Live>)| {
+            let entry = self.by_row(row)?;
+            let record = entry.record();
+            let (now, sleeps_at) = (self.now(), record.sleep_at(entry.last_activity()));
+            let running = record.state == State::Running;
+            let due = running && lock(&live.usage).is_due(now, record.idle_after, sleeps_at);
+            due.then_some((entry, record, live))
+        };
+        let due: Vec<_> = lives.into_iter().filter_map(is_due).collect();
+        let network = self.network_bytes(due.iter().map(|(_, record, _)| record.as_ref()));
+        for (entry, record, live) in due {
+            let at = self.now();
+            let cpu = live.process.cpu_time();
+            if live.process.exited().is_some() {
+                continue;
+            }
+            let sample = Sample {
+                at,
+                cpu: Reading::of(cpu.map(Some)),
+                disk_bytes: Reading::of(disk_bytes(&record, &live)),
+                network_bytes: network.get(&record.id).copied().unwrap_or(Reading::Absent),
+            };
+            let (before, above, after) = {
+                let mut usage = lock(&live.usage);
+                let before = usage.busyness.unknown;
+                let above = usage.take(sample, &self.activity_of(&record));
+                (before, above, usage.busyness.unknown)
+            };
+            if after != before && !after.is_empty() {
+                let (id, unknown) = (entry.id(), after);
+                tracing::warn!(%id, %unknown, "a sample failed; it stays awake until one does not");
+            }
+            for signal in above {
+                self.saw(&entry, signal);
+            }
+        }
+    }
+
+    /// Returns when a guest was last looked at.
+    #[cfg(test)]
+    pub(crate) fn samples_of(&self, entry: &Entry) -> Option<crate::sandbox::Timestamp> {
+        self.machines.get(entry.row()).and_then(|live| lock(&live.usage).last)
+    }
+
+    /// Returns how busy a guest is; nothing where none runs.
+    #[must_use]
+    pub fn busyness(&self, row: RowId) -> Busyness {
+        self.machines.get(row).map(|live| lock(&live.usage).busyness).unwrap_or_default()
+    }
+
+    /// Returns the guest's CPU time, of a sandbox that is awake.
+    #[must_use]
+    pub fn cpu_time(&self, row: RowId) -> Option<Duration> {
+        self.machines.get(row).and_then(|live| live.process.cpu_time().ok())
+    }
+
+    /// Returns which signals that count for a sandbox the last sample could not read.
+    pub(super) fn unknown_signals(&self, entry: &Entry) -> SignalSet {
+        self.busyness(entry.row()).unknown.and(self.activity_of(&entry.record()).signals)
+    }
+
+    /// Returns what has passed that is a sign of use of those who have a network.
+    fn network_bytes<'a>(
+        &self,
+        records: impl Iterator<Item = &'a Record>,
+    ) -> HashMap<SandboxId, Reading<u64>> {
+        let known =
+            |record: &Record| Some(Known { id: record.id.clone(), address: self.address(record)? });
+        let known: Vec<_> = records.filter_map(known).collect();
+        let found = if known.is_empty() { Ok(Vec::new()) } else { self.network.activity(&known) };
+        let read = |(id, read): net::Sampled| {
+            let reading = read.map_or_else(
+                |error| {
+                    tracing::debug!(%id, error = chain(&error), "looking for its traffic");
+                    Reading::Failed
+                },
+                |activity| Reading::Is(activity.bytes()),
+            );
+            (id, reading)
+        };
+        match found {
+            Ok(found) => found.into_iter().map(read).collect(),
+            Err(error) => {
+                // Nobody asked, and the next look tries again.
+                tracing::warn!(error = chain(&error), "looking for traffic of networks");
+                known.into_iter().map(|known| (known.id, Reading::Failed)).collect()
+            }
+        }
+    }
+
+    /// Returns what has passed of a sandbox's network by now that counts as activity. `None`:
+    /// nothing of it does.
+    fn network_use(&self, entry: &Entry) -> Result<Option<net::Activity>, Error> {
+        let record = entry.record();
+        let counts = self.activity_of(&record).signals.contains(Signal::Network);
+        if !counts || self.address(&record).is_none() {
+            return Ok(None);
+        }
+        let failed = net_failed(entry, "counting the packets of");
+        let counters = self.network.counters(entry.id()).map_err(failed)?;
+        let Some(counters) = counters else { return Err(failed(net::Error::NotThere)) };
+        Ok(Some(net::Activity { inward: counters.active_in, outward: counters.active_out }))
+    }
+
+    /// Says whether a sandbox is known to have been idle since the last sample, too.
+    pub(super) fn is_idle_by_now(&self, entry: &Entry) -> bool {
+        let unknown = self.unknown_signals(entry);
+        if !unknown.is_empty() {
+            tracing::debug!(id = %entry.id(), %unknown, "not known to be idle");
+            return false;
+        }
+        let passed = match self.network_use(entry) {
+            Ok(Some(passed)) => passed.bytes(),
+            Ok(None) => return true,
+            Err(error) => {
+                tracing::warn!(id = %entry.id(), error = chain(&error), "not known to be idle");
+                return false;
+            }
+        };
+        let limits = self.activity_of(&entry.record());
+        let is_above = self
+            .machines
+            .get(entry.row())
+            .is_some_and(|live| lock(&live.usage).is_network_above(self.now(), passed, &limits));
+        if is_above {
+            self.saw(entry, Signal::Network);
+        }
+        !is_above
+    }
+
+    /// Pauses a guest by `pause`. If anything that counts passed its firewall meanwhile, its
+    /// guest may have taken it without having answered, and the sleep is not to go on.
+    ///
+    /// # Errors
+    /// `Active` if something passed; and where the guest cannot be paused, or the kernel does
+    /// not say what passed.
+    pub(super) fn pause_unless_used(
+        &self,
+        entry: &Entry,
+        pause: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let before = self.network_use(entry)?;
+        pause()?;
+        if self.network_use(entry)? == before {
+            return Ok(());
+        }
+        self.saw(entry, Signal::Network);
+        Err(Error::Active { id: entry.id().clone(), count: entry.activity_count() })
+    }
+
+    /// What the VMM did for a sleep that came to nothing is not the guest's doing.
+    pub(super) fn sample_anew(&self, entry: &Entry) {
+        if let Some(live) = self.machines.get(entry.row()) {
+            lock(&live.usage).begin_anew();
+        }
+    }
+}
+
+/// Returns what a guest's disks have read and written; `None` where it has none.
+fn disk_bytes(record: &Record, live: &Live) -> io::Result<Option<u64>> {
+    if record.spec.disks.is_empty() {
+        return Ok(None);
+    }
+    let all = live.process.io()?;
+    match live.disk_traffic {
+        DiskTraffic::Calls => {
+            let has_net = record.spec.net != NetMode::None;
+            let frames = if has_net { live.process.frames(TAP)? } else { None };
+            let of_frames = frames.map_or(0, |frames| {
+                frames.bytes.saturating_add(frames.count.saturating_mul(FRAME_HEADER_BYTES))
+            });
+            Ok(Some(all.call_bytes.saturating_sub(of_frames)))
+        }
+        DiskTraffic::Blocks { vcpus: None } => Ok(Some(all.block_bytes)),
+        DiskTraffic::Blocks { vcpus: Some(prefix) } => {
+            // What they have by now is at least what they had when all was counted, so this
+            // may be a little less than it was a moment ago, and never more.
+            let of_memory = live.process.io_of_threads(prefix)?;
+            Ok(Some(all.block_bytes.saturating_sub(of_memory.block_bytes)))
+        }
+    }
+}
