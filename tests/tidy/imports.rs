@@ -71,7 +71,7 @@ const LIBRARIES: [(&str, &[&str]); 20] = [
 ];
 
 /// Returns the sources of the crate with what is in them besides tests.
-fn production(sources: &[Source]) -> Vec<(&Source, Vec<CodePath>)> {
+pub(crate) fn production(sources: &[Source]) -> Vec<(&Source, Vec<CodePath>)> {
     let test_modules = tokens::test_modules(sources);
     let is_for_tests = |source: &Source| {
         let module = source.module();
