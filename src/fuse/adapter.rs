@@ -1,6 +1,6 @@
 //! fuser's requests and replies, translated.
 
-use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt, time::SystemTime};
+use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt, path::PathBuf, time::SystemTime};
 
 use fuser::{
     BsdFileFlags, Errno as Number, FileHandle, Filesystem, Generation, INodeNo, InitFlags,
@@ -9,6 +9,7 @@ use fuser::{
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
+use tracing::{Span, field::Empty};
 
 use super::{
     ghosts,
@@ -23,7 +24,7 @@ use super::{
 };
 use crate::{
     notify::News,
-    sandbox::RowId,
+    sandbox::{RowId, text::one_line},
     sync::Arc,
     sys::{growth::GrowthWatch, pool::Pool},
     tree::{Access, Answer, AttrChange, Closed, Errno, File, Job, Node, Opened, Tree, Written},
@@ -63,6 +64,34 @@ impl Adapter {
         let consoles = Arc::new(consoles);
         let looks = Pool::with_limit(LOOKS_MAX);
         Ok(Self { tree, news, pool, looks, waiting, polls, consoles })
+    }
+
+    /// Returns the span of a request, which its job takes over.
+    fn span(&self, operation: &'static str, request: &Request, inode: INodeNo) -> Span {
+        self.span_of_name(operation, request, inode, OsStr::new(""))
+    }
+
+    /// As [`Self::span`], of what has `name` in the directory `parent`.
+    fn span_of_name(
+        &self,
+        operation: &'static str,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+    ) -> Span {
+        let (pid, path) = (request.pid(), Empty);
+        let span = tracing::debug_span!("request", operation, pid, path);
+        // A path is made only for a request that is logged.
+        if !span.is_disabled()
+            && let Ok(parent) = node(parent)
+        {
+            let mut path = PathBuf::from(self.tree.path(parent));
+            if !name.is_empty() {
+                path.push(name);
+            }
+            span.record("path", one_line(&path.to_string_lossy()));
+        }
+        span
     }
 
     /// Runs a call of the tree's; a panic in it is an EIO for this caller only.
@@ -220,6 +249,7 @@ impl Filesystem for Adapter {
     }
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _in = self.span_of_name("lookup", request, parent, name).entered();
         let name = name.as_bytes();
         let found = self.call(|tree| tree.lookup(node(parent)?, name));
         if found.as_ref().err().map(|errno| errno.code()) != Some(Number::ENOENT.code()) {
@@ -234,6 +264,7 @@ impl Filesystem for Adapter {
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        let _in = self.span("getattr", request, ino).entered();
         let caller = caller(request);
         let attr = self.call(|tree| {
             let node = node(ino)?;
@@ -265,6 +296,7 @@ impl Filesystem for Adapter {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        let _in = self.span("setattr", request, ino).entered();
         let caller = caller(request);
         let mode = mode.and_then(|mode| u16::try_from(mode & 0o7777).ok());
         let change = AttrChange { mode, uid, gid, mtime: mtime.is_some() };
@@ -291,6 +323,7 @@ impl Filesystem for Adapter {
         _umask: u32,
         reply: ReplyEntry,
     ) {
+        let _in = self.span_of_name("mkdir", request, parent, name).entered();
         let caller = caller(request);
         match self.call(|tree| tree.make_dir(node(parent)?, name.as_bytes(), caller)) {
             Ok(job) => self.later(job, reply, reply_entry),
@@ -299,6 +332,7 @@ impl Filesystem for Adapter {
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _in = self.span_of_name("rmdir", request, parent, name).entered();
         let caller = caller(request);
         if self.news.is_announcer(caller.tid) {
             // It must never be taken for a user, whatever the name means by now.
@@ -331,6 +365,7 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let _in = self.span("open", request, ino).entered();
         let access = match flags.acc_mode() {
             OpenAccMode::O_RDONLY => Access::Read,
             OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR => {
@@ -376,6 +411,7 @@ impl Filesystem for Adapter {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let _in = self.span("read", request, ino).entered();
         let caller = caller(request);
         let read =
             self.call(|tree| Ok(tree.read(node(ino)?, handle.0, offset, size as usize, caller)));
@@ -394,6 +430,7 @@ impl Filesystem for Adapter {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let _in = self.span("write", request, ino).entered();
         let nonblocking = is_nonblocking(flags);
         let caller = caller(request);
         let written = self.call(|tree| {
@@ -423,6 +460,7 @@ impl Filesystem for Adapter {
         _: LockOwner,
         reply: ReplyEmpty,
     ) {
+        let _in = self.span("flush", request, ino).entered();
         let caller = caller(request);
         let closed = self.call(|tree| Ok(tree.flush(node(ino)?, handle.0, caller)));
         self.reply_closed(closed, caller.tid, reply);
@@ -436,13 +474,14 @@ impl Filesystem for Adapter {
         _: bool,
         reply: ReplyEmpty,
     ) {
+        let _in = self.span("fsync", request, ino).entered();
         let synced = self.call(|tree| Ok(tree.sync(node(ino)?, handle.0)));
         self.reply_closed(synced, request.pid(), reply);
     }
 
     fn release(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         handle: FileHandle,
         _: OpenFlags,
@@ -450,6 +489,7 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        let _in = self.span("release", request, ino).entered();
         if let Ok(node) = node(ino) {
             self.polls.leave(node, handle.0);
         }
@@ -467,12 +507,13 @@ impl Filesystem for Adapter {
 
     fn readdir(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         _: FileHandle,
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
+        let _in = self.span("readdir", request, ino).entered();
         let listed = self.call(|tree| {
             tree.list(node(ino)?, offset, &mut |entry| {
                 let attr = file_attr(&entry.attr);
@@ -487,12 +528,13 @@ impl Filesystem for Adapter {
 
     fn readdirplus(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         _: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
+        let _in = self.span("readdirplus", request, ino).entered();
         let listed = self.call(|tree| {
             tree.list(node(ino)?, offset, &mut |entry| {
                 let attr = file_attr(&entry.attr);
@@ -543,6 +585,7 @@ impl Filesystem for Adapter {
         flags: PollFlags,
         reply: ReplyPoll,
     ) {
+        let _in = self.span("poll", request, ino).entered();
         let ready = self.call(|tree| {
             let node = node(ino)?;
             // First this, and then the look: what changes between them is not missed.
@@ -611,6 +654,7 @@ impl Filesystem for Adapter {
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _in = self.span_of_name("unlink", request, parent, name).entered();
         let tid = request.pid();
         let file = self.call(|tree| ghosts::lookup(tree, tid, node(parent)?, name.as_bytes()));
         match file {

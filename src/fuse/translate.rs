@@ -30,7 +30,9 @@ pub(super) fn caught<T>(work: impl FnOnce() -> Result<T, Errno>) -> Result<T, Er
     catch_unwind(AssertUnwindSafe(work)).unwrap_or(Err(Errno::Io))
 }
 
+/// Returns the number of an errno that a request is answered with.
 pub(super) fn number(errno: Errno) -> Number {
+    tracing::debug!(errno = errno.word(), "answered");
     Number::from_i32(errno.number())
 }
 

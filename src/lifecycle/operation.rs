@@ -248,6 +248,10 @@ impl Lifecycle {
             return Err(Error::Gone { id: entry.id().clone() });
         }
         let operation = self.operations.begin(entry)?;
+        let generation = entry.record().generation;
+        let _in =
+            tracing::debug_span!("operation", id = %entry.id(), generation, cause = %held.cause())
+                .entered();
         let result = catch_unwind(AssertUnwindSafe(|| work(&operation))).unwrap_or_else(|payload| {
             #[cfg(test)]
             let payload = super::testing::CrashPlan::pass_on(payload);

@@ -11,6 +11,8 @@ use std::{
     time::Duration,
 };
 
+use tracing::Span;
+
 use crate::sync::{Arc, Condvar, Mutex, lock, wait_while_within};
 
 /// How many jobs there may be at once. Each blocked writer has one, so it bounds the
@@ -84,12 +86,14 @@ impl Pool {
         Self { shared: Arc::default(), jobs_max }
     }
 
-    /// Runs `job` on a thread of its own. A panic in it ends the job, not the thread.
+    /// Runs `job` on a thread of its own, in the span of the caller. A panic in it ends the job,
+    /// not the thread.
     ///
     /// # Errors
     /// Where too many are under way, or the system gives no thread; `job` was dropped.
     pub fn run(&self, job: impl FnOnce() + Send + 'static) -> Result<(), PoolError> {
-        let job: Job = Box::new(job);
+        let span = Span::current();
+        let job: Job = Box::new(move || span.in_scope(job));
         {
             let mut state = lock(&self.shared.state);
             if state.jobs >= self.jobs_max {

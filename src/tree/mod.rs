@@ -189,6 +189,22 @@ impl Tree {
         Self { lacks, ..self }
     }
 
+    /// Returns the path of a node below the mount, for logs. Its sandbox may be gone.
+    #[must_use]
+    pub fn path(&self, node: Node) -> String {
+        let of = |row| {
+            let entry = self.lifecycle.by_row(row);
+            entry.map_or_else(|| format!("#{row}"), |entry| entry.id().to_string())
+        };
+        match node {
+            Node::Root => String::new(),
+            Node::Daemon(file) => file.name().to_owned(),
+            Node::Dir(row) => of(row),
+            Node::NetDir(row) => format!("{}/net", of(row)),
+            Node::File(row, file) => format!("{}/{}", of(row), file.path()),
+        }
+    }
+
     /// Returns the attributes of what `name` is in `parent`.
     ///
     /// # Errors

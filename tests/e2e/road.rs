@@ -2,6 +2,8 @@
 
 use std::thread;
 
+use rustix::io::Errno;
+
 use crate::support::{Setup, is_alive, wait_until};
 
 #[test]
@@ -166,4 +168,24 @@ fn a_sleep_that_runs_out_of_descriptors_leaves_the_guest_running() {
         assert_eq!(host.counts_on("web-1").boots, 1, "{spare}");
     }
     assert!(failed > 1, "it never ran out of descriptors");
+}
+
+#[test]
+fn the_log_has_the_request_and_the_operation_that_a_message_belongs_to() {
+    let host = Setup::counter("").start();
+    host.boot("web-1");
+    host.write("web-1/pinned", "1").unwrap();
+    assert_eq!(host.rmdir("web-1"), Err(Errno::PERM));
+    assert_eq!(host.write("web-1/state", "doze"), Err(Errno::INVAL));
+    host.sleep("web-1");
+    let log = host.log();
+    let has = |parts: &[&str]| log.lines().any(|line| parts.iter().all(|part| line.contains(part)));
+    for (operation, path, errno) in
+        [("rmdir", "web-1", "EPERM"), ("write", "web-1/state", "EINVAL")]
+    {
+        let request = format!("operation=\"{operation}\" pid=");
+        let (path, errno) = (format!("path=\"{path}\""), format!("errno=\"{errno}\""));
+        assert!(has(&["request: answered", &request, &path, &errno]), "{operation}: {log}");
+    }
+    assert!(has(&["operation: snapshotted id=web-1", "generation=0 cause=write"]), "{log}");
 }
