@@ -27,6 +27,7 @@ mod poll;
 mod reaper;
 mod recipes;
 mod road;
+mod room;
 mod space;
 mod stuck;
 mod support;

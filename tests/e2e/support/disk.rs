@@ -19,6 +19,10 @@ use super::process::command;
 pub(crate) enum FileSystem {
     Ext4,
     Xfs,
+    /// It keeps no room for a mapping.
+    Btrfs,
+    /// It is in memory, and keeps no room either.
+    Tmpfs,
 }
 
 impl FileSystem {
@@ -27,6 +31,8 @@ impl FileSystem {
         match self {
             Self::Ext4 => &["mkfs.ext4", "-q", "-m0", "-E", "nodiscard"],
             Self::Xfs => &["mkfs.xfs", "-q", "-K"],
+            Self::Btrfs => &["mkfs.btrfs", "-q", "-K"],
+            Self::Tmpfs => &[],
         }
     }
 
@@ -35,6 +41,8 @@ impl FileSystem {
         match self {
             Self::Ext4 => 96 << 20,
             Self::Xfs => 304 << 20,
+            Self::Btrfs => 128 << 20,
+            Self::Tmpfs => 1 << 20,
         }
     }
 }
@@ -55,11 +63,13 @@ impl Disk {
         let disk = Self { dir };
         fs::create_dir(disk.store()).unwrap();
         fs::create_dir(disk.below()).unwrap();
-        let size = format!("size={}", bytes + SPARE_BYTES);
-        run(command("mount").args(["-t", "tmpfs", "-o", &size, "dozed-test"]).arg(disk.below()));
+        mount_memory(&disk.below(), bytes + SPARE_BYTES);
+        let [program, options @ ..] = system.format() else {
+            mount_memory(&disk.store(), bytes);
+            return disk;
+        };
         let image = File::create(disk.image()).unwrap();
         image.set_len(bytes).unwrap();
-        let [program, options @ ..] = system.format() else { unreachable!() };
         run(command(program).args(options).arg(disk.image()));
         run(command("mount").args(["-o", "loop"]).arg(disk.image()).arg(disk.store()));
         disk
@@ -168,7 +178,13 @@ fn blocks(line: &str) -> Option<(u64, u64)> {
 }
 
 #[track_caller]
-fn run(command: &mut std::process::Command) {
+fn mount_memory(dir: &Path, bytes: u64) {
+    let size = format!("size={bytes}");
+    run(command("mount").args(["-t", "tmpfs", "-o", &size, "dozed-test"]).arg(dir));
+}
+
+#[track_caller]
+pub(super) fn run(command: &mut std::process::Command) {
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}: {said}");
