@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(25);
 const FILES: [&str; 3] = ["index.db", "index.db-wal", "index.db-shm"];
 
 /// Copies the files of the index from `from` to `to`, where there are no others then.
-fn copy_index(from: &Path, to: &Path) {
+pub(crate) fn copy_index(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for name in FILES {
         fs::remove_file(to.join(name)).ok();
@@ -47,7 +47,7 @@ fn start_is_refused(host: &Host, says: &str) {
     assert_eq!(names_and_sizes(host.store()), before);
 }
 
-fn names_and_sizes(store: &Path) -> Vec<(PathBuf, u64)> {
+pub(crate) fn names_and_sizes(store: &Path) -> Vec<(PathBuf, u64)> {
     let mut found = Vec::new();
     let mut dirs = vec![store.join("sandboxes")];
     while let Some(dir) = dirs.pop() {

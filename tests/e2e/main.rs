@@ -31,5 +31,6 @@ mod room;
 mod space;
 mod stuck;
 mod support;
+mod torn_log;
 mod unit;
 mod watch;

@@ -95,7 +95,7 @@ impl Host {
         self.runtime().join("netns")
     }
 
-    fn config_file(&self) -> PathBuf {
+    pub(super) fn config_file(&self) -> PathBuf {
         self.disk.path().join("dozed.toml")
     }
 
@@ -128,54 +128,36 @@ impl Host {
     /// Starts the daemon, and returns when it serves. None may be running.
     #[track_caller]
     pub(crate) fn restart(&mut self) {
+        if let Err(said) = self.try_restart() {
+            panic!("the daemon did not start: {said}");
+        }
+    }
+
+    /// Starts the daemon, and returns when it serves. Where it ends instead, returns what it
+    /// said.
+    #[track_caller]
+    pub(crate) fn try_restart(&mut self) -> Result<(), String> {
         assert!(self.daemon.is_none(), "the daemon is still running");
         let before = self.log().len();
         let child = self.spawn();
         let pid = child.id();
         self.daemon = Some(child);
-        wait_until("the daemon serves", || {
+        let says_that_it_serves = || {
             let log = self.log();
-            let said = log.get(before..).unwrap_or_default();
-            assert!(is_alive(pid), "the daemon did not start: {said}");
-            said.contains("dozed: serving ")
+            log.get(before..).unwrap_or_default().contains("dozed: serving ")
+        };
+        let serves = wait_for("the daemon serves or ends", || {
+            let is_alive = is_alive(pid);
+            says_that_it_serves().then_some(true).or((!is_alive).then_some(false))
         });
+        if !serves {
+            self.ended();
+            return Err(self.log().get(before..).unwrap_or_default().to_owned());
+        }
         if !self.service.is_empty() {
             self.mounts = Some(File::open(format!("/proc/{pid}/ns/mnt")).unwrap());
         }
-    }
-
-    /// Runs the doctor for this daemon; returns its report.
-    pub(crate) fn doctor(&self) -> String {
-        let mut doctor = command(env!("CARGO_BIN_EXE_dozed"));
-        let output = doctor.args(["doctor", "--config"]).arg(self.config_file()).output().unwrap();
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// Runs a second daemon with the same configuration to its end.
-    pub(crate) fn second_start(&self) -> Output {
-        let mut run = command(env!("CARGO_BIN_EXE_dozed"));
-        run.args(["run", "--log", "error", "--config"]).arg(self.config_file());
-        run.stdin(std::process::Stdio::null()).output().unwrap()
-    }
-
-    /// Runs a second daemon to its end that has only the mount in common with this one.
-    pub(crate) fn start_beside(&self, setup: &Setup, store: &Path, runtime: &Path) -> Output {
-        self.start_another(setup, &self.mount, store, runtime)
-    }
-
-    /// Runs a second daemon to its end that has these directories.
-    pub(crate) fn start_another(
-        &self,
-        setup: &Setup,
-        mount: &Path,
-        store: &Path,
-        runtime: &Path,
-    ) -> Output {
-        let file = self.disk.path().join("beside.toml");
-        fs::write(&file, setup.document(mount, store, runtime)).unwrap();
-        let mut run = command(env!("CARGO_BIN_EXE_dozed"));
-        run.args(["run", "--log", "error", "--config"]).arg(file);
-        run.stdin(std::process::Stdio::null()).output().unwrap()
+        Ok(())
     }
 
     /// Returns the daemon's process.

@@ -1,5 +1,6 @@
 //! What the tests stand on: a daemon of their own, guests, and waiting for conditions.
 
+mod beside;
 mod console;
 mod disk;
 mod footprint;
