@@ -29,6 +29,7 @@ mod recipes;
 mod road;
 mod room;
 mod space;
+mod stalled;
 mod stuck;
 mod support;
 mod torn_log;
