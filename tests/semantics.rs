@@ -76,6 +76,35 @@ fn each_state_is_listed() {
     assert_eq!(listed, there);
 }
 
+/// Returns the pairs of states that the picture of the states has an arrow between.
+fn drawn_transitions() -> BTreeSet<(String, String)> {
+    let source = document("docs/pictures/states.txt");
+    let arrows = source.lines().filter_map(|line| line.strip_prefix("arrow "));
+    let state = |end: &str| end.split(':').next().unwrap().to_owned();
+    arrows
+        .map(|arrow| {
+            let mut ends = arrow.split(' ').map(state);
+            (ends.next().unwrap(), ends.next().unwrap())
+        })
+        .collect()
+}
+
+/// The picture has one arrow for a loss and one for a deletion, which begin in most states.
+#[test]
+fn the_picture_of_the_states_has_every_transition() {
+    let steps =
+        [Step::Boot, Step::Booted, Step::Sleep, Step::Slept, Step::Wake, Step::Woken, Step::Undo];
+    let pair = |from: State, to: State| (from.word().to_owned(), to.word().to_owned());
+    let mut there: BTreeSet<_> = State::ALL
+        .iter()
+        .flat_map(|from| steps.map(|step| (from, from.after(step))))
+        .filter_map(|(from, to)| Some(pair(*from, to.ok()?)))
+        .collect();
+    there.insert(pair(State::Running, State::Running.after(Step::Lost).unwrap()));
+    there.insert(pair(State::Stopped, State::Stopped.after(Step::Delete).unwrap()));
+    assert_eq!(drawn_transitions(), there);
+}
+
 #[test]
 fn each_listed_verb_is_accepted_and_leads_where_the_page_says() {
     let rows = rows(&semantics(), "Verbs");

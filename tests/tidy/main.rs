@@ -8,6 +8,7 @@
 mod circles;
 mod files;
 mod imports;
+mod pages;
 mod tokens;
 
 use std::{
