@@ -9,7 +9,7 @@ use ipnet::Ipv4Net;
 
 use super::{
     Error, condition as when, firewall,
-    foreign::{self, Refusing},
+    foreign::{self, Refusing, Traffic},
     host, link,
     nftables::{self, Mode},
     route::{self, Found},
@@ -229,7 +229,7 @@ fn overlap(one: Ipv4Net, other: Ipv4Net) -> bool {
 }
 
 fn other_firewalls(plan: &AddressPlan) -> Finding {
-    let chains = match nftables::here().and_then(|wall| foreign::refusing(&wall)) {
+    let chains = match nftables::here().and_then(|wall| foreign::refusing(&wall, plan)) {
         Ok(chains) => chains,
         Err(error) => {
             return lacking(
@@ -244,15 +244,9 @@ fn other_firewalls(plan: &AddressPlan) -> Finding {
 fn judge_firewalls(plan: &AddressPlan, chains: &[Refusing], old: &str) -> Finding {
     let subject = "other firewalls";
     let ours = format!("inet {}", firewall::host_table(plan));
-    if let Some(found) = chains.iter().find(|found| found.table != ours) {
-        let Refusing { table, chain, by_policy, .. } = found;
-        let how = if *by_policy { "drops" } else { "rejects by its last rule" };
-        let says = format!(
-            "Chain {chain} of table {table} {how} what is forwarded unless another rule accepts \
-             it, and so what sandboxes send and what is held for a wake; {}.",
-            remedy(found)
-        );
-        return lacking(subject, says);
+    let told: Vec<_> = chains.iter().filter(|found| found.table != ours).map(refusal).collect();
+    if !told.is_empty() {
+        return lacking(subject, told.join(" "));
     }
     if old.lines().any(|table| table == "filter") {
         let says = "There is one of iptables-legacy, and what it forwards is not seen; look \
@@ -262,20 +256,46 @@ fn judge_firewalls(plan: &AddressPlan, chains: &[Refusing], old: &str) -> Findin
     well(subject, "None drops what is forwarded.")
 }
 
-/// Says how whoever has the table lets sandboxes through.
-fn remedy(found: &Refusing) -> &'static str {
-    let has = |name: &str| found.chains.iter().any(|chain| chain.starts_with(name));
-    if found.table.ends_with(" firewalld") {
+/// Says what a chain refuses, and how it is told to let that pass.
+fn refusal(found: &Refusing) -> String {
+    let Refusing { table, chain, what, by_policy, .. } = found;
+    let how = if *by_policy { "drops by its policy" } else { "refuses by a rule" };
+    let words: Vec<_> = what
+        .iter()
+        .map(|traffic| match traffic {
+            Traffic::Sent => "what sandboxes send",
+            Traffic::Answers => "answers to sandboxes",
+            Traffic::Held => "what is held for a wake",
+        })
+        .collect();
+    let what = match words.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
+        _ => words.concat(),
+    };
+    format!("Chain {chain} of table {table} {how} {what}; {}.", remedy(found))
+}
+
+/// Says how a firewall is told to let the packets of sandboxes through: commands, each in
+/// backticks.
+fn remedy(found: &Refusing) -> String {
+    let Refusing { table, chain, chains, .. } = found;
+    let has = |name: &str| chains.iter().any(|chain| chain.starts_with(name));
+    // The second chain is that of firewalld with `FirewallBackend=iptables`.
+    if table.ends_with(" firewalld") || has("FORWARD_direct") {
         "for firewalld: `firewall-cmd --permanent --zone=trusted --add-interface=dz+ \
          --add-interface=dozed+` and `firewall-cmd --reload`"
+            .to_owned()
     } else if has("ufw-") {
-        "for ufw: write `-A ufw-before-forward -i dz+ -j ACCEPT` and the same with `-o` before the \
-         COMMIT of /etc/ufw/before.rules, and `ufw reload`"
-    } else if has("DOCKER") {
-        "for Docker: `iptables -I DOCKER-USER -i dz+ -j ACCEPT` and the same with `-o`"
+        "for ufw: `ufw route allow in on dz+` and `ufw route allow out on dz+`".to_owned()
+    } else if table == "ip filter" && chain == "FORWARD" {
+        let (whose, chain) =
+            if has("DOCKER-USER") { ("for Docker: ", "DOCKER-USER") } else { ("", "FORWARD") };
+        let rule = |links: &str| format!("`iptables -I {chain} {links} dz+ -j ACCEPT`");
+        format!("{whose}{} and {}, after each boot", rule("-i"), rule("-o"))
     } else {
-        "let it accept what comes in by links whose names begin with `dz`, and what goes out by \
-         them, as by `iptables -I FORWARD -i dz+ -j ACCEPT` and the same with `-o`"
+        let rule = |links: &str| format!("`nft insert rule {table} {chain} {links} 'dz*' accept`");
+        let (inward, outward) = (rule("iifname"), rule("oifname"));
+        format!("{inward} and {outward}, and both in the file that it is loaded from")
     }
 }
 
@@ -349,28 +369,42 @@ mod tests {
     #[test]
     fn a_firewall_that_refuses_what_is_forwarded_is_named_unless_it_is_ours() {
         let plan = AddressPlan::default();
-        let judge = |table: &str, by_policy, chains: &[&str]| {
-            let refusing = Refusing {
-                table: table.to_owned(),
-                chain: "FORWARD".to_owned(),
-                by_policy,
-                chains: chains.iter().map(|&chain| chain.to_owned()).collect(),
-            };
-            judge_firewalls(&plan, &[refusing], "nat\n")
+        let refusing = |table: &str, chain: &str, others: &[&str]| Refusing {
+            table: table.to_owned(),
+            chain: chain.to_owned(),
+            what: Traffic::ALL.into(),
+            by_policy: true,
+            chains: others.iter().map(|&chain| chain.to_owned()).collect(),
         };
-        assert!(judge(&format!("inet {}", firewall::host_table(&plan)), true, &[]).is_well);
-        for (table, chains, says) in [
-            ("ip filter", &["FORWARD"][..], "iptables -I FORWARD -i dz+"),
-            ("ip filter", &["DOCKER-USER"], "iptables -I DOCKER-USER -i dz+"),
-            ("ip filter", &["ufw-before-forward"], "/etc/ufw/before.rules"),
-            ("inet firewalld", &["filter_FORWARD"], "--add-interface=dz+"),
+        let judge = |chains: &[Refusing]| judge_firewalls(&plan, chains, "nat\n");
+        let ours = refusing(&format!("inet {}", firewall::host_table(&plan)), "forward", &[]);
+        assert!(judge(&[ours]).is_well);
+        for (table, chain, others, says) in [
+            ("ip filter", "FORWARD", &[][..], "iptables -I FORWARD -i dz+"),
+            ("ip filter", "FORWARD", &["DOCKER-USER"], "iptables -I DOCKER-USER -i dz+"),
+            ("ip filter", "FORWARD", &["ufw-before-forward"], "ufw route allow in on dz+"),
+            ("ip filter", "FORWARD", &["FORWARD_direct"], "--add-interface=dz+"),
+            ("inet firewalld", "filter_FORWARD", &[], "--add-interface=dz+"),
+            ("inet filter", "forward", &[], "nft insert rule inet filter forward iifname 'dz*'"),
         ] {
-            let found = judge(table, true, chains);
-            let drops = format!("Chain FORWARD of table {table} drops what is forwarded");
+            let found = judge(&[refusing(table, chain, others)]);
+            let drops = format!(
+                "Chain {chain} of table {table} drops by its policy what sandboxes send, \
+                 answers to sandboxes and what is held for a wake; "
+            );
             assert!(!found.is_well && found.says.contains(&drops), "{found:?}");
             assert!(found.says.contains(says), "{found:?}");
         }
-        assert!(judge("inet x", false, &[]).says.contains("rejects by its last rule"));
+        // Each that is in the way is told of, and what it is in the way of.
+        let mut one = refusing("ip filter", "FORWARD", &[]);
+        one.what = vec![Traffic::Held];
+        one.by_policy = false;
+        let found = judge(&[one, refusing("inet x", "y", &[])]);
+        assert!(
+            found.says.contains("refuses by a rule what is held for a wake; `ipt"),
+            "{found:?}"
+        );
+        assert!(found.says.contains(". Chain y of table inet x"), "{found:?}");
         let old = judge_firewalls(&plan, &[], "nat\nfilter\n");
         assert!(!old.is_well && old.says.contains("iptables-legacy"));
     }

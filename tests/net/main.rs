@@ -10,6 +10,7 @@ mod activity;
 mod change;
 mod destination;
 mod doorbell;
+mod firewalls;
 mod guest;
 mod host;
 mod inbound;
