@@ -54,8 +54,8 @@ impl Crawlers {
             let crawl = CRAWLS[number % CRAWLS.len()];
             // One that nobody can tell to end any more ends when the site is cleared.
             let script = format!(
-                "cd {tree:?} || exit 1; renice -n {nice} $$; while test -e {go:?}; do {crawl}; done; \
-                 exit 0"
+                "cd {tree:?} || exit 1; renice -n {nice} $$; \
+                 while test -e {go:?}; do {crawl}; done; exit 0"
             );
             let log = OpenOptions::new().write(true).open("/dev/null")?;
             let args = ["-c", &script].map(OsString::from);
