@@ -24,11 +24,11 @@ use signal_hook::{
 
 use crate::{
     config::{self, Config, Verify},
+    events::{self, Program},
     fuse::{self, Mounted, Unfit},
     index::{self, Index},
     lifecycle::{CLOCK_KEY, Contradicted, Lifecycle, Parts, Settings, chain, check_index_file},
     net::{self, RealNetwork},
-    notify::{self, Program},
     reaper::Reaper,
     sandbox::VmmChoice,
     sync::Arc,
@@ -291,7 +291,7 @@ fn announcer() -> Program {
 /// # Errors
 /// Where it was not started by a daemon, or that does not know it.
 pub fn announce(mount: PathBuf, device: Device) -> io::Result<()> {
-    notify::announce(mount, device)
+    events::announce(mount, device)
 }
 
 /// Tells of the rows of the index that make no sense. Their files and VMMs are left alone.

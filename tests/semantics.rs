@@ -6,8 +6,8 @@ use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
 use dozed::{
     config::Config,
+    events::{ChangeFeed, Event, View, What},
     lifecycle::{Busyness, Gauges, Metrics, Signals},
-    notify::{Event, News, View, What},
     sandbox::{
         Activity, Actor, Cause, Owner, Period, Record, RowId, Spec, State, Step, Timestamp, Waking,
     },
@@ -245,12 +245,12 @@ fn lines() -> Vec<String> {
     };
     let kinds = [What::Created, stepped, What::Failed { error: "so".into() }, What::Deleted];
     let mut lines: Vec<String> = kinds.map(|what| event(what).line()).to_vec();
-    let news = News::default();
-    let slow = news.log().open(View::Sandbox(RowId(1)));
+    let feed = ChangeFeed::default();
+    let slow = feed.log().open(View::Sandbox(RowId(1)));
     let now = jiff::Timestamp::UNIX_EPOCH;
-    news.tell(&event(What::Created));
+    feed.publish(&event(What::Created));
     let read = slow.read(0, 1 << 20, now).len() as u64;
-    (0..5000).for_each(|_| news.tell(&event(What::Created)));
+    (0..5000).for_each(|_| feed.publish(&event(What::Created)));
     let gap = slow.read(read, 1 << 20, now);
     let gap = String::from_utf8(gap).unwrap();
     lines.push(gap.lines().next().unwrap().to_owned());
@@ -274,7 +274,7 @@ fn each_kind_of_event_is_listed_with_its_keys() {
         // In the order in which the line has them.
         let places = listed.iter().map(|key| line.find(&format!("\"{key}\":")).unwrap());
         assert!(places.is_sorted(), "{line}");
-        assert_eq!(object["v"], dozed::notify::VERSION);
+        assert_eq!(object["v"], dozed::events::VERSION);
         all.extend(object.keys().cloned());
     }
     let explained = self::rows(&text, "The keys");

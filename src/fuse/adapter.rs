@@ -12,9 +12,9 @@ use fuser::{
 use tracing::{Span, field::Empty};
 
 use super::{
-    ghosts,
     once::{Once, give},
     polls::{self, Polls},
+    tombstone,
     translate::{
         BLOCK_BYTES, attr_ttl, caller, caught, file_attr, is_append, is_nonblocking, node,
         not_taken, number, reply_attr, reply_data, reply_empty, reply_entry, reply_opened,
@@ -23,7 +23,7 @@ use super::{
     waiting::{AnnouncedWrite, Waiting},
 };
 use crate::{
-    notify::News,
+    events::ChangeFeed,
     sandbox::{RowId, text::one_line},
     sync::Arc,
     sys::{growth::GrowthWatch, pool::Pool},
@@ -40,7 +40,7 @@ const LOOKS_MAX: usize = 256;
 #[derive(Debug)]
 pub(super) struct Adapter {
     tree: Arc<Tree>,
-    news: Arc<News>,
+    feed: Arc<ChangeFeed>,
     pool: Arc<Pool>,
     /// For questions that wait for a disk or the kernel: those that hang leave the threads
     /// of `pool` to those who write.
@@ -57,13 +57,13 @@ impl Adapter {
         waiting: Arc<Waiting>,
         polls: Arc<Polls>,
     ) -> io::Result<Self> {
-        let news = Arc::clone(tree.news());
+        let feed = Arc::clone(tree.feed());
         let woken = Arc::clone(&polls);
         let consoles =
             GrowthWatch::start(move |row| woken.wake(Node::File(RowId(row), File::Console)))?;
         let consoles = Arc::new(consoles);
         let looks = Pool::with_limit(LOOKS_MAX);
-        Ok(Self { tree, news, pool, looks, waiting, polls, consoles })
+        Ok(Self { tree, feed, pool, looks, waiting, polls, consoles })
     }
 
     /// Returns the span of a request, which its job takes over.
@@ -180,7 +180,7 @@ impl Adapter {
     }
 
     fn write_later(&self, job: Job<usize>, node: Node, tid: u32, reply: ReplyWrite) {
-        let reply = AnnouncedWrite::begin(node, &self.news, reply);
+        let reply = AnnouncedWrite::begin(node, &self.feed, reply);
         self.later_unless_signalled(job, tid, reply, AnnouncedWrite::give, drop);
     }
 
@@ -256,11 +256,11 @@ impl Filesystem for Adapter {
             return reply_entry(reply, found);
         }
         let tid = request.pid();
-        if parent == INodeNo::ROOT && self.news.greet(name, tid) {
+        if parent == INodeNo::ROOT && self.feed.register(name, tid) {
             return reply.error(Number::EALREADY);
         }
-        let ghost = self.call(|tree| ghosts::lookup(tree, tid, node(parent)?, name));
-        reply_entry(reply, ghost);
+        let tombstone = self.call(|tree| tombstone::lookup(tree, tid, node(parent)?, name));
+        reply_entry(reply, tombstone);
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
@@ -270,7 +270,7 @@ impl Filesystem for Adapter {
             let node = node(ino)?;
             Ok(match tree.attr_for(node, caller) {
                 Answer::Failed(errno) => {
-                    ghosts::attr(tree, caller.tid, node).map_err(|_| errno).into()
+                    tombstone::attr(tree, caller.tid, node).map_err(|_| errno).into()
                 }
                 answer @ (Answer::Now(_) | Answer::Later(_)) => answer,
             })
@@ -334,9 +334,9 @@ impl Filesystem for Adapter {
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _in = self.span_of_name("rmdir", request, parent, name).entered();
         let caller = caller(request);
-        if self.news.is_announcer(caller.tid) {
+        if self.feed.is_announcer(caller.tid) {
             // It must never be taken for a user, whatever the name means by now.
-            let removed = self.call(|tree| ghosts::remove_dir(tree, node(parent)?, name));
+            let removed = self.call(|tree| tombstone::remove_dir(tree, node(parent)?, name));
             return match removed {
                 Ok(()) => reply.ok(),
                 Err(errno) => reply.error(errno),
@@ -656,7 +656,7 @@ impl Filesystem for Adapter {
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _in = self.span_of_name("unlink", request, parent, name).entered();
         let tid = request.pid();
-        let file = self.call(|tree| ghosts::lookup(tree, tid, node(parent)?, name.as_bytes()));
+        let file = self.call(|tree| tombstone::lookup(tree, tid, node(parent)?, name.as_bytes()));
         match file {
             Ok(_) => reply.ok(),
             Err(_) => reply.error(Number::EPERM),

@@ -11,17 +11,17 @@
 //! no notification that takes a directory's lock, as to make it forget a name does. If
 //! the daemon is killed while a thread of its waits for such a lock, and whoever has it
 //! waits for the daemon, both wait for ever. So inotify and the kernel's memory of names
-//! are told of changes by the announcer, a process of its own; see `notify`. What that
+//! are told of changes by the announcer, a process of its own; see `events`. What that
 //! does comes in here like anybody's request, and is answered without waiting.
 
 mod adapter;
-mod ghosts;
 mod mount_point;
 mod once;
 mod polls;
-mod spots;
+mod tombstone;
 mod translate;
 mod waiting;
+mod watch_target;
 
 use std::{
     io,
@@ -37,7 +37,7 @@ use polls::Polls;
 use waiting::Waiting;
 
 use crate::{
-    notify::{Announcer, Program, Teller},
+    events::{Announcer, Notifier, Program},
     sync::Arc,
     sys::{
         clock::Deadline,
@@ -68,7 +68,7 @@ pub struct Mounted {
     session: BackgroundSession,
     waiting: Arc<Waiting>,
     watcher: JoinHandle<()>,
-    teller: Teller,
+    notifier: Notifier,
 }
 
 impl Mounted {
@@ -87,7 +87,7 @@ impl Mounted {
         let mut config = Config::default();
         config.acl = SessionACL::All;
         config.n_threads = Some(SESSION_THREADS);
-        let (news, polls) = (Arc::clone(tree.news()), Arc::new(Polls::default()));
+        let (feed, polls) = (Arc::clone(tree.feed()), Arc::new(Polls::default()));
         let adapter = Adapter::new(tree, pool, Arc::clone(&waiting), Arc::clone(&polls))?;
         // Without touching the mount: it is ours, and so must not be waited for.
         let mount = mount::without_links(mount)?;
@@ -99,9 +99,9 @@ impl Mounted {
         // It would keep others from unmounting the tree.
         drop(unmounted);
         let announcer = announcing.map(|program| announcer(program, &mount, device));
-        let wake = move |spot| spots::polled(spot).for_each(|node| polls.wake(node));
-        let teller = Teller::start(news, announcer, wake, spots::locate)?;
-        Ok(Self { mount, device, watch, session, waiting, watcher, teller })
+        let wake = move |target| watch_target::polled(target).for_each(|node| polls.wake(node));
+        let notifier = Notifier::start(feed, announcer, wake, watch_target::locate)?;
+        Ok(Self { mount, device, watch, session, waiting, watcher, notifier })
     }
 
     /// Says whether the tree is served and where it was mounted; it is not once somebody
@@ -129,7 +129,7 @@ impl Mounted {
     pub fn unmount(self) -> io::Result<()> {
         let is_mounted = self.is_mounted();
         // It uses the mount, and what has happened is to be told before that ends.
-        self.teller.stop();
+        self.notifier.stop();
         let unmounted = if is_mounted { self::unmount(&self.mount, self.device) } else { Ok(()) };
         self.waiting.stop();
         let deadline = Deadline::after(SESSION_END_LIMIT);

@@ -1,7 +1,7 @@
-//! Programs that poll: who is to be woken when a file has news.
+//! Programs that poll: which of them are woken when a file has changed.
 //!
 //! The kernel asks for a wake-up when a program begins to wait; the wake-up makes it ask
-//! again whether there is news. It is a message on the device and waits for nothing, but
+//! again whether the file has changed. It is a message on the device and waits for nothing, but
 //! is sent by a thread that serves no requests, as all of them are.
 
 use std::collections::HashMap;
@@ -21,7 +21,7 @@ pub(super) struct Polls {
 }
 
 impl Polls {
-    /// Has an open file woken at the next news of `node`, once.
+    /// Has an open file woken at the next change of `node`, once.
     pub(super) fn enter(&self, node: Node, handle: u64, notifier: PollNotifier) {
         lock(&self.waiting).entry(node).or_default().insert(handle, notifier);
     }
@@ -37,7 +37,7 @@ impl Polls {
         }
     }
 
-    /// Wakes who waits for news of `node`.
+    /// Wakes the programs that poll `node`.
     pub(super) fn wake(&self, node: Node) {
         let woken = lock(&self.waiting).remove(&node).unwrap_or_default();
         for notifier in woken.into_values() {
@@ -52,13 +52,13 @@ impl Polls {
 pub(super) fn events(ready: Readiness) -> PollEvents {
     let writable = PollEvents::POLLOUT | PollEvents::POLLWRNORM;
     let readable = PollEvents::POLLIN | PollEvents::POLLRDNORM;
-    let news = PollEvents::POLLPRI | PollEvents::POLLERR;
+    let changed = PollEvents::POLLPRI | PollEvents::POLLERR;
     match ready {
         Readiness::Always => readable | writable,
         // As a file in sysfs of which somebody was told.
-        Readiness::Changed => readable | writable | news,
+        Readiness::Changed => readable | writable | changed,
         Readiness::More => readable | writable,
         Readiness::AtEnd => writable,
-        Readiness::Gone => readable | writable | news | PollEvents::POLLHUP,
+        Readiness::Gone => readable | writable | changed | PollEvents::POLLHUP,
     }
 }

@@ -11,7 +11,7 @@ use fuser::{Errno, ReplyWrite};
 
 use super::translate::reply_written;
 use crate::{
-    notify::News,
+    events::ChangeFeed,
     sandbox::RowId,
     sync::{Arc, Condvar, Mutex, lock, wait, wait_while_within},
     sys::task::has_signal,
@@ -49,27 +49,27 @@ struct Writer {
 #[derive(Debug)]
 pub(super) struct AnnouncedWrite {
     state_of: Option<RowId>,
-    news: Arc<News>,
+    feed: Arc<ChangeFeed>,
     reply: ReplyWrite,
 }
 
 impl AnnouncedWrite {
     /// From now on the announcer leaves the file alone.
-    pub(super) fn begin(node: Node, news: &Arc<News>, reply: ReplyWrite) -> Self {
+    pub(super) fn begin(node: Node, feed: &Arc<ChangeFeed>, reply: ReplyWrite) -> Self {
         let state_of = match node {
             Node::File(row, File::State) => Some(row),
             Node::File(..) | Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::NetDir(_) => None,
         };
         if let Some(row) = state_of {
-            news.writing(row);
+            feed.writing(row);
         }
-        Self { state_of, news: Arc::clone(news), reply }
+        Self { state_of, feed: Arc::clone(feed), reply }
     }
 
     /// Answers, after which it is known who tells of what has changed meanwhile.
     pub(super) fn give(self, result: Result<usize, Errno>) {
         if let Some(row) = self.state_of {
-            self.news.wrote(row, result.is_ok());
+            self.feed.wrote(row, result.is_ok());
         }
         reply_written(self.reply, result);
     }

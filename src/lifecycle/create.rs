@@ -62,7 +62,7 @@ impl Lifecycle {
                 .map_err(|source| Error::Index { id: id.clone(), source })?;
             return Err(error);
         }
-        self.tell_created(&held, &entry);
+        self.publish_created(&held, &entry);
         tracing::info!(%id, uid = owner.uid, "created");
         Ok(entry)
     }

@@ -215,7 +215,7 @@ impl Lifecycle {
 
     fn put_off_deletion(&self, row: RowId) {
         self.operations.put_off_deletion(row, self.now().after(AGAIN));
-        self.bell.ring(); // It may be earlier than what the reaper waits for.
+        self.reaper_wakeup.notify(); // It may be earlier than what the reaper waits for.
     }
 
     /// Does what comes after the intent.
@@ -241,7 +241,7 @@ impl Lifecycle {
         self.activities.forget(entry.row());
         tracing::info!(id = %entry.id(), "deleted");
         self.operations.forget_deletion(entry.row());
-        self.tell_deleted(held, entry);
+        self.publish_deletion(held, entry);
         Ok(())
     }
 

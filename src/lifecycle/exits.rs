@@ -54,7 +54,7 @@ impl Lifecycle {
             return;
         }
         let held = Held::new(self.locks.lock(entry.id()), Cause::GuestExit);
-        // An operation that found out by itself has struck the machine off, and
+        // An operation that found out by itself has removed the machine, and
         // perhaps another lives by now.
         let Some(live) = self.machines.get(ended.row) else {
             return;
@@ -99,7 +99,7 @@ impl Lifecycle {
             record.snapshot = None;
             record.error = Some(one_line(why).into());
         })?;
-        self.machines.strike(entry.row());
+        self.machines.remove(entry.row());
         Ok(())
     }
 
@@ -128,7 +128,7 @@ impl Lifecycle {
     /// # Errors
     /// `Undead`.
     pub(super) fn release(&self, entry: &Entry) -> Result<(), Error> {
-        let live = self.machines.strike(entry.row());
+        let live = self.machines.remove(entry.row());
         if let Some(live) = &live {
             live.process.kill();
         }

@@ -87,8 +87,8 @@ impl Machines {
         lock(&self.table).get(&row).map(Arc::clone)
     }
 
-    /// Strikes a machine off, so that its end is nobody's news.
-    pub(super) fn strike(&self, row: RowId) -> Option<Arc<Live>> {
+    /// Removes a machine from the table. Its end is no longer reported.
+    pub(super) fn remove(&self, row: RowId) -> Option<Arc<Live>> {
         lock(&self.table).remove(&row)
     }
 

@@ -42,13 +42,13 @@ mod metrics;
 mod network;
 mod operation;
 mod policy;
+mod publish;
 mod reconcile;
 mod resume;
 mod room;
 mod sampling;
 mod sleep;
 mod stale;
-mod telling;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -86,15 +86,10 @@ pub use stale::{CLOCK_KEY, Stale};
 use unsettled::Unsettled;
 pub use usage::{Busyness, Rates};
 
-pub use crate::{
-    index::{Commit, Due, Entry, Error as IndexError, Index, keys_of_row},
-    net::Counters,
-    notify::{News, Reader, View, Viewer},
-};
 use crate::{
+    events::Wakeup,
     lock::Locks,
     net::Network,
-    notify::Bell,
     sandbox::{
         Activity, Cause, Period, Record, RowId, SandboxId, Signal, Spec, State, Step, Timestamp,
         Users, VmmChoice, day_of, network::AddressPlan,
@@ -103,6 +98,11 @@ use crate::{
     sync::Arc,
     sys::{clock::Clock, files::Reserve, pool::Pool},
     vmm::{PlannedVsock, Vmm},
+};
+pub use crate::{
+    events::{ChangeFeed, Reader, View, Viewer},
+    index::{Commit, Due, Entry, Error as IndexError, Index, keys_of_row},
+    net::Counters,
 };
 
 /// What the operations have to know of the configuration.
@@ -188,9 +188,9 @@ pub struct Lifecycle {
     /// For deletions, which other operations must not keep from having a thread.
     deletions: Pool,
     /// Rung when something may be due earlier than the reaper thinks.
-    bell: Bell,
+    reaper_wakeup: Wakeup,
     /// Where all that happens is told.
-    news: Arc<News>,
+    feed: Arc<ChangeFeed>,
     metrics: Metrics,
     /// When the reaper last looked; 0 before that.
     last_tick: AtomicI64,
@@ -261,8 +261,8 @@ impl Lifecycle {
             troubles: upkeep::Troubles::default(),
             pool: parts.pool,
             deletions: Pool::with_limit(destroy::DELETIONS_MAX),
-            bell: Bell::default(),
-            news: Arc::default(),
+            reaper_wakeup: Wakeup::default(),
+            feed: Arc::default(),
             metrics: Metrics::default(),
             last_tick: AtomicI64::new(0),
             lacks_forwarding: AtomicBool::new(false),
@@ -373,8 +373,8 @@ impl Lifecycle {
 
     /// Returns what wakes the reaper before its next tick.
     #[must_use]
-    pub fn bell(&self) -> &Bell {
-        &self.bell
+    pub fn reaper_wakeup(&self) -> &Wakeup {
+        &self.reaper_wakeup
     }
 
     /// Notes that the reaper looked.
@@ -512,9 +512,9 @@ impl Lifecycle {
 
     fn told(&self, step: Step, cause: &Cause, before: &Record, record: &Record) {
         self.metrics.stepped(step, cause, before, record);
-        self.tell_step(cause, before, record);
+        self.publish_step(cause, before, record);
         if matches!(record.state, State::Running | State::Snapshotted) {
-            self.bell.ring(); // It has a deadline now, which may be the next of all.
+            self.reaper_wakeup.notify(); // It has a deadline now, which may be the next of all.
         }
     }
 

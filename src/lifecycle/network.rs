@@ -222,7 +222,7 @@ impl Lifecycle {
         if let (Some(_), Period::After(time)) = (self.address(&record), self.settings.linger) {
             let since = record.snapshot.map_or_else(|| self.now(), |snapshot| snapshot.at);
             self.network.linger(entry.id(), since.after(time));
-            self.bell.ring();
+            self.reaper_wakeup.notify();
         }
     }
 

@@ -284,7 +284,7 @@ impl Lifecycle {
             self.activities.note(entry.row(), chain(&error));
         }
         if let Some(line) = line {
-            self.tell_failed(held, entry, line);
+            self.publish_failure(held, entry, line);
         }
     }
 }

@@ -88,7 +88,7 @@ impl Lifecycle {
                 if after.owner != before.owner {
                     self.give_vsock(entry, after.owner);
                 }
-                self.bell.ring();
+                self.reaper_wakeup.notify();
                 tracing::info!(id = %entry.id(), cause = %held.cause(), "{what} set");
             }
             Ok(())

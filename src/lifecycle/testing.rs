@@ -141,7 +141,7 @@ impl Host {
         }
         for (row, _) in self.daemon.machines.all() {
             // What happens from here on no daemon sees.
-            self.daemon.machines.strike(row);
+            self.daemon.machines.remove(row);
         }
         meanwhile(self);
         let (dir, index) = (self.dir.path(), index_name(self.cuts));
@@ -168,7 +168,7 @@ impl Host {
     /// checked or settled yet.
     pub(crate) fn start_on_index(&mut self, index: &str) {
         for (row, _) in self.daemon.machines.all() {
-            self.daemon.machines.strike(row);
+            self.daemon.machines.remove(row);
         }
         self.network.forget_lingering();
         self.daemon = start_on(
@@ -184,7 +184,7 @@ impl Host {
     /// Another daemon starts on a copy of the store, as it is now. The first one's VMMs stay.
     pub(crate) fn start_on_a_copy(&mut self) {
         for (row, _) in self.daemon.machines.all() {
-            self.daemon.machines.strike(row);
+            self.daemon.machines.remove(row);
         }
         let dir = self.dir.path().join("copy");
         std::fs::create_dir(&dir).unwrap();
@@ -217,7 +217,7 @@ impl Host {
     pub(crate) fn cut_power(&mut self, pages: Pages) {
         for (row, live) in self.daemon.machines.all() {
             // The daemon must not see the end of its VMM, as it is gone itself.
-            self.daemon.machines.strike(row);
+            self.daemon.machines.remove(row);
             live.process.kill();
             live.process.wait(PATIENCE).unwrap();
             let home = Home::new(&self.daemon.settings.store, row);

@@ -61,7 +61,7 @@ impl Lifecycle {
     pub(super) fn settle_later(&self, row: RowId) {
         let at = Some(self.now().after(AGAIN_FIRST));
         lock(&self.unsettled.table).entry(row).or_insert(Retry { at, failures: 0 });
-        self.bell.ring(); // It may be earlier than what the reaper waits for.
+        self.reaper_wakeup.notify(); // It may be earlier than what the reaper waits for.
     }
 
     /// As `settle_later`, of an operation that has taken effect and could not be recorded.

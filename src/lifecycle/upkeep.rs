@@ -143,7 +143,7 @@ impl Lifecycle {
                 if before.as_ref() != Some(&text) {
                     tracing::error!(id = %entry.id(), error = text, "looking over networks");
                     self.note(entry, &error);
-                    self.tell_failed(held, entry, text.into_boxed_str());
+                    self.publish_failure(held, entry, text.into_boxed_str());
                 }
             }
         }

@@ -11,7 +11,7 @@
 //! end once that is possible; and the networks of sleepers go when they have lingered.
 //!
 //! One thread looks: at every tick at all that run, to see who was active, and at the next
-//! deadline and when the bell rings at who is due, by a few range scans of the index. Of those
+//! deadline and when it is notified at who is due, by a few range scans of the index. Of those
 //! who are due it takes a sample before the verdict. It waits for no disk for long.
 //!
 //! A few workers act, those first whose deadline is the earliest. One that has been at it for
@@ -168,7 +168,7 @@ impl Reaper {
     /// Ends the looking, and waits for what is being acted on, for at most `limit`. What takes
     /// longer is left behind; the next start finishes it.
     pub fn stop(self, limit: Duration) {
-        self.shared.lifecycle.bell().close();
+        self.shared.lifecycle.reaper_wakeup().close();
         self.shared.queue.close();
         let deadline = Deadline::after(limit);
         for thread in self.threads {
@@ -179,7 +179,7 @@ impl Reaper {
 
 #[cfg(test)]
 impl Reaper {
-    /// Looks once, acts on all that is due, and ends. The bell is closed already.
+    /// Looks once, acts on all that is due, and ends. Its wakeup is closed already.
     pub(crate) fn run_once(mut self) {
         let limit = Duration::from_secs(3600);
         let looking = self.threads.pop().expect("the thread that looks is the last one");
@@ -194,7 +194,7 @@ impl Shared {
         let mut next_tick = self.lifecycle.clock().now();
         loop {
             let wait = self.look(&mut next_tick);
-            if !self.lifecycle.bell().wait(wait) {
+            if !self.lifecycle.reaper_wakeup().wait(wait) {
                 return;
             }
         }

@@ -20,14 +20,14 @@ const END_LIMIT: Duration = Duration::from_secs(60);
 /// Longer than any test takes.
 const LONG: Duration = Duration::from_secs(3600);
 
-/// Starts a reaper that only looks when the bell rings, and takes each look for a tick.
+/// Starts a reaper that only looks when it is notified, and takes each look for a tick.
 fn reap(host: &Host) -> Reaper {
     let (tick, wait_max) = (Duration::from_millis(1), LONG);
     let pace = Pace { tick, wait_max, workers: 2, stuck_after: LONG };
     Reaper::at(pace, Arc::clone(&host.daemon)).unwrap()
 }
 
-/// Starts a reaper that only looks when the bell rings, and for deadlines.
+/// Starts a reaper that only looks when it is notified, and for deadlines.
 fn reap_between_ticks(host: &Host, stuck_after: Duration) -> Reaper {
     let pace = Pace { tick: LONG * 1000, wait_max: LONG, workers: 2, stuck_after };
     Reaper::at(pace, Arc::clone(&host.daemon)).unwrap()
@@ -37,7 +37,7 @@ fn reap_between_ticks(host: &Host, stuck_after: Duration) -> Reaper {
 fn look(host: &Host) {
     let before = host.daemon.last_tick();
     host.clock.advance(Duration::from_millis(1));
-    host.daemon.bell().ring();
+    host.daemon.reaper_wakeup().notify();
     wait_for("a look", || host.daemon.last_tick() > before);
 }
 

@@ -1,6 +1,6 @@
 //! A mounted tree as seen from outside of the process that serves it.
 //!
-//! That process must never call this: see `notify`.
+//! That process must never call this: see `events`.
 
 use std::{io, os::fd::OwnedFd, path::Path};
 
@@ -47,7 +47,7 @@ impl Outside {
     ///
     /// # Errors
     /// The server's.
-    pub fn greet(&self, name: &str) -> io::Result<bool> {
+    pub fn register(&self, name: &str) -> io::Result<bool> {
         match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::ALREADY) => Ok(true),
             Ok(_) | Err(Errno::NOENT) => Ok(false),
@@ -152,7 +152,7 @@ mod tests {
         assert_eq!(outside.remove_dir("a", inode, &files).unwrap(), Done::Yes);
         assert!(!path.exists());
         assert_eq!(outside.remove_dir("a", inode, &files).unwrap(), Done::Gone);
-        assert!(!outside.greet("a").unwrap());
+        assert!(!outside.register("a").unwrap());
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub use view::{DaemonFacts, Facts};
 pub use write::{AttrChange, Job, Removal, Written};
 
 use crate::{
-    lifecycle::{Entry, Lifecycle, News, View, Viewer},
+    lifecycle::{ChangeFeed, Entry, Lifecycle, View, Viewer},
     sandbox::{Owner, RowId, SandboxId, Timestamp},
     sync::Arc,
     sys::{host::own_ids, task::groups_of},
@@ -305,7 +305,7 @@ impl Tree {
     ///
     /// # Errors
     /// `NoEnt` for what is no node of a sandbox.
-    pub fn ghost_attr(&self, node: Node, owner: Owner) -> Result<Attr, Errno> {
+    pub fn tombstone_attr(&self, node: Node, owner: Owner) -> Result<Attr, Errno> {
         let mode = match node {
             Node::Dir(_) | Node::NetDir(_) => DIR_MODE,
             Node::File(_, file) => file.mode(),
@@ -317,8 +317,8 @@ impl Tree {
 
     /// Returns where changes are told.
     #[must_use]
-    pub fn news(&self) -> &Arc<News> {
-        self.lifecycle.news()
+    pub fn feed(&self) -> &Arc<ChangeFeed> {
+        self.lifecycle.feed()
     }
 
     fn entry(&self, row: RowId) -> Result<Arc<Entry>, Errno> {

@@ -31,7 +31,7 @@ pub enum Readiness {
 }
 
 impl Tree {
-    /// Says whether an open file has news for its reader.
+    /// Returns whether an open file has changed since it was last read.
     pub fn poll(self: &Arc<Self>, node: Node, handle: u64) -> Answer<Readiness> {
         if matches!(node, Node::File(_, File::Console)) {
             let this = Arc::clone(self);
@@ -161,16 +161,16 @@ impl Tree {
             Node::File(row, _) | Node::Dir(row) | Node::NetDir(row) => View::Sandbox(row),
             Node::Root | Node::Daemon(_) => View::Viewer(viewer(caller)),
         };
-        Arc::new(self.lifecycle.news().log().open(view))
+        Arc::new(self.lifecycle.feed().log().open(view))
     }
 
     /// The size of a log of events, and when it last grew; `otherwise` if it never did.
     pub(super) fn events_facts(&self, view: &View, otherwise: SystemTime) -> (u64, SystemTime) {
-        let (size, grew) = self.lifecycle.news().log().size(view);
+        let (size, grew) = self.lifecycle.feed().log().size(view);
         (size, grew.map_or(otherwise, shown))
     }
 
-    /// Reads a state, which from then on is no news to whoever polls that open file.
+    /// Reads a state. A poll of that open file then waits for the next change.
     fn state_text(&self, row: RowId, handle: u64) -> Result<String, Errno> {
         let record = self.open_entry(row)?.record();
         self.handles.saw(handle, (record.state, record.since));

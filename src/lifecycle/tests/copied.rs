@@ -111,7 +111,7 @@ fn after_crash(arrow: Arrow, from: State, vmm_dies: bool) -> State {
     });
     if vmm_dies {
         // The first daemon must not see the end of its VMM, as it is gone itself.
-        let live = host.daemon.machines.strike(host.entry("a").row()).unwrap();
+        let live = host.daemon.machines.remove(host.entry("a").row()).unwrap();
         live.process.kill();
         live.process.wait(PATIENCE).unwrap();
     }

@@ -105,7 +105,7 @@ fn a_guest_that_died_with_the_daemon_is_stopped_or_asleep_as_its_files_prove() {
         });
         // The first daemon must not see the end of its VMM, as it is gone itself.
         let process = host.entry("a").record().process.clone().expect("it has a VMM");
-        let live = host.daemon.machines.strike(host.entry("a").row()).unwrap();
+        let live = host.daemon.machines.remove(host.entry("a").row()).unwrap();
         assert_eq!(live.process.identity(), &process);
         live.process.kill();
         live.process.wait(PATIENCE).unwrap();
@@ -152,7 +152,7 @@ fn a_guest_that_cannot_be_adopted_lives_on_and_is_adopted_by_the_next_operation(
 
 /// Kills the VMM of a sandbox when there is no daemon that would see it.
 fn kill_unseen(host: &Host, id: &str) {
-    let live = host.daemon.machines.strike(host.entry(id).row()).unwrap();
+    let live = host.daemon.machines.remove(host.entry(id).row()).unwrap();
     live.process.kill();
     live.process.wait(PATIENCE).unwrap();
 }

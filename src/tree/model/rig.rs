@@ -115,8 +115,8 @@ impl Rig {
     fn act_plainly(&mut self, op: &Op) -> Result<(), Errno> {
         match op {
             Op::Tick(_) => {
-                // With its bell closed it looks once, does all that is due, and ends.
-                self.host.daemon.bell().close();
+                // With its wakeup closed it looks once, does all that is due, and ends.
+                self.host.daemon.reaper_wakeup().close();
                 Reaper::start(Arc::clone(&self.host.daemon), NO_TICK, 1).unwrap().run_once();
                 Ok(())
             }

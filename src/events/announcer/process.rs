@@ -38,22 +38,22 @@ struct Shared {
 pub fn announce(mount: PathBuf, device: Device) -> io::Result<()> {
     name_process(c"dozed-announcer");
     let socket = MessageSocket::from_stdin()?;
-    let Some(Order::Greet { name, files }) = receive(&socket)? else {
+    let Some(Order::Register { name, files }) = receive(&socket)? else {
         return Ok(());
     };
     // Whatever comes to be wrong with us, no file of the host's is in danger by it.
     landlock::only_remove_below(&mount)?;
     let shared = Arc::new(Shared { mount, device, socket, files });
-    shared.greet(&name)?;
+    shared.register(&name)?;
     let (tell, told) = std::sync::mpsc::channel();
     for number in 1..THREADS {
         let (shared, name, tell) = (Arc::clone(&shared), name.clone(), tell.clone());
         let thread = std::thread::Builder::new().name(format!("announcer-{number}"));
         // They end with the process.
         drop(thread.spawn(move || {
-            let greeted = shared.greet(&name);
-            let is_known = greeted.is_ok();
-            let is_wanted = tell.send(greeted).is_ok() && is_known;
+            let registered = shared.register(&name);
+            let is_known = registered.is_ok();
+            let is_wanted = tell.send(registered).is_ok() && is_known;
             drop(tell);
             if is_wanted {
                 shared.serve();
@@ -79,9 +79,9 @@ fn receive(socket: &MessageSocket) -> io::Result<Option<Order>> {
 
 impl Shared {
     /// Looks up the name that only we know, so that the daemon knows this thread.
-    fn greet(&self, name: &str) -> io::Result<()> {
+    fn register(&self, name: &str) -> io::Result<()> {
         let outside = Outside::open(&self.mount, self.device)?;
-        if outside.greet(name)? {
+        if outside.register(name)? {
             Ok(())
         } else {
             Err(io::Error::other("the daemon does not know us"))
@@ -97,7 +97,7 @@ impl Shared {
     fn serve(&self) {
         while let Ok(Some(order)) = receive(&self.socket) {
             let (number, done) = match &order {
-                Order::Greet { .. } => return,
+                Order::Register { .. } => return,
                 Order::Touch { number, inode, path } => {
                     (*number, self.outside().and_then(|outside| outside.touch(path, *inode)))
                 }

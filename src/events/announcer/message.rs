@@ -7,7 +7,7 @@ pub(super) const MESSAGE_MAX_BYTES: usize = 1024;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Order {
     /// The first: the name that each thread has to look up, and the files of a sandbox.
-    Greet { name: String, files: Vec<String> },
+    Register { name: String, files: Vec<String> },
     /// Touch a file.
     Touch { number: u64, inode: u64, path: String },
     /// Remove a directory.
@@ -17,7 +17,7 @@ pub(super) enum Order {
 /// What the announcer says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// All threads have greeted.
+    /// All threads have registered.
     Ready,
     /// It was done, or what was meant is no longer there.
     Done { number: u64 },
@@ -28,7 +28,7 @@ pub(super) enum Answer {
 impl Order {
     pub(super) fn text(&self) -> String {
         match self {
-            Self::Greet { name, files } => format!("greet {name} {}", files.join(" ")),
+            Self::Register { name, files } => format!("register {name} {}", files.join(" ")),
             Self::Touch { number, inode, path } => format!("touch {number} {inode} {path}"),
             Self::Remove { number, inode, name } => format!("remove {number} {inode} {name}"),
         }
@@ -37,9 +37,9 @@ impl Order {
     pub(super) fn parse(text: &str) -> Option<Self> {
         let mut words = text.split(' ');
         let verb = words.next()?;
-        if verb == "greet" {
+        if verb == "register" {
             let name = words.next()?.to_owned();
-            return Some(Self::Greet { name, files: words.map(str::to_owned).collect() });
+            return Some(Self::Register { name, files: words.map(str::to_owned).collect() });
         }
         let (number, inode) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
         let path = words.next().filter(|path| !path.is_empty())?.to_owned();
@@ -85,7 +85,7 @@ mod tests {
     fn messages_read_back_and_nonsense_does_not() {
         let path = "web-1/state".to_owned();
         for order in [
-            Order::Greet { name: "x".to_owned(), files: vec!["a".to_owned(), "b".to_owned()] },
+            Order::Register { name: "x".to_owned(), files: vec!["a".to_owned(), "b".to_owned()] },
             Order::Touch { number: 1, inode: 65, path: path.clone() },
             Order::Remove { number: u64::MAX, inode: 64, name: "web-1".to_owned() },
         ] {

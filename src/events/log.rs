@@ -62,7 +62,7 @@ impl Viewer {
 
 /// The log.
 #[derive(Debug, Default)]
-pub struct Log {
+pub struct EventLog {
     /// A leaf lock.
     ring: Mutex<Ring>,
 }
@@ -97,7 +97,7 @@ struct Tally {
     events: u64,
 }
 
-impl Log {
+impl EventLog {
     /// Appends an event.
     pub(super) fn append(&self, event: &Event) {
         let line: Arc<str> = event.line().into();
@@ -234,7 +234,7 @@ impl Ring {
 /// A view that is open, and how far it was read.
 #[derive(Debug)]
 pub struct Reader {
-    log: Arc<Log>,
+    log: Arc<EventLog>,
     view: View,
     /// Taken before the ring's lock; nothing else is locked inside.
     cursor: Mutex<Cursor>,
@@ -349,7 +349,7 @@ impl Drop for Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{notify::What, sandbox::Cause};
+    use crate::{events::What, sandbox::Cause};
 
     fn root() -> Viewer {
         Viewer::new(0, 0, &[])
@@ -388,7 +388,7 @@ mod tests {
 
     #[test]
     fn a_view_is_a_file_that_grows_and_each_has_its_own() {
-        let log = Arc::new(Log::default());
+        let log = Arc::new(EventLog::default());
         let events: Vec<_> = (0..20).map(|number| event(number % 3, number)).collect();
         let of = |row: u64| -> Vec<Event> {
             events.iter().filter(|event| event.row.0 == row).cloned().collect()
@@ -418,7 +418,7 @@ mod tests {
 
     #[test]
     fn any_byte_can_be_read_from_as_of_a_file() {
-        let log = Arc::new(Log::default());
+        let log = Arc::new(EventLog::default());
         let events: Vec<_> = (0..9).map(|number| event(number % 2, number)).collect();
         events.iter().for_each(|event| log.append(event));
         let whole = text(&events);
@@ -431,7 +431,7 @@ mod tests {
 
     #[test]
     fn a_slow_reader_gets_one_line_that_says_how_many_it_missed() {
-        let log = Arc::new(Log::default());
+        let log = Arc::new(EventLog::default());
         (0..10).for_each(|number| log.append(&event(number % 2, number)));
         let view = View::Sandbox(RowId(1));
         let reader = log.open(view.clone());
@@ -463,7 +463,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_open_never_gets_shorter_and_one_that_is_opened_anew_has_what_is_kept() {
-        let log = Arc::new(Log::default());
+        let log = Arc::new(EventLog::default());
         let view = View::Viewer(root());
         log.append(&event(1, 0));
         let reader = log.open(view.clone());
@@ -485,7 +485,7 @@ mod tests {
 
     #[test]
     fn a_viewer_in_many_groups_costs_once_and_a_bounded_amount() {
-        let log = Arc::new(Log::default());
+        let log = Arc::new(EventLog::default());
         let groups: Vec<u32> = (0..65_536).collect();
         let open = || log.open(View::Viewer(Viewer::new(1, 1, &groups)));
         let readers: Vec<_> = (0..3).map(|_| open()).collect();
@@ -500,7 +500,7 @@ mod tests {
 
     #[test]
     fn what_left_the_ring_leaves_nothing_behind() {
-        let log = Arc::new(Log::default());
+        let log = Arc::new(EventLog::default());
         (0..2 * EVENTS_MAX as u64).for_each(|row| log.append(&event(row, 0)));
         let ring = lock(&log.ring);
         assert_eq!((ring.kept.len(), ring.latest.len()), (EVENTS_MAX, EVENTS_MAX));

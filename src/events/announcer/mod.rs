@@ -1,8 +1,8 @@
-//! The daemon's side of the announcer: starting it, giving it orders, and starting it anew.
+//! The daemon's side of the announcer: starts it, gives it tasks, and restarts it.
 //!
-//! Two threads. The teller takes what has changed and hands it on: to whoever wakes
-//! pollers, and to the announcer. The keeper starts the announcer and hears what it did;
-//! when it dies, what it had not done is given to the next one.
+//! There are two threads. The notifier takes what has changed from the change feed, wakes pollers
+//! and sends tasks to the announcer. The supervisor starts the announcer and reads its answers;
+//! when the announcer ends, its unfinished tasks go to the next one.
 
 mod message;
 mod process;
@@ -12,7 +12,7 @@ use std::{ffi::OsString, fs::File, io, path::PathBuf, str, thread::JoinHandle, t
 use message::{Answer, MESSAGE_MAX_BYTES, Order};
 pub use process::announce;
 
-use super::{Bell, News, Spot, news::Task};
+use super::{ChangeFeed, Wakeup, WatchTarget, feed::Task};
 use crate::{
     sandbox::SandboxId,
     sync::{Arc, Mutex, lock},
@@ -26,23 +26,23 @@ use crate::{
     },
 };
 
-/// How long an announcer may take until it is ready. It has to start a program.
+/// How long an announcer may take to become ready. It starts a program.
 const START_LIMIT: Duration = Duration::from_secs(10);
-/// How long the start of the daemon waits for the first one. It takes some ten milliseconds.
+/// How long the start of the daemon waits for the first announcer, which takes about 10 ms.
 const BEGIN_LIMIT: Duration = Duration::from_secs(2);
-/// How long one may take to end once its socket is closed, before it is killed, and then.
+/// How long an announcer may take to end after its socket is closed, and after a kill.
 const END_LIMIT: Duration = Duration::from_secs(1);
-/// How long our own threads may take to end: one may just be waiting for [`END_LIMIT`].
+/// How long the threads may take to end. One may be waiting for [`END_LIMIT`].
 const THREADS_END_LIMIT: Duration = Duration::from_secs(5);
-/// How long the last news may take at the end.
+/// How long the daemon's end waits for the last announcements.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
-/// The pause before an announcer that died is started anew, and the longest one; it
-/// doubles while they do not live longer than that.
+/// The pause before a restart of the announcer. It doubles up to [`RESTART_PAUSE_MAX`] while
+/// announcers end sooner than that.
 const RESTART_PAUSE: Duration = Duration::from_millis(50);
-/// See [`RESTART_PAUSE`].
+/// The longest pause before a restart.
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(30);
 
-/// The program that the announcer is.
+/// The announcer's program.
 #[derive(Debug, Clone)]
 pub struct Program {
     /// Where it is.
@@ -51,7 +51,7 @@ pub struct Program {
     pub args: Vec<OsString>,
 }
 
-/// What the announcer is to do its work with.
+/// How to start the announcer.
 #[derive(Debug, Clone)]
 pub struct Announcer {
     /// The program.
@@ -64,79 +64,79 @@ pub struct Announcer {
     pub files: Vec<&'static str>,
 }
 
-/// Where a spot is.
+/// Where a watch target is in the tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct Location {
     /// Its path in the tree.
     pub path: String,
     /// Its inode.
     pub inode: u64,
 }
 
-/// Whoever tells of what has changed.
+/// The threads that notify programs of changes.
 #[derive(Debug)]
-pub struct Teller {
+pub struct Notifier {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
 struct Shared {
-    news: Arc<News>,
+    feed: Arc<ChangeFeed>,
     /// The socket to the announcer, while there is one. A leaf lock.
     socket: Mutex<Option<Arc<MessageSocket>>>,
-    /// Closed at the end, so that the keeper does not rest.
-    bell: Bell,
-    /// Rung when the first announcer is ready, or has failed.
-    begun: Bell,
+    /// Closed at the end, so that the supervisor does not wait for the next restart.
+    wakeup: Wakeup,
+    /// Notified when the first announcer is ready, or has failed.
+    begun: Wakeup,
 }
 
-impl Teller {
-    /// Starts telling, and returns when that works, or for now does not. `wake` wakes those
-    /// who poll a spot, and `locate` says where one is. Without an announcer inotify is told
-    /// nothing.
+impl Notifier {
+    /// Starts the threads, and returns when the announcer is ready or has failed to start. `wake`
+    /// wakes the programs that poll a target, and `locate` returns where a target is. Without an
+    /// announcer there are no inotify events.
     ///
     /// # Errors
     /// Where the system gives no threads.
     pub fn start(
-        news: Arc<News>,
+        feed: Arc<ChangeFeed>,
         announcer: Option<Announcer>,
-        wake: impl Fn(Spot) + Send + 'static,
-        locate: impl Fn(Spot, Option<&SandboxId>) -> Place + Send + 'static,
+        wake: impl Fn(WatchTarget) + Send + 'static,
+        locate: impl Fn(WatchTarget, Option<&SandboxId>) -> Location + Send + 'static,
     ) -> io::Result<Self> {
-        let (bell, begun) = Default::default();
-        let shared = Arc::new(Shared { news, socket: Mutex::default(), bell, begun });
-        shared.news.open();
+        let (wakeup, begun) = Default::default();
+        let shared = Arc::new(Shared { feed, socket: Mutex::default(), wakeup, begun });
+        shared.feed.open();
         let telling = Arc::clone(&shared);
         let named = |name: &str| std::thread::Builder::new().name(name.to_owned());
-        let mut threads = vec![named("dozed-teller").spawn(move || {
-            while let Some((wakes, tasks)) = telling.news.wait() {
+        let mut threads = vec![named("dozed-notifier").spawn(move || {
+            while let Some((wakes, tasks)) = telling.feed.wait() {
                 wakes.into_iter().for_each(&wake);
                 telling.give(tasks.into_iter().map(|task| order(task, &locate)));
             }
         })?];
         if let Some(announcer) = announcer {
             let keeping = Arc::clone(&shared);
-            threads.push(named("dozed-keeper").spawn(move || keeping.keep(&announcer))?);
+            threads.push(named("dozed-announce").spawn(move || keeping.supervise(&announcer))?);
             // From when we serve on, inotify is told of everything.
             shared.begun.wait(BEGIN_LIMIT);
         }
         Ok(Self { shared, threads })
     }
 
-    /// Waits until all that has changed was announced, but only for a moment; then ends
-    /// the announcer.
+    /// Waits for at most [`FLUSH_LIMIT`] until every change is announced, then ends the
+    /// announcer.
     pub fn stop(self) {
         let deadline = Deadline::after(FLUSH_LIMIT);
-        while self.shared.is_listening() && self.shared.news.unannounced() > 0 {
+        while self.shared.is_listening() && self.shared.feed.unannounced() > 0 {
             if deadline.passed() {
                 tracing::debug!("not everything was announced");
                 break;
             }
             pause_for(Duration::from_millis(1));
         }
-        self.shared.news.close();
-        self.shared.bell.close();
+        self.shared.feed.close();
+        self.shared.wakeup.close();
         if let Some(socket) = lock(&self.shared.socket).as_ref() {
             socket.end();
         }
@@ -147,12 +147,14 @@ impl Teller {
     }
 }
 
-fn order(task: Task, locate: impl Fn(Spot, Option<&SandboxId>) -> Place) -> Order {
-    let Task { number, spot, id } = task;
-    let Place { path, inode } = locate(spot, id.as_ref());
-    match spot {
-        Spot::State(_) | Spot::Events(_) | Spot::AllEvents => Order::Touch { number, inode, path },
-        Spot::Gone(_) => Order::Remove { number, inode, name: path },
+fn order(task: Task, locate: impl Fn(WatchTarget, Option<&SandboxId>) -> Location) -> Order {
+    let Task { number, target, id } = task;
+    let Location { path, inode } = locate(target, id.as_ref());
+    match target {
+        WatchTarget::State(_) | WatchTarget::Events(_) | WatchTarget::AllEvents => {
+            Order::Touch { number, inode, path }
+        }
+        WatchTarget::Gone(_) => Order::Remove { number, inode, name: path },
     }
 }
 
@@ -161,7 +163,7 @@ impl Shared {
         lock(&self.socket).is_some()
     }
 
-    /// Sends orders. Where that fails the announcer is ended: the next one gets them.
+    /// Sends orders. If that fails, it ends the announcer, and the next one gets them.
     fn give(&self, orders: impl Iterator<Item = Order>) {
         let socket = lock(&self.socket).clone();
         let Some(socket) = socket else { return };
@@ -174,14 +176,14 @@ impl Shared {
         }
     }
 
-    /// Sees to it that there is an announcer.
-    fn keep(&self, announcer: &Announcer) {
+    /// Starts an announcer, and restarts it whenever it ends.
+    fn supervise(&self, announcer: &Announcer) {
         let mut pause = RESTART_PAUSE;
         loop {
             let lived = crate::sys::clock::Stopwatch::start();
-            let ended = self.keep_one(announcer);
-            self.begun.ring();
-            if self.news.is_closed() {
+            let ended = self.run_one(announcer);
+            self.begun.notify();
+            if self.feed.is_closed() {
                 return;
             }
             if lived.elapsed() > RESTART_PAUSE_MAX {
@@ -190,41 +192,41 @@ impl Shared {
             match ended {
                 Ok(()) => tracing::warn!(again_in = ?pause, "the announcer ended"),
                 Err(error) => {
-                    tracing::warn!(%error, again_in = ?pause, "inotify is told nothing");
+                    tracing::warn!(%error, again_in = ?pause, "there are no inotify events");
                 }
             }
-            if !self.bell.wait(pause) {
+            if !self.wakeup.wait(pause) {
                 return;
             }
             pause = (pause * 2).min(RESTART_PAUSE_MAX);
         }
     }
 
-    /// Starts an announcer and hears of what it does, until it ends.
-    fn keep_one(&self, announcer: &Announcer) -> io::Result<()> {
+    /// Starts an announcer and reads its answers until it ends.
+    fn run_one(&self, announcer: &Announcer) -> io::Result<()> {
         let (ours, theirs) = MessageSocket::pair()?;
         let ours = Arc::new(ours);
         let name = format!("dozed.{}", random_name()?);
-        self.news.expect_announcer(name.clone());
+        self.feed.expect_announcer(name.clone());
         let process = start(announcer, theirs)?;
         let files = announcer.files.iter().map(|file| (*file).to_owned()).collect();
-        let heard = self.hear(&ours, &Order::Greet { name, files });
+        let heard = self.hear(&ours, &Order::Register { name, files });
         *lock(&self.socket) = None;
         ours.end();
         while process.wait(END_LIMIT).is_none() {
             process.kill();
             // One that waits for a file which somebody writes ends when that is done. Its
             // threads stay known until then, so that none of them is taken for a user.
-            if self.news.is_closed() {
+            if self.feed.is_closed() {
                 return heard;
             }
         }
-        self.news.announcer_died();
+        self.feed.announcer_died();
         heard
     }
 
-    fn hear(&self, socket: &Arc<MessageSocket>, greeting: &Order) -> io::Result<()> {
-        socket.send(greeting.text().as_bytes())?;
+    fn hear(&self, socket: &Arc<MessageSocket>, registration: &Order) -> io::Result<()> {
+        socket.send(registration.text().as_bytes())?;
         let mut buffer = [0; MESSAGE_MAX_BYTES];
         let mut limit = Some(START_LIMIT);
         loop {
@@ -237,24 +239,24 @@ impl Shared {
                 Some(Answer::Ready) => {
                     limit = None;
                     *lock(&self.socket) = Some(Arc::clone(socket));
-                    if self.news.is_closed() {
+                    if self.feed.is_closed() {
                         return Ok(());
                     }
-                    self.news.announcer_listens();
-                    self.begun.ring();
+                    self.feed.announcer_listens();
+                    self.begun.notify();
                 }
-                Some(Answer::Done { number }) => self.news.done(number),
+                Some(Answer::Done { number }) => self.feed.done(number),
                 Some(Answer::Failed { number, why }) => {
                     tracing::debug!(why, "announcing");
-                    self.news.done(number);
+                    self.feed.done(number);
                 }
-                None => return Err(io::Error::other("the announcer makes no sense")),
+                None => return Err(io::Error::other("the announcer sent an unexpected answer")),
             }
         }
     }
 }
 
-/// Starts the process, with nothing of ours but its end of the socket.
+/// Starts the process. It inherits its end of the socket and nothing else.
 fn start(announcer: &Announcer, socket: MessageSocket) -> io::Result<Arc<Process>> {
     let Device { major, minor } = announcer.device;
     let mut args = announcer.program.args.clone();

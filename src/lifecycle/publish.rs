@@ -1,17 +1,17 @@
-//! What is told of a sandbox, and to the log with which facts.
+//! Publishes what happens to a sandbox, as log messages and as events.
 
-use super::{Entry, Held, Lifecycle, News};
+use super::{ChangeFeed, Entry, Held, Lifecycle};
 use crate::{
-    notify::{Event, What},
+    events::{Event, What},
     sandbox::{Cause, Record, State},
     sync::Arc,
 };
 
 impl Lifecycle {
-    /// Returns where all that happens is told.
+    /// Returns the change feed.
     #[must_use]
-    pub fn news(&self) -> &Arc<News> {
-        &self.news
+    pub fn feed(&self) -> &Arc<ChangeFeed> {
+        &self.feed
     }
 
     fn event(&self, record: &Record, what: What, cause: &Cause) -> Event {
@@ -26,13 +26,13 @@ impl Lifecycle {
         }
     }
 
-    /// Tells that a sandbox was made.
-    pub(super) fn tell_created(&self, held: &Held, entry: &Entry) {
-        self.news.tell_created(&self.event(&entry.record(), What::Created, held.cause()));
+    /// Publishes that a sandbox was created.
+    pub(super) fn publish_created(&self, held: &Held, entry: &Entry) {
+        self.feed.publish_created(&self.event(&entry.record(), What::Created, held.cause()));
     }
 
-    /// Tells of a step that was taken and can be seen.
-    pub(super) fn tell_step(&self, cause: &Cause, before: &Record, after: &Record) {
+    /// Publishes a step. The change is already visible.
+    pub(super) fn publish_step(&self, cause: &Cause, before: &Record, after: &Record) {
         let operation = |then, now| if now == then { None } else { now };
         let slept = operation(before.last_sleep, after.last_sleep);
         let woken = operation(before.last_wake, after.last_wake);
@@ -54,18 +54,18 @@ impl Lifecycle {
                 tracing::debug!(id = %after.id, from, %cause, "{to}");
             }
         }
-        self.news.tell(&self.event(after, what, cause));
+        self.feed.publish(&self.event(after, what, cause));
     }
 
-    /// Tells that an operation failed.
-    pub(super) fn tell_failed(&self, held: &Held, entry: &Entry, error: Box<str>) {
+    /// Publishes that an operation failed.
+    pub(super) fn publish_failure(&self, held: &Held, entry: &Entry, error: Box<str>) {
         let event = self.event(&entry.record(), What::Failed { error }, held.cause());
-        self.news.tell_log(&event);
+        self.feed.publish_to_log(&event);
     }
 
-    /// Tells that a sandbox is gone. By an `rmdir` the kernel knows it.
-    pub(super) fn tell_deleted(&self, held: &Held, entry: &Entry) {
+    /// Publishes that a sandbox was deleted. The kernel knows of one deleted by `rmdir`.
+    pub(super) fn publish_deletion(&self, held: &Held, entry: &Entry) {
         let event = self.event(&entry.record(), What::Deleted, held.cause());
-        self.news.tell_gone(&event, matches!(held.cause(), Cause::Rmdir(_)));
+        self.feed.publish_gone(&event, matches!(held.cause(), Cause::Rmdir(_)));
     }
 }
