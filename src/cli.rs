@@ -10,7 +10,7 @@ use tracing::level_filters::LevelFilter;
 
 use crate::{
     config::{Config, ConfigError},
-    sys::mount::Device,
+    sys::{mount::Device, opener::Rights},
 };
 
 /// What the program is to do.
@@ -29,6 +29,11 @@ pub enum Task {
         mount: PathBuf,
         /// The number of its device.
         device: Device,
+    },
+    /// Open the files that somebody named.
+    Open {
+        /// With whose rights.
+        rights: Rights,
     },
     /// Look at the host.
     Doctor {
@@ -108,6 +113,9 @@ enum Command {
     /// Tell inotify of changes; the daemon starts this itself
     #[command(hide = true)]
     Announce { mount: PathBuf, device: Device },
+    /// Open files that somebody named; the daemon starts this itself
+    #[command(hide = true)]
+    Open { rights: Rights },
     /// Say what this host can do, and how to mend the rest
     Doctor {
         #[command(flatten)]
@@ -143,6 +151,7 @@ fn read(
             Ok(Task::Run { config: config.load()?, log: Log { level: log, journal } })
         }
         Command::Announce { mount, device } => Ok(Task::Announce { mount, device }),
+        Command::Open { rights } => Ok(Task::Open { rights }),
         Command::Doctor { config } => Ok(Task::Doctor { config: config.load()? }),
     }
 }
@@ -208,6 +217,24 @@ mod tests {
             assert!(error.to_string().contains("MAJOR:MINOR"), "{error}");
         }
         assert!(!task("dozed --help").unwrap_err().to_string().contains("announce"));
+    }
+
+    #[test]
+    fn an_opener_is_told_whose_rights_it_has_and_users_are_not_told_of_it() {
+        for (word, rights) in [
+            ("ours", Rights::Ours),
+            ("7:8", Rights::Of("7:8".parse().unwrap())),
+            ("7:8:9:10", Rights::Of("7:8:9:10".parse().unwrap())),
+        ] {
+            let Ok(Task::Open { rights: read }) = task(&format!("dozed open {word}")) else {
+                panic!("{word} is not read");
+            };
+            assert_eq!((read.to_string().as_str(), &read), (word, &rights));
+        }
+        for bad in ["root", "7", "7:", "7:8:x"] {
+            task(&format!("dozed open {bad}")).unwrap_err();
+        }
+        assert!(!task("dozed --help").unwrap_err().to_string().contains("open"));
     }
 
     #[test]

@@ -24,7 +24,7 @@ use signal_hook::{
 
 use crate::{
     config::{self, Config, Verify},
-    events::{self, Program},
+    events,
     fuse::{self, Mounted, Unfit},
     index::{self, Index},
     lifecycle::{CLOCK_KEY, Contradicted, Lifecycle, Parts, Settings, chain, check_index_file},
@@ -38,8 +38,9 @@ use crate::{
         host::is_root,
         kvm,
         mount::Device,
+        opener::{self, Openers, Rights},
         pool::Pool,
-        process::{forbid_core_files, reserve_places},
+        process::{Program, forbid_core_files, reserve_places},
         thread::join_by,
     },
     tree::Tree,
@@ -60,6 +61,9 @@ const REAPER_END_LIMIT: Duration = Duration::from_secs(2);
 const SERVING_LOOK: Duration = Duration::from_secs(1);
 /// The subcommand by which we start ourselves as the announcer.
 const ANNOUNCE: &str = "announce";
+
+/// The subcommand by which we start ourselves to open files.
+const OPEN: &str = "open";
 
 /// Why the daemon did not run, or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -187,6 +191,7 @@ pub fn run(config: Config) -> Result<(), Error> {
         network: Arc::new(network),
         clock: Arc::clone(&clock) as Arc<dyn Clock>,
         pool: Arc::clone(&pool),
+        openers: Openers::new(own_program(OPEN)).map_err(host("preparing to open files"))?,
     };
     let lifecycle = Lifecycle::new(parts, settings(&config))
         .map_err(host(format!("opening the store {}", config.store.display())))?;
@@ -208,7 +213,7 @@ pub fn run(config: Config) -> Result<(), Error> {
 
     let tree = Tree::new(Arc::clone(&lifecycle)).map_err(bad_index)?;
     let tree = Arc::new(tree.lacking(missing_privileges()));
-    let announcing = Some(announcer());
+    let announcing = Some(own_program(ANNOUNCE));
     let mounted = Mounted::mount(tree, &config.mount, Arc::clone(&pool), announcing)
         .map_err(host(format!("mounting {}", config.mount.display())))?;
     let reaper =
@@ -280,10 +285,18 @@ fn check_mount_point(dir: &Path) -> Result<(), Error> {
     })
 }
 
-/// Returns the program that tells inotify of changes: this one, also after another was
-/// put in its place.
-fn announcer() -> Program {
-    Program { path: "/proc/self/exe".into(), args: vec![ANNOUNCE.into()] }
+/// Returns the program that we are, also after another was put in its place, and what has it
+/// do one thing only.
+fn own_program(subcommand: &str) -> Program {
+    Program { path: "/proc/self/exe".into(), args: vec![subcommand.into()] }
+}
+
+/// Runs a process that opens files for its daemon, until that needs no more.
+///
+/// # Errors
+/// Where it was not started by a daemon.
+pub fn open(rights: &Rights) -> io::Result<()> {
+    opener::serve(rights)
 }
 
 /// Runs the process that tells inotify of changes, until its daemon is gone.

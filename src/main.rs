@@ -43,6 +43,10 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&error, FAILURE_EXIT),
         },
+        Ok(Task::Open { rights }) => match daemon::open(&rights) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error, FAILURE_EXIT),
+        },
         Ok(Task::Doctor { config }) => {
             let report = doctor::examine(&config);
             let printed = write!(io::stdout(), "{report}");

@@ -23,7 +23,7 @@ mod feed;
 mod log;
 mod wakeup;
 
-pub use announcer::{Announcer, Location, Notifier, Program, announce};
+pub use announcer::{Announcer, Location, Notifier, announce};
 pub use event::{Event, VERSION, What};
 pub use feed::{ChangeFeed, Tombstone, WatchTarget};
 pub use log::{EventLog, Reader, View, Viewer};

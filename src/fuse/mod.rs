@@ -37,13 +37,14 @@ use polls::Polls;
 use waiting::Waiting;
 
 use crate::{
-    events::{Announcer, Notifier, Program},
+    events::{Announcer, Notifier},
     sync::Arc,
     sys::{
         clock::Deadline,
         fuse_mount::Unmounted,
         mount::{self, Device, MountWatch},
         pool::Pool,
+        process::Program,
         thread::join_by,
     },
     tree::{File, Tree},
@@ -52,8 +53,6 @@ use crate::{
 /// Threads that read requests. One would do for one client; a second keeps a long
 /// listing from holding up the rest.
 const SESSION_THREADS: usize = 2;
-/// The name of the file system, in mount tables and in `df`.
-const FS_NAME: &str = "dozed";
 /// How long the session may take to end once its connection is cut. It takes milliseconds; a
 /// thread that is at work for somebody ends its work first.
 const SESSION_END_LIMIT: Duration = Duration::from_secs(5);
@@ -91,7 +90,7 @@ impl Mounted {
         let adapter = Adapter::new(tree, pool, Arc::clone(&waiting), Arc::clone(&polls))?;
         // Without touching the mount: it is ours, and so must not be waited for.
         let mount = mount::without_links(mount)?;
-        let (connection, unmounted) = Unmounted::create(FS_NAME)?;
+        let (connection, unmounted) = Unmounted::create(mount::TREE_NAME)?;
         let device = unmounted.device();
         let session = Session::from_fd(adapter, connection, SessionACL::All, config)?.spawn()?;
         let watch = MountWatch::start()?;

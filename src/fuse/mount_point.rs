@@ -11,10 +11,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::FS_NAME;
 use crate::sys::{
     fuse_mount::Unmounted,
-    mount::{self, MountInfo, Server},
+    mount::{self, Server},
 };
 
 /// How many empty directories are tolerated: clients make so many while a daemon restarts.
@@ -51,7 +50,7 @@ pub fn check_mount_point(dir: &Path) -> Result<(), Unfit> {
     }
     let path = mount::without_links(dir)?;
     if let Some(found) = mount::mounted_at(&path)? {
-        if !is_tree(&found) {
+        if !found.is_tree() {
             return Err(Unfit::Mounted(found.fs_type.to_string_lossy().into_owned()));
         }
         // One that does not answer may be stopped, and go on later.
@@ -99,16 +98,10 @@ pub(super) fn mount_tree(tree: &Unmounted, path: &Path) -> io::Result<()> {
 /// Counts the trees on `path` that have no server any more.
 fn dead_trees(path: &Path) -> io::Result<usize> {
     let Some(found) = mount::mounted_at(path)? else { return Ok(0) };
-    if !is_tree(&found) || mount::server_at(path)? != Server::Gone {
+    if !found.is_tree() || mount::server_at(path)? != Server::Gone {
         return Err(io::Error::new(io::ErrorKind::ResourceBusy, "something is mounted there"));
     }
-    Ok(mount::mounts_at(path)?.iter().rev().take_while(|mount| is_tree(mount)).count())
-}
-
-/// Says whether this is the tree of a daemon, this one or another.
-fn is_tree(found: &MountInfo) -> bool {
-    // The type has no subtype where an earlier version made the mount.
-    found.source == FS_NAME && found.fs_type.as_encoded_bytes().starts_with(b"fuse")
+    Ok(mount::mounts_at(path)?.iter().rev().take_while(|mount| mount.is_tree()).count())
 }
 
 /// Returns the directories below `dir`; `None` if there is anything but empty directories.
@@ -154,12 +147,12 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().canonicalize().unwrap();
         for _ in 0..3 {
-            let (connection, dead) = Unmounted::create(FS_NAME).unwrap();
+            let (connection, dead) = Unmounted::create(mount::TREE_NAME).unwrap();
             dead.mount(&path).unwrap();
             drop(connection);
         }
         let checked = check_mount_point(&path);
-        let (connection, tree) = Unmounted::create(FS_NAME).unwrap();
+        let (connection, tree) = Unmounted::create(mount::TREE_NAME).unwrap();
         let mounted = mount_tree(&tree, &path);
         let there = mount::mounts_at(&path).unwrap();
         let silent = check_mount_point(&path);

@@ -41,23 +41,27 @@ impl Lifecycle {
             return Ok(may_have_run);
         }
         let _place = self.admission.copy(&record.id, &operation.cancel)?;
-        let mut bytes = 0;
-        for (_, disk) in &missing {
-            bytes += bytes_to_copy(&files.disk(disk), home.dir())
-                .map_err(host_failed(entry, "measuring a disk of"))?;
+        let (mut bytes, mut images) = (0, Vec::new());
+        for (number, disk) in &missing {
+            let image = files.image(disk).and_then(|(image, size)| {
+                bytes += bytes_to_copy(&size, home.dir())?;
+                Ok(image)
+            });
+            let image = image.map_err(host_failed(entry, "measuring a disk of"))?;
+            images.push((home.disk(*number), image));
         }
         home.check_space(bytes + SLEEP_RESERVE_BYTES)
             .map_err(snapshot_failed(entry, "finding space for the disks of"))?;
-        let (copies, ran) = (missing.iter().map(|(number, _)| home.disk(*number)), &may_have_run);
-        let (copies, ran): (Vec<_>, _) = (copies.collect(), Rc::clone(ran));
+        let copies: Vec<_> = images.iter().map(|(copy, _)| copy.clone()).collect();
+        let ran = Rc::clone(&may_have_run);
         undo.push("removing its copies of disks", move || {
             if ran.get() {
                 return Ok(());
             }
             copies.iter().try_for_each(|copy| Ok(remove_file(copy)?))
         });
-        for (number, disk) in missing {
-            let copied = copy_image(&files.disk(disk), &home.disk(number), &operation.cancel);
+        for (copy, image) in images {
+            let copied = copy_image(&image, &copy, &operation.cancel);
             copied.map_err(|error| match error {
                 PieceError::CalledOff(_) => Error::Gone { id: record.id.clone() },
                 PieceError::Io(source) => host_failed(entry, "copying a disk of")(source),

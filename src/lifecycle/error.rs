@@ -98,6 +98,16 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// A file that `config` names cannot be opened.
+    #[error("{}, which the `config` of {id} names, cannot be opened", .path.display())]
+    Unopened {
+        /// The sandbox.
+        id: SandboxId,
+        /// The file.
+        path: PathBuf,
+        /// What the system said; `InvalidInput` where it is not a file that a machine can use.
+        source: io::Error,
+    },
     /// It was given to another owner since a file of it was opened.
     #[error("{id} was given to another owner since this file was opened; open it again")]
     ChangedHands {
@@ -360,7 +370,12 @@ impl Error {
             Self::NotWriters { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 Fault::Denied
             }
-            Self::Host { source, .. } | Self::NotWriters { source, .. } => fault_of_io(source),
+            Self::Unopened { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
+                Fault::TimedOut
+            }
+            Self::Host { source, .. }
+            | Self::NotWriters { source, .. }
+            | Self::Unopened { source, .. } => fault_of_io(source),
             Self::Network { source, .. } => match source {
                 net::Error::Host { source, .. } => fault_of_io(source),
                 net::Error::Lacking { .. }

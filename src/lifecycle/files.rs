@@ -4,8 +4,15 @@
 //! not have. So they are opened as whoever wrote it, each time that a machine is to use them,
 //! and from then on it is what is open that is used. Root may name what it likes, and what it
 //! names in `[template]` is for everybody.
+//!
+//! The daemon itself never looks at a path of a `config`, which may lead to a file system that
+//! does not answer, or to the daemon's own tree: see [`opener`](crate::sys::opener). What
+//! `[template]` names is used by its path, so that a wake without any other file starts no
+//! process.
 
 use std::{
+    cell::OnceCell,
+    fs::File,
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -17,8 +24,9 @@ use crate::{
     snapshot::Home,
     sync::Arc,
     sys::{
-        files::{handle_path, open_as, why_unusable},
+        files::{ImageSize, Opened, handle_path, open_image, read_start},
         host::own_ids,
+        opener::{Opener, Rights},
     },
 };
 
@@ -31,16 +39,26 @@ pub struct Unusable {
     pub is_denied: bool,
 }
 
+/// Opens files that one writer has named in a `config`. Processes do it, one for each kind of
+/// rights, which are started when they are first needed.
+#[derive(Debug)]
+pub struct NamedFiles<'a> {
+    lifecycle: &'a Lifecycle,
+    writer: &'a Writer,
+    theirs: OnceCell<Opener>,
+    ours: OnceCell<Opener>,
+}
+
 /// Files of a sandbox, in so far as they are not used by their own paths.
 #[derive(Debug, Default)]
-pub(super) struct Files(Vec<(PathBuf, Option<Arc<OwnedFd>>)>);
+pub(super) struct Files(Vec<(PathBuf, Option<Opened>)>);
 
 impl Files {
     /// Returns the path to use for the file that is named so; `None` if it cannot be had.
     pub(super) fn path(&self, named: &Path) -> Option<PathBuf> {
-        match self.0.iter().find(|(path, _)| path == named) {
+        match self.find(named) {
             None => Some(named.to_owned()),
-            Some((_, file)) => file.as_ref().map(handle_path),
+            Some(file) => file.map(|file| handle_path(&file.file)),
         }
     }
 
@@ -49,31 +67,92 @@ impl Files {
         self.path(&disk.path).unwrap_or_else(|| disk.path.clone())
     }
 
+    /// Returns the first bytes of the file that is named so.
+    pub(super) fn start(&self, named: &Path) -> io::Result<Vec<u8>> {
+        match self.find(named) {
+            None => read_start(named),
+            Some(Some(file)) => Ok(file.start.clone()),
+            Some(None) => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    /// Returns the image of a disk, open for reading, and its sizes.
+    pub(super) fn image(&self, disk: &Disk) -> io::Result<(File, ImageSize)> {
+        if let Some(file) = self.find(&disk.path) {
+            let file = file.ok_or(io::ErrorKind::NotFound)?;
+            return Ok((file.file.try_clone()?.into(), file.size));
+        }
+        let file = open_image(&disk.path)?;
+        let size = ImageSize::of(&file)?;
+        Ok((file, size))
+    }
+
+    /// Returns the length of the image of a disk, in bytes.
+    pub(super) fn bytes(&self, disk: &Disk) -> io::Result<u64> {
+        match self.find(&disk.path) {
+            None => Ok(disk.path.metadata()?.len()),
+            Some(Some(file)) => Ok(file.size.bytes),
+            Some(None) => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
     /// Returns what has to stay open for these paths.
     pub(super) fn held(&self) -> Vec<Arc<OwnedFd>> {
-        self.0.iter().filter_map(|(_, file)| file.clone()).collect()
+        let files = self.0.iter().filter_map(|(_, file)| file.as_ref());
+        files.map(|file| Arc::clone(&file.file)).collect()
+    }
+
+    /// Returns what became of the file that is named so; `None` if it is used by its path.
+    fn find(&self, named: &Path) -> Option<Option<&Opened>> {
+        self.0.iter().find(|(path, _)| path == named).map(|(_, file)| file.as_ref())
     }
 }
 
-impl Lifecycle {
-    /// Returns what is wrong with a file that is named in a `config` of `writer`, if anything.
+impl NamedFiles<'_> {
+    /// Returns what is wrong with a file that is named in the `config`, if anything.
     #[must_use]
-    pub fn why_unusable(&self, writer: &Writer, path: &Path) -> Option<Unusable> {
-        if !self.is_for_its_writer(writer, path) {
-            return why_unusable(path).map(|why| Unusable { why, is_denied: false });
-        }
-        let error = open_one_as(writer, path).err()?;
-        let is_denied = error.kind() == io::ErrorKind::PermissionDenied;
+    pub fn why_unusable(&self, path: &Path) -> Option<Unusable> {
+        let error = self.open(path).err()?;
+        let is_denied = error.kind() == io::ErrorKind::PermissionDenied
+            && matches!(self.lifecycle.rights(self.writer, path), Rights::Of(_));
         let why = if is_denied {
-            let Writer { uid, gid, .. } = writer;
+            let Writer { uid, gid, .. } = self.writer;
             format!(
                 "you (uid {uid}, gid {gid}) may not read it; whoever writes a `config` has to be \
                  allowed to read what it names, but for what [template] names"
             )
+        } else if error.kind() == io::ErrorKind::NotFound {
+            "there is no such file; write the path of one".to_owned()
         } else {
             format!("{error}; write the path of a file")
         };
         Some(Unusable { why, is_denied })
+    }
+
+    /// Opens a file with the rights by which it was named.
+    fn open(&self, path: &Path) -> io::Result<Opened> {
+        let rights = self.lifecycle.rights(self.writer, path);
+        let place = match rights {
+            Rights::Ours => &self.ours,
+            Rights::Of(_) => &self.theirs,
+        };
+        let opener = match place.get() {
+            Some(opener) => opener,
+            None => {
+                let started = self.lifecycle.openers.start(&rights)?;
+                place.get_or_init(|| started)
+            }
+        };
+        opener.open(path)
+    }
+}
+
+impl Lifecycle {
+    /// Returns what opens the files that `writer` names in a `config`.
+    #[must_use]
+    pub fn named_files<'a>(&'a self, writer: &'a Writer) -> NamedFiles<'a> {
+        let (theirs, ours) = Default::default();
+        NamedFiles { lifecycle: self, writer, theirs, ours }
     }
 
     /// Opens what is used of such files by a boot.
@@ -107,42 +186,45 @@ impl Lifecycle {
         let Some(writer) = record.config_by.as_deref() else {
             return Ok(Files::default());
         };
-        let needed = needed.into_iter().map(|path| (path.as_path(), true));
-        let dispensable = dispensable.into_iter().map(|path| (path.as_path(), false));
-        let wanted: Vec<_> = needed
-            .chain(dispensable)
-            .filter(|(path, _)| self.is_for_its_writer(writer, path))
-            .collect();
-        if wanted.is_empty() {
-            return Ok(Files::default());
-        }
-        let failed = |path: &Path, source| Error::NotWriters {
-            id: record.id.clone(),
-            path: path.to_owned(),
-            uid: writer.uid,
-            gid: writer.gid,
-            source,
-        };
-        let paths: Vec<_> = wanted.iter().map(|(path, _)| *path).collect();
-        let opened = open_as(writer, &paths).map_err(|source| failed(paths[0], source))?;
-        let files = wanted.into_iter().zip(opened).map(|((path, is_needed), file)| match file {
-            Ok(file) => Ok((path.to_owned(), Some(Arc::new(file)))),
-            Err(_) if !is_needed => Ok((path.to_owned(), None)),
-            Err(source) => Err(failed(path, source)),
+        let named = self.named_files(writer);
+        let needed = needed.into_iter().map(|path| (path, true));
+        let dispensable = dispensable.into_iter().map(|path| (path, false));
+        let wanted = needed.chain(dispensable).filter(|(path, _)| !self.is_of_template(path));
+        let files = wanted.map(|(path, is_needed)| match named.open(path) {
+            Ok(file) => Ok((path.clone(), Some(file))),
+            Err(_) if !is_needed => Ok((path.clone(), None)),
+            Err(source) => Err(self.unopened(record, writer, path, source)),
         });
         files.collect::<Result<_, _>>().map(Files)
     }
 
-    /// Says whether a file is opened as whoever named it, rather than as root.
-    fn is_for_its_writer(&self, writer: &Writer, path: &Path) -> bool {
-        writer.uid != own_ids().0 && self.settings.template.files().all(|named| named != path)
+    fn unopened(&self, record: &Record, writer: &Writer, path: &Path, source: io::Error) -> Error {
+        let (id, path) = (record.id.clone(), path.to_owned());
+        // What is no file, and where nothing answers, is so for everybody.
+        let is_same_for_all =
+            matches!(source.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::TimedOut);
+        match self.rights(writer, &path) {
+            Rights::Of(Writer { uid, gid, .. }) if !is_same_for_all => {
+                Error::NotWriters { id, path, uid, gid, source }
+            }
+            Rights::Ours | Rights::Of(_) => Error::Unopened { id, path, source },
+        }
+    }
+
+    /// Returns with whose rights a file is opened that `writer` names.
+    fn rights(&self, writer: &Writer, path: &Path) -> Rights {
+        if writer.uid == own_ids().0 || self.is_of_template(path) {
+            Rights::Ours
+        } else {
+            Rights::Of(writer.clone())
+        }
+    }
+
+    fn is_of_template(&self, path: &Path) -> bool {
+        self.settings.template.files().any(|named| named == path)
     }
 }
 
 fn shared_disks(record: &Record) -> impl Iterator<Item = &PathBuf> {
     record.spec.disks.iter().filter(|disk| disk.readonly).map(|disk| &disk.path)
-}
-
-fn open_one_as(writer: &Writer, path: &Path) -> io::Result<OwnedFd> {
-    open_as(writer, &[path])?.pop().unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()))
 }

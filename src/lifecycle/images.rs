@@ -6,10 +6,7 @@
 use std::path::Path;
 
 use super::{Error, files::Files};
-use crate::{sandbox::Record, snapshot::Home, sys::files::read_start};
-
-/// What is read of a file: up to the end of the magic that a kernel has last.
-const START_BYTES: usize = BZIMAGE_MAGIC_AT + BZIMAGE_MAGIC.len();
+use crate::{sandbox::Record, snapshot::Home};
 
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 
@@ -47,8 +44,7 @@ const COMPRESSIONS: [Compression; 3] = [
 pub(super) fn check_formats(record: &Record, home: &Home, files: &Files) -> Result<(), Error> {
     let unbootable = |why| Error::Unbootable { id: record.id.clone(), why };
     if let Some(named) = &record.spec.kernel
-        && let Some(path) = files.path(named)
-        && let Ok(start) = read_start(&path, START_BYTES)
+        && let Ok(start) = files.start(named)
         && !is_kernel(&start)
     {
         return Err(unbootable(format!(
@@ -62,7 +58,7 @@ pub(super) fn check_formats(record: &Record, home: &Home, files: &Files) -> Resu
             continue;
         }
         // What cannot be read the copying tells of, or the VMM.
-        let start = read_start(&files.disk(disk), START_BYTES).unwrap_or_default();
+        let start = files.start(&disk.path).unwrap_or_default();
         if let Some(why) = why_not_raw(&disk.path, &start, disk.readonly) {
             return Err(unbootable(why));
         }
@@ -105,6 +101,7 @@ fn quoted(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::files::START_BYTES;
 
     fn at(at: usize, magic: &[u8]) -> Vec<u8> {
         [vec![0; at], magic.to_vec(), vec![0; START_BYTES]].concat()

@@ -74,7 +74,7 @@ pub use console::ConsoleLog;
 use cooling::Cooling;
 pub use error::{Error, Fault, chain};
 pub use evidence::{Contradicted, check_index_file};
-pub use files::Unusable;
+pub use files::{NamedFiles, Unusable};
 pub use held::Held;
 use holds::Holds;
 pub use holds::{HoldId, Holder};
@@ -96,7 +96,7 @@ use crate::{
     },
     snapshot::{self, Home, VmmFacts},
     sync::Arc,
-    sys::{clock::Clock, files::Reserve, pool::Pool},
+    sys::{clock::Clock, files::Reserve, opener::Openers, pool::Pool},
     vmm::{PlannedVsock, Vmm},
 };
 pub use crate::{
@@ -185,6 +185,8 @@ pub struct Lifecycle {
     troubles: upkeep::Troubles,
     /// For the work that nobody waits for: guests that end, trash.
     pool: Arc<Pool>,
+    /// Opens what a `config` names.
+    openers: Openers,
     /// For deletions, which other operations must not keep from having a thread.
     deletions: Pool,
     /// Rung when something may be due earlier than the reaper thinks.
@@ -215,6 +217,8 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     /// Threads for what nobody waits for.
     pub pool: Arc<Pool>,
+    /// Processes that open what a `config` names.
+    pub openers: Openers,
 }
 
 /// The key of the store's name in the index.
@@ -260,6 +264,7 @@ impl Lifecycle {
             unsettled: Unsettled::default(),
             troubles: upkeep::Troubles::default(),
             pool: parts.pool,
+            openers: parts.openers,
             deletions: Pool::with_limit(destroy::DELETIONS_MAX),
             reaper_wakeup: Wakeup::default(),
             feed: Arc::default(),

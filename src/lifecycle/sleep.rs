@@ -205,6 +205,8 @@ impl Lifecycle {
         let record = entry.record();
         let memory = memory_of(self.vmm_of(&record)?.as_ref(), &record);
         let home = self.home(&record);
+        // A file system that does not answer keeps the guest from nothing.
+        let disks = self.disk_facts(entry)?;
 
         // A pause that we did not hear the end of may have been one.
         let paused = Arc::clone(live);
@@ -241,7 +243,7 @@ impl Lifecycle {
         lock(&live.machine).save(&dir).map_err(vmm_failed(entry, "saving"))?;
         self.reach(Arrow::SleepSaved);
 
-        let facts = self.facts(entry, identity)?;
+        let facts = self.facts(entry, identity, disks)?;
         let failed = snapshot_failed(entry, "committing the snapshot of");
         let mut sealed = staged.borrow_mut().take().expect("nothing was undone so far");
         if memory == Memory::Mapped
@@ -286,19 +288,30 @@ impl Lifecycle {
         staged.begin_sync().map_err(snapshot_failed(entry, "beginning to sync the files of"))
     }
 
-    fn facts(&self, entry: &Entry, identity: &VmmIdentity) -> Result<ManifestFacts, Error> {
+    /// Says what disks the machine has, and how large they are.
+    fn disk_facts(&self, entry: &Entry) -> Result<Vec<DiskFacts>, Error> {
         let record = entry.record();
         let home = self.home(&record);
         let files = self.open_disks(&record)?;
         let disk = |(number, disk): (usize, &Disk)| {
-            let path = if disk.readonly { files.disk(disk) } else { home.disk(number) };
-            Ok(DiskFacts {
-                path: disk.path.clone(),
-                readonly: disk.readonly,
-                bytes: std::fs::symlink_metadata(path)?.len(),
-            })
+            let bytes = if disk.readonly {
+                files.bytes(disk)?
+            } else {
+                std::fs::symlink_metadata(home.disk(number))?.len()
+            };
+            Ok(DiskFacts { path: disk.path.clone(), readonly: disk.readonly, bytes })
         };
         let disks: std::io::Result<_> = record.spec.disks.iter().enumerate().map(disk).collect();
+        disks.map_err(host_failed(entry, "measuring the disks of"))
+    }
+
+    fn facts(
+        &self,
+        entry: &Entry,
+        identity: &VmmIdentity,
+        disks: Vec<DiskFacts>,
+    ) -> Result<ManifestFacts, Error> {
+        let record = entry.record();
         Ok(ManifestFacts {
             id: record.id.clone(),
             created_at: self.clock.wall(self.now()).to_string(),
@@ -315,7 +328,7 @@ impl Lifecycle {
             hardware: HardwareFacts {
                 vcpus: record.spec.vcpus,
                 memory_bytes: record.spec.memory_bytes,
-                disks: disks.map_err(host_failed(entry, "measuring the disks of"))?,
+                disks,
             },
         })
     }

@@ -25,6 +25,7 @@ use crate::{
     sys::{
         clock::{Clock, Deadline, ManualClock, pause_for},
         command::output,
+        opener::{self, Openers},
         pool::Pool,
         process::reserve_places,
     },
@@ -442,6 +443,7 @@ fn start_on(
         network: Arc::clone(network) as Arc<dyn Network>,
         clock: Arc::clone(clock) as Arc<dyn Clock>,
         pool: Arc::new(Pool::new()),
+        openers: Openers::new(opener::tests::program()).unwrap(),
     };
     let template = Spec { kernel: Some("/k".into()), memory_bytes: 16 << 20, ..Spec::default() };
     let settings = Settings {

@@ -18,6 +18,7 @@ pub mod mount;
 pub mod netlink;
 pub mod netns;
 pub mod netns_lock;
+pub mod opener;
 pub mod outside;
 pub mod pool;
 pub mod process;

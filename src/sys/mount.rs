@@ -24,6 +24,9 @@ const MOUNTINFO: &str = "/proc/self/mountinfo";
 /// answers in a millisecond; a busy host delays it.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
+/// The name of a daemon's tree, in mount tables and in `df`.
+pub const TREE_NAME: &str = "dozed";
+
 /// A mount, as the kernel lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountInfo {
@@ -33,6 +36,15 @@ pub struct MountInfo {
     pub source: OsString,
     /// The device number of the file system.
     pub device: Device,
+}
+
+impl MountInfo {
+    /// Says whether this is the tree of a daemon, this one or another.
+    #[must_use]
+    pub fn is_tree(&self) -> bool {
+        // The type has no subtype where an earlier version made the mount.
+        self.source == TREE_NAME && self.fs_type.as_encoded_bytes().starts_with(b"fuse")
+    }
 }
 
 /// The number of a device.
@@ -81,6 +93,15 @@ pub fn mounts_at(path: &Path) -> io::Result<Vec<MountInfo>> {
 pub fn mount_of(path: &Path) -> io::Result<Option<MountInfo>> {
     let list = fs::read(MOUNTINFO)?;
     Ok(path.ancestors().find_map(|path| topmost(&list, path)))
+}
+
+/// Returns a mount of the file system that has this number, if we see one.
+///
+/// # Errors
+/// Where the kernel does not list the mounts.
+pub fn mount_of_device(device: Device) -> io::Result<Option<MountInfo>> {
+    let list = fs::read(MOUNTINFO)?;
+    Ok(entries(&list).map(|entry| entry.info).find(|info| info.device == device))
 }
 
 /// Returns where the file systems of this kind are mounted.

@@ -1,8 +1,9 @@
-//! A pair of sockets between two processes, for short messages.
+//! A pair of sockets between two processes, for short messages and open files.
 
 use std::{
-    io,
-    os::fd::{AsFd, OwnedFd},
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 
@@ -10,8 +11,9 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     net::{
-        AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send,
-        shutdown, socketpair,
+        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recv, recvmsg, send,
+        sendmsg, shutdown, socketpair,
     },
 };
 
@@ -55,17 +57,48 @@ impl MessageSocket {
         Ok(())
     }
 
+    /// Sends a message with an open file, which the other end then has too; never waits.
+    ///
+    /// # Errors
+    /// As [`MessageSocket::send`].
+    pub fn send_file(&self, message: &[u8], file: BorrowedFd<'_>) -> io::Result<()> {
+        send_with(&self.0, message, file, SendFlags::DONTWAIT)?;
+        Ok(())
+    }
+
+    /// As [`MessageSocket::receive`]; returns the file too that came with the message.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn receive_file(
+        &self,
+        buffer: &mut [u8],
+        limit: Option<Duration>,
+    ) -> io::Result<(usize, Option<OwnedFd>)> {
+        self.wait(limit)?;
+        loop {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let (mut parts, flags) = ([IoSliceMut::new(buffer)], RecvFlags::CMSG_CLOEXEC);
+            let length = match recvmsg(&self.0, &mut parts, &mut control, flags) {
+                Err(Errno::INTR) => continue,
+                Err(Errno::CONNRESET) => 0,
+                received => received?.bytes,
+            };
+            let file = control.drain().find_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+                RecvAncillaryMessage::ScmCredentials(_) | _ => None,
+            });
+            return Ok((length, file));
+        }
+    }
+
     /// Waits for a message and returns its length: nought once the other end is closed.
     ///
     /// # Errors
     /// `TimedOut` where there is none within `limit`.
     pub fn receive(&self, buffer: &mut [u8], limit: Option<Duration>) -> io::Result<usize> {
-        if let Some(limit) = limit {
-            let limit = Timespec::try_from(limit).ok();
-            if poll(&mut [PollFd::new(&self.0, PollFlags::IN)], limit.as_ref())? == 0 {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-        }
+        self.wait(limit)?;
         loop {
             match recv(&self.0, &mut *buffer, RecvFlags::empty()) {
                 Err(Errno::INTR) => {}
@@ -76,11 +109,42 @@ impl MessageSocket {
         }
     }
 
+    /// Waits for a message, or for the end of the other end.
+    fn wait(&self, limit: Option<Duration>) -> io::Result<()> {
+        let Some(limit) = limit else { return Ok(()) };
+        let limit = Timespec::try_from(limit).ok();
+        if poll(&mut [PollFd::new(&self.0, PollFlags::IN)], limit.as_ref())? == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
+    }
+
     /// Ends the conversation: whoever waits at either end finds it closed.
     pub fn end(&self) {
         // It fails only where it has ended already.
         shutdown(&self.0, Shutdown::Both).ok();
     }
+}
+
+/// Sends `bytes` and with them `file`; returns how many bytes went. A closed end is an error,
+/// and no signal.
+///
+/// # Errors
+/// Those of sendmsg(2).
+pub fn send_with(
+    socket: &impl AsFd,
+    bytes: &[u8],
+    file: BorrowedFd<'_>,
+    flags: SendFlags,
+) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let files = [file];
+    if !control.push(SendAncillaryMessage::ScmRights(&files)) {
+        return Err(io::Error::other("there is no room for a descriptor"));
+    }
+    let flags = flags | SendFlags::NOSIGNAL;
+    Ok(sendmsg(socket.as_fd(), &[IoSlice::new(bytes)], &mut control, flags)?)
 }
 
 #[cfg(test)]
@@ -104,6 +168,23 @@ mod tests {
             assert_eq!(waiting.join().unwrap(), 0);
         });
         assert!(other.send(b"x").is_err());
+    }
+
+    #[test]
+    fn an_open_file_comes_with_its_message_and_with_no_other() {
+        let (one, other) = MessageSocket::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        one.send(b"without").unwrap();
+        one.send_file(b"with", file.as_fd()).unwrap();
+        let mut buffer = [0; 16];
+        let limit = Some(Duration::from_secs(60));
+        assert!(matches!(other.receive_file(&mut buffer, limit), Ok((7, None))));
+        let (length, came) = other.receive_file(&mut buffer, limit).unwrap();
+        assert_eq!(&buffer[..length], b"with");
+        let inode = |file: &OwnedFd| rustix::fs::fstat(file).unwrap().st_ino;
+        assert_eq!(inode(&came.unwrap()), inode(&file.into()));
+        drop(one);
+        assert!(matches!(other.receive_file(&mut buffer, limit), Ok((0, None))));
     }
 
     #[test]

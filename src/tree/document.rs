@@ -535,8 +535,9 @@ fn read_config<T>(
 ) -> Result<T, Errno> {
     // The first file that is amiss ends it.
     let is_denied = Cell::new(false);
+    let files = lifecycle.named_files(writer);
     let missing = |path: &Path| {
-        let unusable = lifecycle.why_unusable(writer, path)?;
+        let unusable = files.why_unusable(path)?;
         is_denied.set(unusable.is_denied);
         Some(unusable.why)
     };

@@ -2,6 +2,8 @@
 //!
 //! `docs/SEMANTICS.md` has it for users. Where two would do, the doubt is explained here.
 
+use std::io::ErrorKind;
+
 use super::BadCommand;
 use crate::lifecycle::{self, Fault};
 
@@ -121,6 +123,7 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         }
         // A sandbox without a kernel cannot be woken until its config changes: the
         // verb makes no sense in this state.
+        E::Unopened { source, .. } if source.kind() == ErrorKind::InvalidInput => Errno::Inval,
         E::Refused(_)
         | E::NoKernel { .. }
         | E::Unbootable { .. }
@@ -140,6 +143,7 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         | E::Snapshot { .. }
         | E::Host { .. }
         | E::NotWriters { .. }
+        | E::Unopened { .. }
         | E::Undead { .. }
         | E::Undo { .. } => match error.fault() {
             Fault::NoSpace => Errno::NoSpc,

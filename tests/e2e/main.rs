@@ -23,6 +23,7 @@ mod loss;
 mod mixed;
 mod mounts;
 mod network;
+mod opening;
 mod poll;
 mod reaper;
 mod recipes;

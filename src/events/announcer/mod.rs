@@ -7,7 +7,7 @@
 mod message;
 mod process;
 
-use std::{ffi::OsString, fs::File, io, path::PathBuf, str, thread::JoinHandle, time::Duration};
+use std::{fs::File, io, path::PathBuf, str, thread::JoinHandle, time::Duration};
 
 use message::{Answer, MESSAGE_MAX_BYTES, Order};
 pub use process::announce;
@@ -20,7 +20,7 @@ use crate::{
         clock::{Deadline, pause_for},
         host::random_name,
         mount::Device,
-        process::{Launch, Privileges, Process},
+        process::{Launch, Privileges, Process, Program},
         socket::MessageSocket,
         thread::join_by,
     },
@@ -42,19 +42,10 @@ const RESTART_PAUSE: Duration = Duration::from_millis(50);
 /// The longest pause before a restart.
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(30);
 
-/// The announcer's program.
-#[derive(Debug, Clone)]
-pub struct Program {
-    /// Where it is.
-    pub path: PathBuf,
-    /// Its arguments before the mount and its device.
-    pub args: Vec<OsString>,
-}
-
 /// How to start the announcer.
 #[derive(Debug, Clone)]
 pub struct Announcer {
-    /// The program.
+    /// The program, before the mount and its device.
     pub program: Program,
     /// Where the tree is mounted.
     pub mount: PathBuf,

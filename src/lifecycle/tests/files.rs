@@ -181,8 +181,8 @@ fn a_new_owner_changes_nothing_of_whose_rights_open_it() {
         rename(&aside, &own).unwrap();
     }
     let (denied, root) = (Writer::new(7, 9, vec![]), Writer::new(own_ids().0, 9, vec![]));
-    assert!(host.daemon.why_unusable(&denied, &secret).unwrap().is_denied);
-    assert_eq!(host.daemon.why_unusable(&root, &secret), None);
+    assert!(host.daemon.named_files(&denied).why_unusable(&secret).unwrap().is_denied);
+    assert_eq!(host.daemon.named_files(&root).why_unusable(&secret), None);
     // Who may, may also write it for somebody else's sandbox.
     give(7);
     host.wake("a").unwrap();
@@ -192,7 +192,8 @@ fn a_new_owner_changes_nothing_of_whose_rights_open_it() {
     host.create("b");
     host.set("b", Policy::Config(Box::new(spec), root)).unwrap();
     host.wake("b").unwrap();
-    assert_eq!(host.vmm.plan().disks[0].path, secret);
+    let plan = host.vmm.plan();
+    assert_eq!(read(&host, &plan.disks[0].path), "\x7fELF secret");
 }
 
 #[test]
@@ -200,7 +201,7 @@ fn a_file_that_the_template_names_is_for_everybody() {
     let host = Host::new();
     // Nobody has such a file, and to say so is not to refuse it.
     let kernel = host.daemon.settings.template.kernel.clone().unwrap();
-    let unusable = host.daemon.why_unusable(&OWNER.into(), &kernel).unwrap();
+    let unusable = host.daemon.named_files(&OWNER.into()).why_unusable(&kernel).unwrap();
     assert!(!unusable.is_denied && unusable.why.contains("no such file"), "{unusable:?}");
     host.create("a");
     host.wake("a").unwrap();

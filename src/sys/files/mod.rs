@@ -28,7 +28,10 @@ pub use durable::{
 };
 pub use flock::{LockFile, Use, is_image_locked, lock_file, lock_holder};
 pub use identity::{FileId, ids_below};
-pub use opening::{handle_path, open_as, read_start};
+pub use opening::{
+    ImageSize, MagicLinks, Opened, START_BYTES, handle_path, open_machine_file, read_start,
+};
+pub(super) use owner::pretend;
 pub use owner::{
     Wish, check_plain, give_dir, give_file, let_pass, let_read, may, open_path, take_back,
 };

@@ -136,8 +136,9 @@ pub fn may(uid: u32, groups: &[u32], asked: &[(BorrowedFd<'_>, Wish)]) -> io::Re
     })
 }
 
-/// Makes this thread, for as long as it lives, that user for the file system.
-pub(super) fn pretend(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
+/// Makes this thread, for as long as it lives, that user for the file system, without privileges.
+/// For signals it goes on being us, so that they cannot end it.
+pub(in crate::sys) fn pretend(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
     let groups: Vec<_> = groups.iter().map(|group| Gid::from_raw(*group)).collect();
     set_thread_groups(&groups)?;
     for (number, id) in [(libc::SYS_setfsgid, gid), (libc::SYS_setfsuid, uid)] {

@@ -19,7 +19,8 @@ use rustix::{
 use super::{
     PieceError,
     durable::{create_private, rename_durably, with_suffix},
-    regular::{open_image, open_regular},
+    opening::ImageSize,
+    regular::open_regular,
 };
 use crate::sys::cancel::Cancel;
 
@@ -81,17 +82,16 @@ pub fn data_bytes(path: &Path) -> io::Result<u64> {
     data_extents(&file).map(|extent| extent.map(|extent| extent.end - extent.start)).sum()
 }
 
-/// Returns how much of its disk a copy of the image `path` in `dir` takes: nothing where the two
-/// can share it.
+/// Returns how much of its disk a copy of an image in `dir` takes: nothing where the two can
+/// share it.
 ///
 /// # Errors
 /// Those of stat(2).
-pub fn bytes_to_copy(path: &Path, dir: &Path) -> io::Result<u64> {
-    let (image, place) = (fs::metadata(path)?, fs::metadata(dir)?);
-    if image.dev() == place.dev() && reflink_works(dir) {
+pub fn bytes_to_copy(image: &ImageSize, dir: &Path) -> io::Result<u64> {
+    if image.device == fs::metadata(dir)?.dev() && reflink_works(dir) {
         return Ok(0);
     }
-    Ok(image.blocks().saturating_mul(512).min(image.len()))
+    Ok(image.allocated_bytes.min(image.bytes))
 }
 
 /// Has the bytes of `file` written to the disk, and does not wait for it.
@@ -128,7 +128,7 @@ pub fn sync_in_pieces(file: &File, cancel: &Cancel) -> Result<(), PieceError> {
     Ok(file.sync_data()?)
 }
 
-/// Copies the image `from` to `to`, which must not exist, and returns its size.
+/// Copies the image `source` to `to`, which must not exist, and returns its size.
 ///
 /// Where the file system can share blocks the copy costs nothing; otherwise holes stay
 /// holes. When it returns the copy is durable, and its owner's alone. After an error,
@@ -136,9 +136,8 @@ pub fn sync_in_pieces(file: &File, cancel: &Cancel) -> Result<(), PieceError> {
 ///
 /// # Errors
 /// `CalledOff` within a piece or two; otherwise what the system says.
-pub fn copy_image(from: &Path, to: &Path, cancel: &Cancel) -> Result<u64, PieceError> {
+pub fn copy_image(source: &File, to: &Path, cancel: &Cancel) -> Result<u64, PieceError> {
     cancel.check()?;
-    let source = open_image(from)?;
     let meta = source.metadata()?;
     if !meta.is_file() {
         let error = io::Error::new(io::ErrorKind::InvalidInput, "an image is a regular file");
@@ -149,8 +148,8 @@ pub fn copy_image(from: &Path, to: &Path, cancel: &Cancel) -> Result<u64, PieceE
         .map_err(PieceError::from)
         .and_then(|target| {
             // Whatever a clone fails of, the copy succeeds in spite of it or tells better.
-            if rustix::fs::ioctl_ficlone(&target, &source).is_err() {
-                copy_data(&source, &target, meta.len(), cancel)?;
+            if rustix::fs::ioctl_ficlone(&target, source).is_err() {
+                copy_data(source, &target, meta.len(), cancel)?;
             }
             sync_in_pieces(&target, cancel)
         })
@@ -329,8 +328,8 @@ mod tests {
     fn a_copy_has_the_same_bytes_and_holes() {
         let temp = tempfile::tempdir().unwrap();
         let (from, to) = (temp.path().join("from"), temp.path().join("to"));
-        sparse(&from, &[3 * MIB, 150 * MIB]);
-        let size = copy_image(&from, &to, &Cancel::default()).unwrap();
+        let source = sparse(&from, &[3 * MIB, 150 * MIB]);
+        let size = copy_image(&source, &to, &Cancel::default()).unwrap();
         assert_eq!(size, 200 * MIB);
         assert!(fs::read(&from).unwrap() == fs::read(&to).unwrap());
         assert!(allocated_bytes(&to).unwrap() < MIB);
@@ -353,16 +352,17 @@ mod tests {
     fn a_copy_that_fails_or_is_called_off_leaves_nothing() {
         let temp = tempfile::tempdir().unwrap();
         let (from, to) = (temp.path().join("from"), temp.path().join("to"));
-        sparse(&from, &[MIB]);
+        let source = sparse(&from, &[MIB]);
         let called_off = Cancel::default();
         called_off.call_off();
-        let error = copy_image(&from, &to, &called_off).unwrap_err();
+        let error = copy_image(&source, &to, &called_off).unwrap_err();
         assert!(matches!(error, PieceError::CalledOff(_)), "{error}");
-        let error = copy_image(temp.path(), &to, &Cancel::default()).unwrap_err();
-        assert_eq!(error.to_string(), "it is a directory, not a regular file");
+        let dir = File::open(temp.path()).unwrap();
+        let error = copy_image(&dir, &to, &Cancel::default()).unwrap_err();
+        assert_eq!(error.to_string(), "an image is a regular file");
         assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
         fs::write(&to, "mine").unwrap();
-        copy_image(&from, &to, &Cancel::default()).unwrap_err();
+        copy_image(&source, &to, &Cancel::default()).unwrap_err();
         assert_eq!(fs::read(&to).unwrap(), b"mine");
         assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 2);
     }

@@ -8,7 +8,7 @@ use std::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::process::CommandExt,
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -25,6 +25,15 @@ use crate::{sync::Arc, sys::netns::Namespace};
 
 /// What it takes to use everybody's files as their owners may.
 const FILES: CapabilitySet = CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::FOWNER);
+
+/// A program, and what it is told first.
+#[derive(Debug, Clone)]
+pub struct Program {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its first arguments, without the name of the program.
+    pub args: Vec<OsString>,
+}
 
 /// What to start a process with.
 #[derive(Debug)]

@@ -39,7 +39,7 @@ use crate::{
 
 pub use device::OwnDevices;
 pub use exit::Exit;
-pub use launch::{Launch, Privileges, User, forbid_core_files};
+pub use launch::{Launch, Privileges, Program, User, forbid_core_files};
 pub use place::{Place, reserve_places};
 pub use proc_files::{Frames, Io};
 pub use watch::ExitWatch;

@@ -10,10 +10,9 @@
 //! connection at a time, so whatever is asked meanwhile is asked by this one.
 
 use std::{
-    io::{self, IoSlice, Read, Write},
-    mem::MaybeUninit,
+    io::{self, Read, Write},
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::Path,
@@ -21,14 +20,14 @@ use std::{
 };
 
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType, connect, sendmsg, socket_with, sockopt,
+    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
+    sockopt,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::{
-    sys::clock::Deadline,
+    sys::{clock::Deadline, socket::send_with},
     vmm::{Error, peer::Peer},
 };
 
@@ -254,7 +253,7 @@ impl<'a> Qmp<'a> {
             .set_write_timeout(Some(at_least_a_moment(limit)))
             .and_then(|()| match fd {
                 None => Ok(0),
-                Some(fd) => send_with(stream, line.as_bytes(), fd),
+                Some(fd) => send_with(stream, line.as_bytes(), fd, SendFlags::empty()),
             })
             .and_then(|sent| {
                 let rest = line.as_bytes().get(sent..).unwrap_or_default();
@@ -358,15 +357,4 @@ fn connect_within(socket: &Path, limit: Duration) -> io::Result<UnixStream> {
     sockopt::set_socket_timeout(&stream, sockopt::Timeout::Send, Some(limit))?;
     connect(&stream, &address)?;
     Ok(stream.into())
-}
-
-/// Sends `bytes` and with them `fd`; returns how many bytes went.
-fn send_with(stream: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let fds = [fd];
-    if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
-        return Err(io::Error::other("there is no room for a descriptor"));
-    }
-    Ok(sendmsg(stream.as_fd(), &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?)
 }

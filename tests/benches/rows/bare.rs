@@ -71,7 +71,7 @@ impl Bare {
         daemon.write(id, "state", "sleep")?;
         let snapshot = snapshot_in(&home)?;
         for name in [STATE, MEMORY] {
-            copy_image(&snapshot.join(name), &dir.join(name), &Cancel::default())?;
+            copy_image(&File::open(snapshot.join(name))?, &dir.join(name), &Cancel::default())?;
             sync_file(&dir.join(name))?;
         }
         let (site, socket) = (Arc::clone(site), runtime.join("qmp.sock"));

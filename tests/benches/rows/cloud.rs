@@ -93,7 +93,7 @@ impl BareCloud {
             fs::copy(from.join(name), to.join(name))?;
         }
         shut_in(&to.join(STATE_FILES[0]), &[&dir, &runtime])?;
-        copy_image(&from.join(MEMORY), &to.join(MEMORY_FILE), &Cancel::default())?;
+        copy_image(&File::open(from.join(MEMORY))?, &to.join(MEMORY_FILE), &Cancel::default())?;
         let (site, socket) = (Arc::clone(site), runtime.join("api.sock"));
         Ok(Self { site, program, args, dir, socket, count: 0, awake: None })
     }

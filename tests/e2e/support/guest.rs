@@ -30,7 +30,7 @@ fn build(script: &str, out: &Path) {
 }
 
 /// Returns the kernel of the counter guest (see `tests/guest/counter.S`).
-pub(super) fn counter_kernel() -> PathBuf {
+pub(crate) fn counter_kernel() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let build = || {
         let out = target().join("counter-guest").join("counter.elf");
