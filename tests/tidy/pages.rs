@@ -1,8 +1,8 @@
-//! Pages that name functions or show pictures say what the sources say.
+//! Pages that name functions, show pictures or link to other pages are true.
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Output},
 };
 
@@ -33,6 +33,44 @@ fn absent_functions(page: &str, read: impl Fn(&str) -> Option<String>) -> Vec<St
     complaints
 }
 
+/// Returns the pages for users, by their paths: README.md and those of docs.
+fn pages() -> Vec<(PathBuf, String)> {
+    let mut paths = vec![root().join("README.md")];
+    for dir in ["docs", "docs/decisions"] {
+        let files = fs::read_dir(root().join(dir)).unwrap().map(|file| file.unwrap().path());
+        paths.extend(files.filter(|path| path.extension().is_some_and(|kind| kind == "md")));
+    }
+    let read = |path: PathBuf| fs::read_to_string(&path).map(|text| (path, text)).unwrap();
+    paths.into_iter().map(read).collect()
+}
+
+/// Returns the anchors of the headings of a page, as GitHub makes them.
+fn anchors(page: &str) -> Vec<String> {
+    let headings = page.lines().filter(|line| line.starts_with('#'));
+    let titles = headings.map(|line| line.trim_start_matches('#').trim().to_lowercase());
+    let kept = |c: &char| c.is_alphanumeric() || " -_".contains(*c);
+    titles.map(|title| title.chars().filter(kept).collect::<String>().replace(' ', "-")).collect()
+}
+
+/// Complains of links of a page to a file or a heading that is not there.
+fn dead_links(page: &str, read: impl Fn(&str) -> Option<String>) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for link in page.split("](").skip(1).filter_map(|after| after.split(')').next()) {
+        if link.contains("://") {
+            continue;
+        }
+        let (path, anchor) = link.split_once('#').unwrap_or((link, ""));
+        let target = if path.is_empty() { Some(page.to_owned()) } else { read(path) };
+        let is_there = |text: &String| {
+            anchor.is_empty() || anchors(text).iter().any(|heading| heading == anchor)
+        };
+        if !target.as_ref().is_some_and(is_there) {
+            complaints.push(format!("there is no {link}"));
+        }
+    }
+    complaints
+}
+
 /// Runs `scripts/pictures --check` in a tree.
 #[allow(clippy::disallowed_methods, reason = "the test waits for the child before it goes on")]
 fn check_pictures(tree: &Path) -> Output {
@@ -54,6 +92,28 @@ fn a_function_that_is_gone_is_caught() {
     assert_none(&absent_functions("`src/a.rs`: `here()`, `generic()`, `State`", read));
     for page in ["`src/a.rs` `gone()`", "`src/b.rs`", "`here()`", "`src/a.rs` `her()`"] {
         assert_eq!(absent_functions(page, read).len(), 1, "{page}");
+    }
+}
+
+#[test]
+fn links_lead_to_pages_and_headings_that_exist() {
+    for (path, page) in pages() {
+        let read = |link: &str| {
+            let target = path.parent().unwrap().join(link);
+            if target.is_dir() { Some(String::new()) } else { fs::read_to_string(target).ok() }
+        };
+        let complaints = dead_links(&page, read);
+        assert!(complaints.is_empty(), "{}: {}", path.display(), complaints.join(", "));
+    }
+}
+
+#[test]
+fn a_link_to_nothing_is_caught() {
+    let read = |path: &str| (path == "b.md").then(|| "# One page\n## What `x` is, now".to_owned());
+    let page = "# Here\n[b](b.md) [h](#here) [x](b.md#what-x-is-now) [w](https://x.example/)";
+    assert_none(&dead_links(page, read));
+    for link in ["[c](c.md)", "[b](b.md#two)", "![p](p.svg)", "[h](#there)"] {
+        assert_eq!(dead_links(link, read).len(), 1, "{link}");
     }
 }
 
