@@ -8,6 +8,8 @@ use std::{
 
 use crate::sys::files::{open_regular, open_regular_to_append};
 
+/// What QEMU says each time it starts, and is no reason for anything.
+const WAITS: &str = ": info: QEMU waiting for connection on: ";
 /// A VMM's last words are a line or two.
 const LAST_WORDS_MAX_BYTES: u64 = 4096;
 
@@ -48,7 +50,7 @@ impl LastWords {
         let lines: Vec<_> = String::from_utf8_lossy(&tail)
             .lines()
             .map(str::trim)
-            .filter(|line| !line.is_empty())
+            .filter(|line| !line.is_empty() && !line.contains(WAITS))
             .map(str::to_owned)
             .collect();
         Ok(lines.join("; "))
@@ -68,6 +70,8 @@ mod tests {
         let (mut file, earlier) = open(&log).unwrap();
         writeln!(file, "one").unwrap();
         let (mut file, words) = open(&log).unwrap();
+        assert_eq!(words.read(), "");
+        writeln!(file, "qemu: info: QEMU waiting for connection on: disconnected:fd:0").unwrap();
         assert_eq!(words.read(), "");
         writeln!(file, "two\n\n  three").unwrap();
         assert_eq!(words.read(), "two; three");

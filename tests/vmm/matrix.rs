@@ -16,8 +16,10 @@ use crate::{
 };
 
 const ID: &str = "web-1";
-/// Longer than any limit that the driver has for a machine of this size.
+/// Longer than any limit that the driver has for a machine of this size that has started.
 const STALL_MILLIS: u32 = 40_000;
+/// Longer than the limit for a process that is starting.
+const START_STALL_MILLIS: u32 = 70_000;
 /// Longer than the limit for a call that takes no time, and so short that the next call,
 /// which waits for its end, does not come to its own limit.
 const SHORT_STALL_MILLIS: u32 = 15_000;
@@ -61,6 +63,7 @@ impl Fault {
             }
             Self::Silence => json!("hang"),
             Self::Stall if endpoint == "vm.resize" => json!({ "slow": SHORT_STALL_MILLIS }),
+            Self::Stall if endpoint == "vmm.ping" => json!({ "slow": START_STALL_MILLIS }),
             Self::Stall => json!({ "slow": STALL_MILLIS }),
             Self::Half => json!("half"),
             Self::Nonsense => json!({ "say": "SSH-2.0-OpenSSH_9.2\r\n" }),

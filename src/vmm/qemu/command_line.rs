@@ -60,7 +60,10 @@ pub(super) fn arguments(
     args.flag("-S");
     args.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
     args.add_machine(plan, accelerator);
-    args.add("-chardev", "socket,id=qmp,fd=0,server=on,wait=off");
+    // It waits for us before it makes anything. Otherwise the main thread accepts our connection
+    // while the monitor's thread sets it up, which on a busy host may greet us twice, or read
+    // the connection in both threads; see docs/qemu.md.
+    args.add("-chardev", "socket,id=qmp,fd=0,server=on,wait=on");
     args.add("-mon", "chardev=qmp,mode=control");
     args.add_console(plan);
     args.add_devices(plan);

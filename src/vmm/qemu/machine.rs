@@ -16,7 +16,7 @@ use super::{
     Accelerator,
     command_line::{self, Beginning},
     console, firmware,
-    qmp::{ANSWER_LIMIT, CONNECT_LIMIT, Connection, Migration, Qmp},
+    qmp::{ANSWER_LIMIT, CONNECT_LIMIT, Connection, Migration, Qmp, START_LIMIT},
     wall_clock,
 };
 use crate::{
@@ -160,7 +160,7 @@ impl QemuMachine {
 
     /// Gives the kernel its command line, and waits until QEMU has made the machine.
     pub(super) fn configure(&self, cmdline: &str) -> Result<(), Error> {
-        let mut qmp = Qmp::open(&self.peer, "starting", CONNECT_LIMIT)?;
+        let mut qmp = Qmp::open(&self.peer, "starting", START_LIMIT)?;
         let append = json!({ "path": "/machine", "property": "append", "value": cmdline });
         qmp.run("qom-set", &append, ANSWER_LIMIT)?;
         qmp.run("x-exit-preconfig", &Value::Null, MACHINE_LIMIT)?;
@@ -172,7 +172,7 @@ impl QemuMachine {
         const COMMAND: &str = "migrate-incoming";
         let state = dir.join(STATE_FILE);
         let file = open_regular(&state).map_err(host(format!("opening {}", state.display())))?;
-        let mut qmp = Qmp::open(&self.peer, "loading the snapshot", CONNECT_LIMIT)?;
+        let mut qmp = Qmp::open(&self.peer, "loading the snapshot", START_LIMIT)?;
         set_up_migration(&mut qmp)?;
         qmp.hand_over(STATE_FD, file.as_fd())?;
         let uri = json!({ "uri": format!("fd:{STATE_FD}") });
