@@ -3,7 +3,7 @@
 use std::fs::File;
 
 use dozed::sys::files::drop_cache;
-use rustix::io::Errno;
+use rustix::{io::Errno, process::Signal};
 
 use crate::support::{Disk, FileSystem, Setup};
 
@@ -14,9 +14,12 @@ fn a_sleep_after_a_failed_one(system: FileSystem, restarts: bool) {
     let mut host = Setup::counter("touch=4").store(&disk.store()).start();
     host.boot("web-1");
     host.counts_on("web-1");
-    let memory = host.home("web-1").join("0.live/memory");
+    let (vmm, memory) = (host.vmm("web-1"), host.home("web-1").join("0.live/memory"));
+    // What the guest writes meanwhile would have room again before all of that is taken.
+    host.signal_vmm(vmm, Signal::STOP);
     File::open(&memory).unwrap().sync_all().unwrap();
     disk.lose_writes_of(&memory);
+    host.signal_vmm(vmm, Signal::CONT);
     host.counts_on("web-1");
     // A loop device hands up what it is told, and so this disk has no space.
     let error = host.write("web-1/state", "sleep").unwrap_err();

@@ -12,7 +12,7 @@ use std::{
 use rusqlite::Connection;
 use rustix::io::Errno;
 
-use crate::support::{Host, Setup, command, is_alive, wait_until};
+use crate::support::{Host, LockedIndex, Setup, command, is_alive, wait_until};
 
 /// How many write at once: more than a daemon has idle threads.
 const WRITERS: usize = 32;
@@ -192,7 +192,8 @@ fn inject(host: &Host, calls: &str, error: &str) -> Child {
 
 #[test]
 fn an_index_that_cannot_be_synced_ends_the_daemon_with_a_sentence_and_no_guest() {
-    let mut host = Setup::counter("").start();
+    // Nor may the reaper write before the `mkdir` does, of which the daemon would end as well.
+    let mut host = Setup::counter("").config("[reaper]\ntick = \"1h\"").start();
     host.boot("web-1");
     let (vmm, before) = (host.vmm("web-1"), host.counts_on("web-1"));
     let said = host.log().len();
@@ -220,8 +221,7 @@ fn another_process_that_has_the_index_locked_delays_and_breaks_nothing() {
     for id in ["sleeps", "goes", "stays"] {
         host.boot(id);
     }
-    let other = Connection::open(host.store().join("index.db")).unwrap();
-    other.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    let locked = LockedIndex::of(&host);
     thread::scope(|scope| {
         let changes = [
             scope.spawn(|| host.write("sleeps/state", "sleep")),
@@ -233,7 +233,7 @@ fn another_process_that_has_the_index_locked_delays_and_breaks_nothing() {
         let before = host.counts_on("stays");
         assert_eq!(host.state("stays"), "running");
         assert!(host.counts_on("stays").count > before.count);
-        other.execute_batch("ROLLBACK").unwrap();
+        drop(locked);
         for change in changes {
             assert_eq!(change.join().unwrap(), Ok(()));
         }
@@ -241,7 +241,6 @@ fn another_process_that_has_the_index_locked_delays_and_breaks_nothing() {
     assert_eq!(host.state("sleeps"), "snapshotted");
     assert_eq!(host.state("comes"), "stopped");
     assert!(!host.list().contains(&"goes".to_owned()));
-    drop(other);
     host.wake("sleeps");
     assert_eq!(host.counts_on("sleeps").boots, 1);
 }
@@ -256,8 +255,7 @@ fn where_the_host_gives_no_thread_an_operation_is_refused_and_the_daemon_goes_on
     }
     let mut strace = inject(&host, "clone,clone3", "EAGAIN");
     // Each waits in a thread that the daemon has already, until there is none.
-    let other = Connection::open(host.store().join("index.db")).unwrap();
-    other.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    let locked = LockedIndex::of(&host);
     thread::scope(|scope| {
         let (tell, told) = mpsc::channel();
         for id in &others {
@@ -268,7 +266,7 @@ fn where_the_host_gives_no_thread_an_operation_is_refused_and_the_daemon_goes_on
         drop(tell);
         let first = told.recv_timeout(PATIENCE);
         let state = host.try_read("web-1/state");
-        other.execute_batch("ROLLBACK").unwrap();
+        drop(locked);
         assert_eq!((first, state), (Ok(Err(Errno::NOMEM)), Ok("running\n".to_owned())));
         assert!(told.iter().all(|answer| matches!(answer, Ok(()) | Err(Errno::NOMEM))));
     });

@@ -1,10 +1,15 @@
 //! The reaper: who is put to sleep and who is deleted by itself, and who is not.
 
-use std::{path::Path, thread, time::Duration};
+use std::{
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
 use dozed::{
     sandbox::Timestamp,
-    sys::clock::{ClockBasis, Stopwatch, is_synchronised},
+    sys::clock::{ClockBasis, Stopwatch, is_synchronised, pause_for},
 };
 
 use crate::support::{Host, Setup, wait_until};
@@ -26,6 +31,7 @@ fn what_is_idle_is_put_to_sleep_and_what_is_busy_is_not() {
     boot(&host, "idle", "");
     boot(&host, "busy", "cmdline = \"busy\"");
     boot(&host, "exempt", "");
+    host.prefer("busy");
     for id in ["idle", "busy"] {
         host.write(&format!("{id}/idle_after"), "5s").unwrap();
     }
@@ -40,30 +46,53 @@ fn what_is_idle_is_put_to_sleep_and_what_is_busy_is_not() {
     assert_eq!(host.value("exempt/idle", "sleeps_at"), "never");
     assert_eq!(host.value("idle/idle", "verdict"), "snapshotted");
     assert_eq!(host.number("idle/status", "sleeps"), 1);
+    host.write("idle/idle_after", "never").unwrap();
     host.wake("idle");
     assert_eq!(host.counts_on("idle").boots, 1);
+    host.write("idle/idle_after", "5s").unwrap();
     wait_until("the idle one sleeps again", || host.state("idle") == "snapshotted");
     assert_eq!(host.number("busy/status", "sleeps"), 0);
 }
 
+/// Does something when it is dropped, also by a panic.
+struct OnDrop<F: Fn()>(F);
+
+impl<F: Fn()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
 #[test]
 fn a_touch_now_and_then_keeps_awake() {
-    let host = Setup::counter("").config(TICK).config("[defaults]\nidle_after = \"3s\"").start();
-    host.boot("touched");
-    host.boot("control");
-    let touch = || host.bash_ok("touch touched/activity");
-    for sleeps in 1..=2 {
-        wait_until("the one that is not touched sleeps", || {
-            touch();
-            host.number("control/status", "sleeps") == sleeps
-        });
-        wait_until("its sleep is done", || host.state("control") == "snapshotted");
-        touch();
-        host.wake("control");
-        touch();
+    let host = Setup::counter("").config(TICK).start();
+    for id in ["touched", "control"] {
+        boot(&host, id, "");
     }
-    assert_eq!(host.number("touched/status", "sleeps"), 0);
-    assert!(host.value("touched/idle", "because").contains("a touch of activity"));
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Whatever else takes long, it is touched.
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                host.write("touched/activity", "x").unwrap();
+                pause_for(Duration::from_millis(50));
+            }
+        });
+        let over = OnDrop(|| is_over.store(true, Ordering::Relaxed));
+        for id in ["touched", "control"] {
+            host.write(&format!("{id}/idle_after"), "5s").unwrap();
+        }
+        for sleeps in 1..=2 {
+            let slept = || host.number("control/status", "sleeps") == sleeps;
+            wait_until("the one that is not touched sleeps", slept);
+            wait_until("its sleep is done", || host.state("control") == "snapshotted");
+            // Where that takes five seconds it sleeps again by then.
+            host.write("control/state", "wake").unwrap();
+        }
+        assert_eq!(host.number("touched/status", "sleeps"), 0);
+        assert!(host.value("touched/idle", "because").contains("a touch of activity"));
+        drop(over);
+    });
     wait_until("it sleeps when it is touched no more", || host.state("touched") == "snapshotted");
 }
 
@@ -72,13 +101,15 @@ fn what_has_slept_for_too_long_is_deleted_unless_it_is_pinned() {
     let host = Setup::counter("").config(TICK).start();
     for id in ["stale", "pinned", "kept", "awake"] {
         host.boot(id);
-        host.write(&format!("{id}/delete_after"), "2s").unwrap();
     }
     host.write("pinned/pinned", "1").unwrap();
-    host.write("kept/delete_after", "never").unwrap();
     let home = host.home("stale");
     for id in ["kept", "pinned", "stale"] {
         host.sleep(id);
+    }
+    // When they sleep, so that none is gone before that was looked at.
+    for id in ["awake", "pinned", "stale"] {
+        host.write(&format!("{id}/delete_after"), "2s").unwrap();
     }
     assert_eq!(host.value("kept/idle", "deletes_at"), "never");
     wait_until("the stale one is deleted", || !host.list().contains(&"stale".to_owned()));
@@ -107,25 +138,27 @@ fn touch_in_time(host: &Host, id: &str, early: Duration) -> bool {
     // From before the touch on, since a busy machine may return from it late.
     let since = Stopwatch::start();
     touch();
+    // It is not looked at after a wake: a busy machine may have it asleep again by then.
+    let wake = || host.write(&format!("{id}/state"), "wake").unwrap();
     if host.state(id) != "running" {
         wait_until("its sleep is done", || host.state(id) == "snapshotted");
-        host.wake(id);
+        wake();
         return false;
     }
     wait_until("it goes to sleep", || host.state(id) == "snapshotted");
     let awake = since.elapsed();
     assert!(awake >= idle_after, "touched {early:?} early, asleep {awake:?} after the touch");
-    host.wake(id);
+    wake();
     true
 }
 
 #[test]
 fn a_touch_that_returned_before_the_sleep_began_wins() {
-    let config = "[defaults]\nidle_after = \"1s\"";
-    let host = Setup::counter("").config(TICK).config(config).start();
+    let host = Setup::counter("").config(TICK).start();
     let ids = ["a", "b", "c", "d"];
     for id in ids {
-        host.boot(id);
+        boot(&host, id, "");
+        host.write(&format!("{id}/idle_after"), "1s").unwrap();
     }
     let won: usize = thread::scope(|scope| {
         let rounds = |id| {
@@ -174,8 +207,8 @@ fn a_boot_with_the_wall_clock_ahead_deletes_nothing_before_the_clock_is_synchron
     // One that is deleted by its age shows that the reaper has looked, and that what slept
     // in this boot only need not wait.
     host.boot("stale");
-    host.write("stale/delete_after", "1s").unwrap();
     host.sleep("stale");
+    host.write("stale/delete_after", "1s").unwrap();
     wait_until("the stale one is gone", || !host.list().contains(&"stale".to_owned()));
     if is_synchronised() {
         // Then it is as old as it seems.

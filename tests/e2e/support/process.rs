@@ -64,6 +64,16 @@ pub(super) fn signal_naming(pid: u32, path: &Path, signal: Signal) -> bool {
     names(pid, path) && pidfd_send_signal(&pidfd, signal).is_ok()
 }
 
+/// Has the kernel prefer all threads of a process to those of others, so that it has the CPU
+/// that it wants on a machine that is busy.
+pub(super) fn prefer(pid: u32) {
+    // A nice value is worth something among those of one session only (autogroup, sched(7)).
+    let mut chrt = command("chrt");
+    chrt.args(["--all-tasks", "--rr", "--pid", "1", &pid.to_string()]);
+    let output = chrt.output().unwrap();
+    assert!(output.status.success(), "{chrt:?}: {output:?}");
+}
+
 /// Sends a signal to a child that has not been waited for.
 pub(crate) fn signal(child: &std::process::Child, signal: Signal) {
     let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
