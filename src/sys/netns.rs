@@ -346,7 +346,7 @@ mod tests {
         // It cannot be dropped before we say so, and we say so after the answer.
         here.run(move |inside| inside.drop_later(Tells(dropped, held))).unwrap();
         go_on.send(()).unwrap();
-        wait.recv_timeout(std::time::Duration::from_secs(10)).unwrap();
+        wait.recv_timeout(std::time::Duration::from_secs(180)).unwrap();
     }
 
     #[test]

@@ -177,9 +177,9 @@ mod tests {
         })
         .unwrap();
         pool.run(move || done.send(()).unwrap()).unwrap();
-        assert_eq!(wait.recv_timeout(Duration::from_secs(10)), Ok(()));
+        assert_eq!(wait.recv_timeout(Duration::from_secs(180)), Ok(()));
         // Both senders are gone only when both jobs have ended.
-        assert!(wait.recv_timeout(Duration::from_secs(10)).is_err());
+        assert!(wait.recv_timeout(Duration::from_secs(180)).is_err());
     }
 
     #[test]

@@ -485,12 +485,15 @@ fn ways_to_restore_go_by_the_version() {
         dir = Some(running.kill());
     }
     // On demand fills everything, and no snapshot is taken meanwhile.
+    let loading = |millis| json!({ "version": "53.0", "loading_millis": millis });
+    standin.set_knobs(&loading(3_600_000));
     let running = Running::start_in(&standin, dir.take().unwrap());
     assert_eq!(by(&running, "OnDemand").0, 204);
     fs::create_dir(running.path("next")).unwrap();
     let url = json!({ "destination_url": running.url("next") });
     let early = chain(&running.put_with("vm.snapshot", &url));
     assert_eq!(early.last().unwrap(), "VM on-demand memory restore is still in progress");
+    standin.set_knobs(&loading(0));
     eventually("the memory", || (running.put_with("vm.snapshot", &url).0 == 204).then_some(()));
     let meta = fs::metadata(running.path("next/memory-ranges")).unwrap();
     assert!(meta.blocks() * 512 >= 512 * MIB, "{meta:?}");

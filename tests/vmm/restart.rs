@@ -11,6 +11,8 @@ use crate::{
 };
 
 const ID: &str = "web-1";
+/// Longer than any machine takes to kill a process that it was told to.
+const SLOW_MILLIS: u32 = 5000;
 
 fn wait_for_lines(daemon: &Daemon, more: usize) {
     let lines = || counts_in(&daemon.read(ID, "console")).len();
@@ -26,9 +28,15 @@ fn running() -> Daemon {
     daemon
 }
 
+/// Waits until the start has settled the sandbox: the tree is served before, where its VMM is
+/// busy still.
+fn is_settled(daemon: &Daemon, state: &str) {
+    eventually(state, || (daemon.state(ID) == state).then_some(()));
+}
+
 /// Shows that the sandbox, which runs, sleeps and wakes, and lost nothing.
 fn is_whole(daemon: &Daemon) {
-    assert_eq!(daemon.state(ID), "running", "{}", daemon.log());
+    is_settled(daemon, "running");
     wait_for_lines(daemon, 2);
     daemon.write(ID, "sleep").unwrap();
     daemon.write(ID, "wake").unwrap();
@@ -40,7 +48,7 @@ fn is_whole(daemon: &Daemon) {
 fn crash_at(daemon: &mut Daemon, verb: &str, endpoint: &str) {
     let heard = || daemon.standin.calls().iter().filter(|call| call.contains(endpoint)).count();
     let before = heard();
-    daemon.standin.set_faults(&json!([{ "endpoint": endpoint, "act": { "slow": 1000 } }]));
+    daemon.standin.set_faults(&json!([{ "endpoint": endpoint, "act": { "slow": SLOW_MILLIS } }]));
     thread::scope(|scope| {
         let writing = scope.spawn(|| daemon.write(ID, verb));
         eventually("the call", || (heard() > before).then_some(()));
@@ -68,6 +76,7 @@ fn a_sleep_that_was_cut_is_undone() {
         let vmms = daemon.vmms();
         crash_at(&mut daemon, "sleep", endpoint);
         assert_eq!(daemon.vmms(), vmms, "{endpoint}");
+        is_settled(&daemon, "running");
         let files = daemon.files("store");
         assert!(files.iter().all(|path| !path.to_string_lossy().contains("partial")), "{files:?}");
         is_whole(&daemon);
@@ -80,7 +89,7 @@ fn a_wake_that_was_cut_before_the_guest_ran_is_undone() {
         let mut daemon = running();
         daemon.write(ID, "sleep").unwrap();
         crash_at(&mut daemon, "wake", endpoint);
-        assert_eq!(daemon.state(ID), "snapshotted", "{endpoint}: {}", daemon.log());
+        is_settled(&daemon, "snapshotted");
         eventually("the end of the VMM", || daemon.vmms().is_empty().then_some(()));
         daemon.write(ID, "wake").unwrap();
         is_whole(&daemon);

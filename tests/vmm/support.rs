@@ -73,7 +73,10 @@ impl Standin {
 
     /// Says all there is to say.
     pub(crate) fn set_knobs(&self, knobs: &Value) {
-        fs::write(self.dir.path().join("standin.json"), knobs.to_string()).unwrap();
+        // At once, as it may be reading them.
+        let (whole, part) = (self.dir.path().join("standin.json"), self.dir.path().join("part"));
+        fs::write(&part, knobs.to_string()).unwrap();
+        rustix::fs::rename(&part, &whole).unwrap();
     }
 
     /// Returns what it was asked: the method, the endpoint and the body.

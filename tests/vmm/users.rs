@@ -368,7 +368,8 @@ fn status_tells_of_a_vmm_that_is_not_its_own_user_also_after_a_restart() {
     assert_eq!(daemon.log().matches(sentence).count(), 1, "{}", daemon.log());
     daemon.kill();
     daemon.start_again();
-    assert!(lacks(&daemon).contains(sentence), "{}", lacks(&daemon));
+    // A VMM that a busy host keeps from answering is taken over after the tree is served.
+    eventually("the sentence", || lacks(&daemon).contains(sentence).then_some(()));
     succeed(&daemon, ID, "sleep");
     assert!(!lacks(&daemon).contains(sentence), "{}", lacks(&daemon));
 }

@@ -10,10 +10,11 @@
 //!     { "endpoint": "vm.pause", "act": "hang" } ] }
 //! ```
 //!
-//! The faults are read anew at each request, so that a test changes them under a program
-//! that runs. `call` counts the requests of a process to that endpoint from 1; without it
-//! the fault is at each. A file `standin.calls` beside it, where there is one, gets a line
-//! for each request: the process, the method, the endpoint and the body.
+//! The faults are read anew at each request, and how long the loading takes while it goes on,
+//! so that a test changes them under a program that runs. `call` counts the requests of a
+//! process to that endpoint from 1; without it the fault is at each. A file `standin.calls`
+//! beside it, where there is one, gets a line for each request: the process, the method, the
+//! endpoint and the body.
 
 use std::{
     env, fs,
@@ -51,15 +52,13 @@ pub(crate) const ERROR_ARRAY: Version = Version(47, 0);
 pub(crate) struct Version(u32, u32);
 
 /// What the test wants.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Knobs {
     dir: PathBuf,
     text: String,
     version: Version,
     /// Whether the host lets this user have page faults handed to it.
     pub(crate) userfaultfd: bool,
-    /// How long it takes at the least to load on demand all that nobody demands.
-    pub(crate) loading: Duration,
 }
 
 #[derive(Debug, Deserialize)]
@@ -144,8 +143,7 @@ impl Knobs {
         let file = read(&dir)?;
         let version = Version::parse(&file.version)
             .ok_or_else(|| format!("standin.json: {} is no version", file.version))?;
-        let loading = Duration::from_millis(file.loading_millis);
-        Ok(Self { dir, text: file.version, version, userfaultfd: file.userfaultfd, loading })
+        Ok(Self { dir, text: file.version, version, userfaultfd: file.userfaultfd })
     }
 
     /// Says whether this version has what came with `since`.
@@ -170,6 +168,11 @@ impl Knobs {
             fault.endpoint == endpoint && fault.call.is_none_or(|planned| planned == call)
         };
         Ok(read(&self.dir)?.faults.into_iter().find(planned).map(|fault| fault.act))
+    }
+
+    /// Returns how long it takes at the least to load on demand all that nobody demands.
+    pub(crate) fn loading(&self) -> Duration {
+        Duration::from_millis(read(&self.dir).map_or(0, |file| file.loading_millis))
     }
 
     /// Notes a request, if the test wants them noted.

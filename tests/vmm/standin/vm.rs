@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use dozed::sys::clock::Stopwatch;
 use rustix::fs::{FlockOperation, fcntl_lock};
 
 use crate::{
@@ -30,6 +31,8 @@ use crate::{
 
 /// How much is loaded at a time of what nobody demands.
 const FILL_BYTES: usize = 1 << 20;
+/// How often to look whether the test still wants it to go on loading.
+const LOADING_LOOK: Duration = Duration::from_millis(10);
 
 /// What state a VM is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,8 +128,8 @@ impl Vm {
         self.state = to;
     }
 
-    /// Fills all of memory in the background, holes as well, which takes no less than `time`.
-    pub(crate) fn fill(&self, time: Duration) -> Result<(), Failure> {
+    /// Fills all of memory in the background, holes as well, which takes as long as `knobs` say.
+    pub(crate) fn fill(&self, knobs: Knobs) -> Result<(), Failure> {
         let (memory, filling) = (Arc::clone(&self.memory), Arc::clone(&self.filling));
         let brake = self.guest.brake();
         filling.store(true, Ordering::SeqCst);
@@ -140,7 +143,10 @@ impl Vm {
                         .expect("memory can be written to");
                 }
             }
-            stall(time);
+            let since = Stopwatch::start();
+            while since.elapsed() < knobs.loading() {
+                stall(LOADING_LOOK);
+            }
             filling.store(false, Ordering::SeqCst);
         })?;
         Ok(())

@@ -230,7 +230,7 @@ impl Vmm {
         let vm = self.vm.insert(vm);
         vm.lock_disks()?;
         if on_demand && self.knobs.has(PREFAULT) {
-            vm.fill(self.knobs.loading)?;
+            vm.fill(self.knobs.clone())?;
         }
         self.events.tell("vm", "restored");
         Ok(())
