@@ -67,9 +67,11 @@ fn what_is_said_either_way_is_activity_and_what_keeps_a_connection_open_is_not()
         // The end of a connection is a sign that somebody ends it.
         drop(stream);
         sandbox.guest.expect("the end", |p| p.protocol == TCP && p.text().is_empty());
-        assert_eq!(active(host, &sandbox), (0, 4));
+        // The server says it again for as long as no answer comes.
+        let ends = |(inward, outward)| (inward, outward >= 4);
+        assert_eq!(ends(active(host, &sandbox)), (0, true));
         ask(&sandbox, 53);
-        assert_eq!(active(host, &sandbox), (2, 4));
+        assert_eq!(ends(active(host, &sandbox)), (2, true));
     });
 }
 

@@ -143,6 +143,7 @@ fn a_change_leaves_no_gap_in_a_flood() {
         heard(&allowed);
 
         let stop = std::sync::atomic::AtomicBool::new(false);
+        let passed = std::sync::atomic::AtomicU64::new(0);
         let (sent, refused) = std::thread::scope(|scope| {
             let flood = scope.spawn(|| {
                 let (mut sent, mut refused) = (0_u64, 0_u64);
@@ -153,6 +154,7 @@ fn a_change_leaves_no_gap_in_a_flood() {
                     }
                     sandbox.guest.udp(6000, (OTHER, 4000), b"good");
                     sent += 1;
+                    passed.store(sent, std::sync::atomic::Ordering::Relaxed);
                     // One at a time, so that the server's queue never overflows.
                     if allowed.recv_from(&mut [0; 8]).is_err() {
                         return (sent, u64::MAX);
@@ -166,6 +168,10 @@ fn a_change_leaves_no_gap_in_a_flood() {
                 let text = format!("{SERVER}\n{more}\n");
                 wanted.policy.denied = Destinations::denied(text.lines()).unwrap();
                 host.network.apply_policy(&wanted).unwrap();
+                // Something is sent after each change, however busy the machine is.
+                let now = || passed.load(std::sync::atomic::Ordering::Relaxed);
+                let before = now();
+                eventually("a packet", || (now() > before || flood.is_finished()).then_some(()));
             }
             stop.store(true, std::sync::atomic::Ordering::Relaxed);
             flood.join().unwrap()

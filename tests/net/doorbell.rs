@@ -9,7 +9,7 @@ use std::{
 };
 
 use dozed::{
-    net::{Error, Network, RealNetwork, Wanted},
+    net::{Error, Network, RealNetwork, Ring, Wanted},
     sandbox::network::{GUEST_ADDRESS, Reach, Transport, WakePorts},
     sys::clock::Stopwatch,
 };
@@ -93,23 +93,37 @@ fn syns_again() -> u64 {
     values.split(' ').nth(at).unwrap().parse().unwrap()
 }
 
+/// Calls a sleeper and wakes it, until the call was not sent again before it was delivered:
+/// it is sent again after a second, which a busy machine may need for a wake.
+fn first_syn_comes(host: &Host, wanted: &Wanted, rung: impl Fn(&Ring)) -> Guest {
+    for _ in 0..20 {
+        let before = syns_again();
+        let caller = call(wanted, 22);
+        let (address, ring) = host.rung();
+        assert_eq!(address, wanted.address);
+        rung(&ring);
+        let guest = wake(host, wanted);
+        answer(&guest, 22);
+        let is_first = syns_again() == before;
+        assert_eq!(caller.join().unwrap().unwrap(), b"welcome");
+        assert!(host.rings().is_empty());
+        if is_first {
+            return guest;
+        }
+        drop(guest);
+        listen(host, wanted);
+    }
+    panic!("no call came before it was sent again");
+}
+
 #[test]
 fn a_connection_to_a_sleeper_rings_and_is_made_when_it_has_woken() {
     on_a_host(|host| {
         let wanted = sleeper(host, "a", 0);
-        let watch = Stopwatch::start();
-        let caller = call(&wanted, 22);
-        let (address, ring) = host.rung();
-        assert_eq!(address, wanted.address);
-        assert_eq!((ring.transport, ring.port), (Transport::Tcp, 22));
-        assert_eq!(ring.from, host.plan.host_address());
-        let guest = wake(host, &wanted);
-        let woken_after = watch.elapsed();
-        answer(&guest, 22);
-        // It was the first SYN that came, and not the one that is sent after a second.
-        assert!(syns_again() == 0 || woken_after.as_millis() > 900);
-        assert_eq!(caller.join().unwrap().unwrap(), b"welcome");
-        assert!(host.rings().is_empty());
+        let guest = first_syn_comes(host, &wanted, |ring| {
+            assert_eq!((ring.transport, ring.port), (Transport::Tcp, 22));
+            assert_eq!(ring.from, host.plan.host_address());
+        });
         // It is awake, and has nothing to do with the doorbell any more.
         let caller = call(&wanted, 23);
         answer(&guest, 23);
@@ -396,15 +410,7 @@ fn a_call_is_delivered_at_once_where_forwarding_was_switched_off_meanwhile() {
     on_a_host(|host| {
         let mut wanted = sleeper(host, "a", 0);
         wanted.policy.reach = Reach::Isolated;
-        forwarding(false);
-        let watch = Stopwatch::start();
-        let caller = call(&wanted, 22);
-        host.rung();
-        let guest = wake(host, &wanted);
-        let woken_after = watch.elapsed();
-        answer(&guest, 22);
-        assert!(syns_again() == 0 || woken_after.as_millis() > 900);
-        caller.join().unwrap().unwrap();
+        first_syn_comes(host, &wanted, |_| forwarding(false));
     });
 }
 
@@ -418,9 +424,13 @@ fn a_scan_of_the_range_wakes_a_few_and_no_more() {
         for wanted in &sleepers {
             socket.send_to(b"?", (wanted.address.ip(), 53)).unwrap();
         }
-        let rings = host.rings().len();
+        // However late they come, so many are told of.
+        for _ in 0..32 {
+            host.rung();
+        }
+        let rings = 32 + host.rings().len();
         let seconds = usize::try_from(watch.elapsed().as_secs()).unwrap() + 1;
-        assert!((32..=64 + 16 * seconds).contains(&rings), "{rings}");
+        assert!(rings <= 64 + 16 * seconds, "{rings}");
     });
 }
 

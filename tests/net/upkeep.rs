@@ -311,7 +311,8 @@ fn the_kernel_tells_of_changes_of_what_is_ours() {
         }
         nft("flush ruleset");
         told.recv_timeout(SOON).expect("flush ruleset");
-        while told.recv_timeout(crate::host::SILENCE).is_ok() {}
+        // What it tells late of these is not to be taken for what comes next.
+        while told.recv_timeout(10 * crate::host::SILENCE).is_ok() {}
         // What is not ours is none of our business.
         nft("add table inet somebody");
         nft("delete table inet somebody");
