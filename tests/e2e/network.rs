@@ -74,6 +74,12 @@ fn accept(listener: &TcpListener) -> TcpStream {
     stream
 }
 
+/// Waits until a guest that a packet has woken is told to be awake: it may answer before.
+#[track_caller]
+fn is_awake(host: &Host, id: &str) {
+    wait_until("its wake is told", || host.state(id) == "running");
+}
+
 /// Has the guest hold a connection to the internet: it prints what it hears and says what is
 /// written to `/run/say`, and prints `ended` at its end.
 fn hold_connection(host: &Host, id: &str, listener: &TcpListener) -> TcpStream {
@@ -225,7 +231,7 @@ fn a_connection_to_a_guest_that_sleeps_wakes_it_and_is_answered() {
             assert_eq!(host.state("web-1"), "snapshotted");
             let mut stream = connect(&host, "web-1");
             echo(&mut stream, "is somebody there?");
-            assert_eq!(host.state("web-1"), "running");
+            is_awake(&host, "web-1");
             assert_eq!(host.error("web-1"), "ok");
             echo(&mut before, "and those of before");
         }
@@ -247,7 +253,7 @@ fn what_is_said_on_an_open_connection_wakes_the_guest_and_is_answered() {
                 wait_until("the network is gone", || namespace().trim().is_empty());
             }
             echo(&mut stream, "is somebody there?");
-            assert_eq!(host.state("web-1"), "running");
+            is_awake(&host, "web-1");
             let woken_by = host.value("web-1/idle", "last_wake_cause");
             assert!(woken_by.contains("tcp/7 from 10.213.0.1"), "{woken_by}");
         }
@@ -322,7 +328,7 @@ fn a_call_to_a_sleeper_waits_for_the_next_daemon_only_where_the_last_one_was_kil
         let mut stream = caller.join().unwrap().unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
         echo(&mut stream, "after a death");
-        assert_eq!(host.state("web-1"), "running");
+        is_awake(&host, "web-1");
     });
 }
 
