@@ -99,7 +99,7 @@ impl Lifecycle {
         };
         // Whoever has the lock settles it before anything else.
         let Some(held) = self.locks.try_lock(entry.id()) else {
-            self.unsettled.put_off(row, self.now(), false);
+            self.put_off_settling(row, false);
             return;
         };
         let is_end = entry.record().state == State::Running;
@@ -109,10 +109,17 @@ impl Lifecycle {
                 lock(&self.unsettled.table).remove(&row);
             }
             Err(error) => {
-                let wait = self.unsettled.put_off(row, self.now(), true);
+                let wait = self.put_off_settling(row, true);
                 let error = chain(&error);
                 tracing::error!(id = %entry.id(), error, retry_in = ?wait, "bringing up to date");
             }
         }
+    }
+
+    /// Has it tried again later, and returns in what time.
+    fn put_off_settling(&self, row: RowId, failed: bool) -> Duration {
+        let wait = self.unsettled.put_off(row, self.now(), failed);
+        self.reaper_wakeup.notify(); // The reaper may have looked while a thread was at it.
+        wait
     }
 }

@@ -57,7 +57,8 @@ fn a_guest_that_shuts_down_after_a_wake_is_not_woken_from_what_it_was() {
 
 #[test]
 fn an_end_that_the_index_could_not_record_is_recorded_when_it_can() {
-    let host = Setup::counter("").start();
+    // It is not a tick that has it tried again.
+    let host = Setup::counter("").config("[reaper]\ntick = \"1h\"").start();
     host.boot("web-1");
     host.counts_on("web-1");
     let locked = LockedIndex::of(&host);
