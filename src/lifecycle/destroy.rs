@@ -280,7 +280,7 @@ impl Lifecycle {
     fn set_aside(&self, row: RowId) -> io::Result<()> {
         let name = row.to_string();
         let sandboxes = self.settings.store.join("sandboxes");
-        let trash = self.settings.store.join("trash");
+        let trash = self.trash();
         match rename(&sandboxes.join(&name), &trash.join(&name)) {
             // A sandbox that was never woken has no files.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -288,22 +288,6 @@ impl Lifecycle {
         }
         sync_dir(&trash)?;
         sync_dir(&sandboxes)
-    }
-
-    /// Has the trash removed by a thread that nobody waits for.
-    pub(super) fn empty_trash_later(&self) {
-        let trash = self.settings.store.join("trash");
-        let emptying = self.pool.run(move || {
-            let emptied = std::fs::read_dir(&trash).and_then(|entries| {
-                entries.into_iter().try_for_each(|entry| remove_tree(&entry?.path()))
-            });
-            if let Err(error) = emptied {
-                tracing::warn!(%error, trash = %trash.display(), "emptying the trash");
-            }
-        });
-        if emptying.is_err() {
-            tracing::debug!("the trash stays until the next delete, as all threads are busy");
-        }
     }
 }
 

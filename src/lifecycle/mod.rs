@@ -53,6 +53,7 @@ mod stale;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod trash;
 mod undo;
 mod unsettled;
 mod upkeep;
@@ -187,6 +188,8 @@ pub struct Lifecycle {
     pool: Arc<Pool>,
     /// Opens what a `config` names.
     openers: Openers,
+    /// Whether a thread empties the trash.
+    emptying: Arc<trash::Emptying>,
     /// For deletions, which other operations must not keep from having a thread.
     deletions: Pool,
     /// Rung when something may be due earlier than the reaper thinks.
@@ -262,6 +265,7 @@ impl Lifecycle {
             cooling: Cooling::default(),
             reserve,
             unsettled: Unsettled::default(),
+            emptying: Arc::default(),
             troubles: upkeep::Troubles::default(),
             pool: parts.pool,
             openers: parts.openers,
