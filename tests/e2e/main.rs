@@ -11,6 +11,7 @@ mod activity;
 mod bad_disk;
 mod contract;
 mod copy;
+mod cost;
 mod crash;
 mod damage;
 mod deletion;
