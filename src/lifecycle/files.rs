@@ -24,6 +24,7 @@ use crate::{
     snapshot::Home,
     sync::Arc,
     sys::{
+        cancel::Cancel,
         files::{ImageSize, Opened, handle_path, open_image, read_start},
         host::own_ids,
         opener::{Opener, Rights},
@@ -45,6 +46,8 @@ pub struct Unusable {
 pub struct NamedFiles<'a> {
     lifecycle: &'a Lifecycle,
     writer: &'a Writer,
+    /// What calls off the operation that they are opened for.
+    cancel: Option<&'a Cancel>,
     theirs: OnceCell<Opener>,
     ours: OnceCell<Opener>,
 }
@@ -140,6 +143,9 @@ impl NamedFiles<'_> {
             Some(opener) => opener,
             None => {
                 let started = self.lifecycle.openers.start(&rights)?;
+                if let Some(cancel) = self.cancel {
+                    started.ends_with(cancel);
+                }
                 place.get_or_init(|| started)
             }
         };
@@ -152,29 +158,35 @@ impl Lifecycle {
     #[must_use]
     pub fn named_files<'a>(&'a self, writer: &'a Writer) -> NamedFiles<'a> {
         let (theirs, ours) = Default::default();
-        NamedFiles { lifecycle: self, writer, theirs, ours }
+        NamedFiles { lifecycle: self, writer, cancel: None, theirs, ours }
     }
 
     /// Opens what is used of such files by a boot.
-    pub(super) fn open_to_boot(&self, record: &Record, home: &Home) -> Result<Files, Error> {
+    pub(super) fn open_to_boot(
+        &self,
+        record: &Record,
+        home: &Home,
+        cancel: &Cancel,
+    ) -> Result<Files, Error> {
         let spec = &record.spec;
         // Of a disk that was copied the original is not needed any more.
         let disks = spec.disks.iter().enumerate();
         let disks = disks.filter(|(number, disk)| disk.readonly || !home.disk(*number).exists());
         let disks = disks.map(|(_, disk)| &disk.path);
-        self.open(record, spec.kernel.iter().chain(&spec.initramfs).chain(disks), [])
+        self.open(record, spec.kernel.iter().chain(&spec.initramfs).chain(disks), [], cancel)
     }
 
     /// Opens what is used of such files by a wake: kernel and initial RAM file system only
     /// if there are any.
-    pub(super) fn open_to_wake(&self, record: &Record) -> Result<Files, Error> {
+    pub(super) fn open_to_wake(&self, record: &Record, cancel: &Cancel) -> Result<Files, Error> {
         let spec = &record.spec;
-        self.open(record, shared_disks(record), spec.kernel.iter().chain(&spec.initramfs))
+        let dispensable = spec.kernel.iter().chain(&spec.initramfs);
+        self.open(record, shared_disks(record), dispensable, cancel)
     }
 
     /// Opens the disks that a machine uses where they are.
-    pub(super) fn open_disks(&self, record: &Record) -> Result<Files, Error> {
-        self.open(record, shared_disks(record), [])
+    pub(super) fn open_disks(&self, record: &Record, cancel: &Cancel) -> Result<Files, Error> {
+        self.open(record, shared_disks(record), [], cancel)
     }
 
     fn open<'a>(
@@ -182,11 +194,12 @@ impl Lifecycle {
         record: &Record,
         needed: impl IntoIterator<Item = &'a PathBuf>,
         dispensable: impl IntoIterator<Item = &'a PathBuf>,
+        cancel: &Cancel,
     ) -> Result<Files, Error> {
         let Some(writer) = record.config_by.as_deref() else {
             return Ok(Files::default());
         };
-        let named = self.named_files(writer);
+        let named = NamedFiles { cancel: Some(cancel), ..self.named_files(writer) };
         let needed = needed.into_iter().map(|path| (path, true));
         let dispensable = dispensable.into_iter().map(|path| (path, false));
         let wanted = needed.chain(dispensable).filter(|(path, _)| !self.is_of_template(path));

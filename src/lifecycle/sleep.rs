@@ -22,6 +22,7 @@ use crate::{
     },
     sync::{Arc, lock},
     sys::{
+        cancel::Cancel,
         clock::Stopwatch,
         files::{PieceError, write_anew},
     },
@@ -206,7 +207,7 @@ impl Lifecycle {
         let memory = memory_of(self.vmm_of(&record)?.as_ref(), &record);
         let home = self.home(&record);
         // A file system that does not answer keeps the guest from nothing.
-        let disks = self.disk_facts(entry)?;
+        let disks = self.disk_facts(entry, &operation.cancel)?;
 
         // A pause that we did not hear the end of may have been one.
         let paused = Arc::clone(live);
@@ -289,10 +290,10 @@ impl Lifecycle {
     }
 
     /// Says what disks the machine has, and how large they are.
-    fn disk_facts(&self, entry: &Entry) -> Result<Vec<DiskFacts>, Error> {
+    fn disk_facts(&self, entry: &Entry, cancel: &Cancel) -> Result<Vec<DiskFacts>, Error> {
         let record = entry.record();
         let home = self.home(&record);
-        let files = self.open_disks(&record)?;
+        let files = self.open_disks(&record, cancel)?;
         let disk = |(number, disk): (usize, &Disk)| {
             let bytes = if disk.readonly {
                 files.bytes(disk)?

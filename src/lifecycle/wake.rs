@@ -138,7 +138,7 @@ impl Lifecycle {
         self.check_room(entry, memory, facts.bytes)?;
         self.give_user(held, entry, vmm.as_ref())?;
         self.check_fit(vmm.as_ref(), &entry.record())?;
-        let files = self.open_to_wake(&record)?;
+        let files = self.open_to_wake(&record, &operation.cancel)?;
 
         // A crash after this line is found at start-up.
         let (_, intent) = self
@@ -310,7 +310,7 @@ impl Lifecycle {
         self.give_user(held, entry, vmm.as_ref())?;
         self.check_fit(vmm.as_ref(), &entry.record())?;
         take_back_disks(&home, &record).map_err(host_failed(entry, "taking back a disk of"))?;
-        let files = self.open_to_boot(&record, &home)?;
+        let files = self.open_to_boot(&record, &home, &operation.cancel)?;
         check_formats(&record, &home, &files)?;
 
         // A crash after this line is found at start-up.

@@ -11,7 +11,9 @@ use std::{
 use dozed::sys::files::rename;
 use rustix::{fs::CWD, io::Errno};
 
-use crate::support::{Host, Setup, Silence, SilentMount, counter_kernel, wait_for, wait_until};
+use crate::support::{
+    Host, Setup, Silence, SilentMount, command, counter_kernel, wait_for, wait_until,
+};
 
 /// A host with a sandbox `web` whose read-only disk is in a directory of its own.
 struct Rig {
@@ -150,6 +152,38 @@ fn a_daemon_dies_and_ends_while_a_disk_does_not_answer() {
         drop(silent);
         rig.host.wake("web");
         assert!(rig.host.counts_on("web").count > before.count);
+    }
+}
+
+#[test]
+fn a_deletion_does_not_wait_for_a_disk_that_does_not_answer() {
+    for silence in [Silence::Deaf, Silence::Mute] {
+        let rig = Rig::start();
+        let _silent = SilentMount::over(rig.dir.path(), silence);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| rig.host.write("web/state", "wake"));
+            wait_for("the disk is being opened", || rig.openers().first().copied());
+            rig.host.rmdir("web").unwrap();
+            // One that had waited for the limit would be told so.
+            assert_eq!(writer.join().unwrap(), Err(Errno::NODEV));
+        });
+        assert_eq!(rig.host.list(), ["other"]);
+    }
+}
+
+#[test]
+fn a_template_that_names_what_does_not_answer_is_refused() {
+    let silent = tempfile::tempdir().unwrap();
+    let config = tempfile::NamedTempFile::new().unwrap();
+    let kernel = silent.path().join("kernel");
+    fs::write(config.path(), format!("[template]\nkernel = {kernel:?}\n")).unwrap();
+    let _silent = SilentMount::over(silent.path(), Silence::Deaf);
+    for subcommand in ["doctor", "run"] {
+        let mut dozed = command(env!("CARGO_BIN_EXE_dozed"));
+        let output = dozed.args([subcommand, "--config"]).arg(config.path()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains("its file system did not answer within 10 s"), "{said}");
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::{io, path::Path};
 
-use super::cancel::CalledOff;
+use super::{bounded, cancel::CalledOff};
 
 mod cached;
 mod durable;
@@ -29,7 +29,8 @@ pub use durable::{
 pub use flock::{LockFile, Use, is_image_locked, lock_file, lock_holder};
 pub use identity::{FileId, ids_below};
 pub use opening::{
-    ImageSize, MagicLinks, Opened, START_BYTES, handle_path, open_machine_file, read_start,
+    ANSWER_LIMIT, ImageSize, MagicLinks, Opened, START_BYTES, handle_path, no_answer,
+    open_machine_file, read_start,
 };
 pub(super) use owner::pretend;
 pub use owner::{
@@ -65,10 +66,16 @@ impl From<rustix::io::Errno> for PieceError {
     }
 }
 
-/// Returns what is wrong with a file that a machine needs, if anything.
+/// Returns what is wrong with a file that a machine needs, if anything. A thread is left behind
+/// where the file system does not answer.
 #[must_use]
 pub fn why_unusable(path: &Path) -> Option<String> {
-    match path.metadata() {
+    let named = path.to_owned();
+    let looked = bounded::within(ANSWER_LIMIT, move || named.metadata());
+    let found = looked.unwrap_or_else(|error| {
+        Err(if error.kind() == io::ErrorKind::TimedOut { no_answer() } else { error })
+    });
+    match found {
         Ok(meta) if meta.is_dir() => {
             Some("that is a directory; write the path of a file".to_owned())
         }

@@ -9,6 +9,7 @@ use std::{
     os::fd::{AsFd, AsRawFd as _, OwnedFd},
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustix::fs::{
@@ -19,6 +20,10 @@ use crate::{
     sync::Arc,
     sys::mount::{self, Device},
 };
+
+/// How long a file system may take to open all that one operation needs. A disk that spins up
+/// takes some seconds, and a server that is gone takes minutes.
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// How many bytes of a file are read to tell what it is: more than up to the magic of any kind
 /// of kernel or image.
@@ -101,6 +106,13 @@ pub fn open_machine_file(path: &Path, links: MagicLinks) -> io::Result<Opened> {
         | FileType::Unknown => "it is neither a regular file nor a block device",
     };
     Err(io::Error::new(io::ErrorKind::InvalidInput, why))
+}
+
+/// Returns the error of a file whose file system took longer than [`ANSWER_LIMIT`].
+#[must_use]
+pub fn no_answer() -> io::Error {
+    let why = format!("its file system did not answer within {} s", ANSWER_LIMIT.as_secs());
+    io::Error::new(io::ErrorKind::TimedOut, why)
 }
 
 /// Returns a path that leads to what is open as `file`, whatever is at its own path by now:

@@ -24,7 +24,6 @@ use std::{
     os::unix::ffi::OsStrExt as _,
     path::Path,
     str::{self, FromStr},
-    time::Duration,
 };
 
 pub use process::serve;
@@ -33,17 +32,14 @@ use crate::{
     sandbox::Writer,
     sync::{Arc, Condvar, Mutex, lock, wait_while_within},
     sys::{
+        cancel::{Cancel, Victim},
         clock::Deadline,
-        files::{ImageSize, Opened, START_BYTES},
+        files::{ANSWER_LIMIT, ImageSize, Opened, START_BYTES, no_answer},
         host::own_ids,
         process::{ExitWatch, Launch, Privileges, Process, Program},
         socket::MessageSocket,
     },
 };
-
-/// How long all that is opened for one operation may take together. A disk that spins up takes
-/// some seconds, and a server that is gone takes minutes.
-pub const LIMIT: Duration = Duration::from_secs(10);
 
 /// How many openers there are at a time for the paths of one user: those that a file system
 /// keeps from ending count too. More than a host of many cores starts sandboxes at once.
@@ -72,10 +68,17 @@ pub struct Openers {
 /// A process that opens files, for as long as this is held. It is of the thread that started it.
 #[derive(Debug)]
 pub struct Opener {
-    process: Arc<Process>,
-    socket: MessageSocket,
+    peer: Arc<Peer>,
+    /// When [`ANSWER_LIMIT`] for all that it opens is over.
     deadline: Deadline,
     has_timed_out: Cell<bool>,
+}
+
+/// A process that opens files, and the way to talk to it.
+#[derive(Debug)]
+struct Peer {
+    process: Arc<Process>,
+    socket: MessageSocket,
 }
 
 /// Who has how many openers.
@@ -106,17 +109,17 @@ impl Openers {
     /// # Errors
     /// Where it cannot be started, and `TimedOut` where the user has too many that wait.
     pub fn start(&self, rights: &Rights) -> io::Result<Opener> {
-        let deadline = Deadline::after(LIMIT);
+        let deadline = Deadline::after(ANSWER_LIMIT);
         let uid = rights.uid();
         self.places.take(uid, &deadline)?;
-        let started = self.spawn(rights).and_then(|(process, socket)| {
-            self.watch.watch(uid.into(), &process).inspect_err(|_| process.kill())?;
-            Ok(Opener { process, socket, deadline, has_timed_out: Cell::new(false) })
+        let started = self.spawn(rights).and_then(|peer| {
+            self.watch.watch(uid.into(), &peer.process).inspect_err(|_| peer.kill())?;
+            Ok(Opener { peer: Arc::new(peer), deadline, has_timed_out: Cell::new(false) })
         });
         started.inspect_err(|_| self.places.free(uid))
     }
 
-    fn spawn(&self, rights: &Rights) -> io::Result<(Arc<Process>, MessageSocket)> {
+    fn spawn(&self, rights: &Rights) -> io::Result<Peer> {
         let (ours, theirs) = MessageSocket::pair()?;
         let mut args = self.program.args.clone();
         args.push(rights.to_string().into());
@@ -131,19 +134,24 @@ impl Openers {
             },
             ..Launch::new(&self.program.path, &args, nowhere)
         })?;
-        Ok((process, ours))
+        Ok(Peer { process, socket: ours })
     }
 }
 
 impl Opener {
+    /// Has it fail at once if the operation that it opens files for is or was called off.
+    pub fn ends_with(&self, cancel: &Cancel) {
+        cancel.ends_with(Arc::clone(&self.peer) as Arc<dyn Victim>);
+    }
+
     /// Opens a regular file or a block device for reading.
     ///
     /// # Errors
     /// Those of [`open_machine_file`](crate::sys::files::open_machine_file), and `TimedOut`
-    /// where all that was opened so far takes longer than [`LIMIT`].
+    /// where all that was opened so far takes longer than [`ANSWER_LIMIT`].
     pub fn open(&self, path: &Path) -> io::Result<Opened> {
         if self.has_timed_out.get() {
-            return Err(timed_out());
+            return Err(no_answer());
         }
         let name = path.as_os_str().as_bytes();
         if name.len() >= process::PATH_MAX_BYTES {
@@ -153,15 +161,15 @@ impl Opener {
         if name.is_empty() {
             return Err(io::ErrorKind::NotFound.into());
         }
-        self.socket.send(name)?;
+        self.peer.socket.send(name)?;
         let mut buffer = [0; ANSWER_MAX_BYTES];
-        let received = self.socket.receive_file(&mut buffer, Some(self.deadline.left()));
+        let received = self.peer.socket.receive_file(&mut buffer, Some(self.deadline.left()));
         let (length, file) = received.map_err(|error| {
             if error.kind() != io::ErrorKind::TimedOut {
                 return error;
             }
             self.has_timed_out.set(true);
-            timed_out()
+            no_answer()
         })?;
         let answer = Answer::parse(&buffer[..length]);
         match answer.ok_or_else(|| io::Error::other("the process that opens files has failed"))? {
@@ -177,7 +185,15 @@ impl Opener {
 impl Drop for Opener {
     fn drop(&mut self) {
         // It has nothing to finish. One that waits for a file system may take long to be gone.
+        self.peer.process.kill();
+    }
+}
+
+impl Victim for Peer {
+    fn kill(&self) {
         self.process.kill();
+        // It may not be gone by that, and whoever waits for its answer is not to.
+        self.socket.end();
     }
 }
 
@@ -211,11 +227,6 @@ impl Places {
         }
         self.freed.notify_all();
     }
-}
-
-fn timed_out() -> io::Error {
-    let why = format!("its file system did not answer within {} s", LIMIT.as_secs());
-    io::Error::new(io::ErrorKind::TimedOut, why)
 }
 
 impl Rights {
