@@ -6,7 +6,7 @@ use netlink_packet_netfilter::NetfilterMessage;
 use netlink_packet_route::{address::AddressScope, link::InfoKind};
 
 use super::{
-    Error, firewall,
+    Error, conntrack, firewall,
     link::{self, Link},
     netlink::{Answers, Kernel},
     nftables::{self, Mode},
@@ -123,6 +123,14 @@ fn put_guard(wall: &Kernel, plan: &AddressPlan) -> Result<Guard, Error> {
         Err(error) => return Err(without_nftables(error)),
     };
     nftables::apply(wall, &firewall::of_host(plan, &device(plan)), mode)?;
+    // Connections keep what they began with. Where the kernel does not let go of them, they
+    // are without an answer until they time out.
+    if let Err(error) = conntrack::forget_untranslated(wall, plan.range()) {
+        tracing::warn!(
+            error = super::chain(&error),
+            "what sandboxes opened while the firewall was gone keeps their addresses"
+        );
+    }
     // Whoever changes it between these is seen the next time.
     let generation = nftables::generation(wall)?;
     let contents = nftables::contents(wall, Family::Inet, &table)?;

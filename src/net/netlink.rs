@@ -130,7 +130,7 @@ impl Kernel {
     where
         M: NetlinkSerializable + NetlinkDeserializable,
     {
-        match self.ask(message, NLM_F_ACK) {
+        match self.ask(message, NLM_F_ACK, Some) {
             Ok(mut found) => Ok(found.pop()),
             Err(source) if Accepts::Missing.accepts(&source) => Ok(None),
             Err(source) => Err(Error::Host { doing: doing.into(), source }),
@@ -149,10 +149,33 @@ impl Kernel {
     where
         M: NetlinkSerializable + NetlinkDeserializable,
     {
-        self.ask(message, NLM_F_DUMP).map_err(|source| Error::Host { doing: doing.into(), source })
+        self.list_some(doing, message, Some)
     }
 
-    fn ask<M>(&self, mut message: NetlinkMessage<M>, flags: u16) -> io::Result<Vec<M>>
+    /// Asks for all things of a kind and returns what `keep` makes of them: there may be many,
+    /// of which few are wanted.
+    ///
+    /// # Errors
+    /// Where the kernel does not say.
+    pub(super) fn list_some<M, T>(
+        &self,
+        doing: &'static str,
+        message: NetlinkMessage<M>,
+        keep: impl Fn(M) -> Option<T>,
+    ) -> Result<Vec<T>, Error>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+    {
+        self.ask(message, NLM_F_DUMP, keep)
+            .map_err(|source| Error::Host { doing: doing.into(), source })
+    }
+
+    fn ask<M, T>(
+        &self,
+        mut message: NetlinkMessage<M>,
+        flags: u16,
+        keep: impl Fn(M) -> Option<T>,
+    ) -> io::Result<Vec<T>>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
     {
@@ -165,7 +188,7 @@ impl Kernel {
         loop {
             for answer in self.receive::<M>()? {
                 if let NetlinkPayload::InnerMessage(message) = answer.payload {
-                    found.push(message);
+                    found.extend(keep(message));
                 } else if let NetlinkPayload::Error(error) = answer.payload {
                     return if error.code.is_some() { Err(error.to_io()) } else { Ok(found) };
                 } else if let NetlinkPayload::Done(_) = answer.payload {

@@ -131,6 +131,49 @@ fn a_flushed_firewall_comes_back_and_no_connection_ends() {
 }
 
 #[test]
+fn what_was_opened_without_the_firewall_is_masqueraded_when_it_is_back() {
+    on_a_host(|host| {
+        let sandbox = host.sandbox("a", 0);
+        let server = host.udp_server(SERVER, 4000);
+        let source = || {
+            sandbox.guest.udp(5000, (SERVER, 4000), b"from one port");
+            heard(&server).1.ip()
+        };
+        nft("flush ruleset");
+        assert_eq!(source(), sandbox.address().ip(), "nobody translates it");
+        look_over(host, &sandbox);
+        assert_eq!(source(), HOST);
+        // One that is masqueraded stays.
+        let port = || {
+            sandbox.guest.udp(5001, (SERVER, 4000), b"from another");
+            heard(&server).1
+        };
+        let before = port();
+        nft("flush ruleset");
+        look_over(host, &sandbox);
+        assert_eq!(port(), before);
+    });
+}
+
+#[test]
+fn a_ruleset_that_was_saved_whole_can_be_loaded_again() {
+    on_a_host(|host| {
+        let sandbox = host.sandbox("a", 0);
+        let before = nft("-s list ruleset");
+        let saved = tempfile::NamedTempFile::new().unwrap();
+        let load = format!("-f {}", saved.path().display());
+        for flush in ["", "flush ruleset\n"] {
+            std::fs::write(saved.path(), format!("{flush}{}", nft("list ruleset"))).unwrap();
+            // It fails as a whole where a table of it may not be changed.
+            nft(&load);
+            assert_eq!(look_over(host, &sandbox), ["the host's firewall for sandboxes"]);
+            assert_eq!(nft("-s list ruleset"), before);
+        }
+        assert_works(host, &sandbox);
+    });
+}
+
+#[test]
 fn a_wake_and_a_change_of_policy_put_the_hosts_part_back_before_they_are_done() {
     on_a_host(|host| {
         let sandbox = host.sandbox("a", 0);
