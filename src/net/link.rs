@@ -48,6 +48,8 @@ pub(super) struct Link {
     pub(super) alias: Option<String>,
     pub(super) group: u32,
     pub(super) mac: Option<Vec<u8>>,
+    /// The number of the bridge or the like that has taken it.
+    pub(super) controller: Option<u32>,
     pub(super) kind: Option<InfoKind>,
     /// Whether what is sent by it arrives somewhere.
     pub(super) is_up: bool,
@@ -152,6 +154,7 @@ pub(super) fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
         alias: None,
         group: 0,
         mac: None,
+        controller: None,
         kind: None,
         is_up: false,
         is_in_use: message.header.flags.contains(LinkFlags::Up),
@@ -167,6 +170,8 @@ pub(super) fn as_link(message: RouteNetlinkMessage) -> Option<Link> {
             link.group = group;
         } else if let LinkAttribute::Address(mac) = attribute {
             link.mac = Some(mac);
+        } else if let LinkAttribute::Controller(index) = attribute {
+            link.controller = Some(index);
         } else if let LinkAttribute::Stats64(stats) = attribute {
             link.packets = stats.rx_packets.saturating_add(stats.tx_packets);
         } else if let LinkAttribute::OperState(state) = attribute {
@@ -264,7 +269,13 @@ pub(super) fn group(index: u32, group: u32) -> Request<RouteNetlinkMessage> {
     request("setting the group of a link", set_link(message))
 }
 
-/// Changes the MAC of a link, which is down.
+/// Takes a link out of a bridge or the like.
+pub(super) fn release(index: u32) -> Request<RouteNetlinkMessage> {
+    let message = change(index, vec![LinkAttribute::Controller(0)]);
+    request("taking a link out of a bridge", set_link(message))
+}
+
+/// Changes the MAC of a link. The kernel forgets its neighbours.
 pub(super) fn mac(index: u32, mac: Mac) -> Request<RouteNetlinkMessage> {
     let message = change(index, vec![LinkAttribute::Address(mac.0.into())]);
     request("setting the MAC of a link", set_link(message))

@@ -190,6 +190,8 @@ pub(super) struct Before {
     pub(super) is_proven: bool,
     /// The number of its firewall, if that was in force as it is to be.
     pub(super) generation: Option<u32>,
+    /// Whether the host has the other end of its link, by its name.
+    pub(super) has_outer: bool,
 }
 
 /// What was put back in a namespace.
@@ -238,7 +240,11 @@ pub(super) fn put_back(
             done.what.extend(is_news.then_some("the firewall"));
         }
         done.generation = nftables::generation(&wall)?;
-        if uplink.is_none() {
+        if let Some(uplink) = uplink.as_ref().filter(|_| !before.has_outer) {
+            // Its other end has another name, or is in another namespace, and goes with it.
+            links.apply(vec![link::remove(uplink.index)], Answers::Each)?;
+        }
+        if uplink.is_none() || !before.has_outer {
             add_uplink(&links, &host, &design)?;
             done.what.push("the link to the host");
         }
@@ -330,15 +336,28 @@ pub(super) fn counters(namespace: &Namespace) -> Result<Vec<(String, u64, u64)>,
 /// # Errors
 /// Where there is none, or the kernel refuses.
 pub(super) fn connect(links: &Kernel, range: &Range, address: SandboxAddress) -> Result<(), Error> {
-    let outer = link::find(links, &address.host_link())?.ok_or(Error::NotThere)?.index;
-    let requests = vec![
+    let there = link::find(links, &address.host_link())?.ok_or(Error::NotThere)?;
+    let outer = there.index;
+    let mut requests = Vec::new();
+    if there.controller.is_some() {
+        requests.push(link::release(outer));
+    }
+    // The other end sends to this one, and to no other.
+    if !has_mac(&there, address) {
+        requests.push(link::mac(outer, address.host_mac()));
+    }
+    requests.extend([
         link::alias(outer, range.mark()),
         link::without_ipv6(outer),
         link::forwarding(outer),
         link::neighbour(outer, address.ip(), address.inner_mac()),
         link::up(outer),
-    ];
+    ]);
     links.apply(requests, Answers::Each)
+}
+
+fn has_mac(outer: &Link, address: SandboxAddress) -> bool {
+    outer.mac.as_deref() == Some(&address.host_mac().0)
 }
 
 /// Says whether [`connect`] has nothing to do.
@@ -353,6 +372,8 @@ pub(super) fn is_connected(
 ) -> Result<bool, Error> {
     Ok(outer.is_in_use
         && outer.forwards
+        && outer.controller.is_none()
+        && has_mac(outer, address)
         && range.whose(outer) == Whose::Ours
         && link::has_neighbour(links, outer.index, address.ip(), address.inner_mac())?)
 }

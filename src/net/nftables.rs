@@ -14,8 +14,8 @@ use netlink_packet_netfilter::{
         GenAttribute, GenMessage, Hook as HookAttribute, HookNumber, Immediate, InetHookNumber,
         ListAttribute, Lookup, Meta, MetaKey, NfTablesMessage, Operator, Payload, Register,
         RuleAttribute, RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags,
-        SetElementList, SetElementMessage, SetFlags, SetMessage, TableAttribute, TableMessage,
-        Verdict, VerdictAttribute,
+        SetElementList, SetElementMessage, SetFlags, SetMessage, TableAttribute, TableFlags,
+        TableMessage, Verdict, VerdictAttribute,
     },
     none::ControlMessage,
 };
@@ -121,8 +121,8 @@ pub(super) fn generation(kernel: &Kernel) -> Result<u32, Error> {
     id.ok_or(Error::NotThere)
 }
 
-/// Returns all chains and rules of a table with their numbers, which are others for a rule
-/// that takes the place of one. No two tables have the same.
+/// Returns a table with all its chains and rules and their numbers, which are others for a
+/// rule that takes the place of one. No two tables have the same.
 ///
 /// # Errors
 /// Where the kernel does not say.
@@ -131,13 +131,20 @@ pub(super) fn contents(
     family: Family,
     table: &str,
 ) -> Result<Vec<NetfilterMessage>, Error> {
+    // A table may be there and dormant.
+    let attributes = vec![TableAttribute::Name(table.to_owned())];
+    let itself = NfTablesMessage::GetTable(TableMessage { attributes });
+    let itself = kernel.get("looking for a table of the firewall", netfilter(family, itself))?;
+    let mut found: Vec<NetfilterMessage> = itself.into_iter().collect();
     let chains = NfTablesMessage::GetChain(ChainMessage { attributes: Vec::new() });
-    let mut found = kernel.list("listing the chains", netfilter(family, chains))?;
     let named = ChainAttribute::Table(table.to_owned());
-    found.retain(|message: &NetfilterMessage| {
+    let is_of_table = |message: &NetfilterMessage| {
         matches!(&message.inner, NetfilterMessageInner::NfTables(NfTablesMessage::NewChain(chain))
             if chain.attributes.contains(&named))
-    });
+    };
+    found.extend(kernel.list_some("listing the chains", netfilter(family, chains), |message| {
+        is_of_table(&message).then_some(message)
+    })?);
     let attributes = vec![RuleAttribute::Table(table.to_owned())];
     let rules = NfTablesMessage::GetRule(RuleMessage { attributes });
     found.extend(kernel.list("listing the rules", netfilter(family, rules))?);
@@ -273,7 +280,9 @@ fn bracket(message: ControlMessage) -> Request<NetfilterMessage> {
 
 fn of_table(table: &Table, mode: Mode) -> Vec<Request<NetfilterMessage>> {
     let Table { family, name, .. } = table;
-    let attributes = vec![TableAttribute::Name(name.clone())];
+    // Without flags one that is dormant stays so.
+    let attributes =
+        vec![TableAttribute::Name(name.clone()), TableAttribute::Flags(TableFlags::empty())];
     let new_table = NfTablesMessage::NewTable(TableMessage { attributes });
     let mut requests = vec![request(format!("adding the table {name}"), *family, new_table)];
     if mode == Mode::Replace {

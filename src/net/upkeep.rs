@@ -140,7 +140,11 @@ impl RealNetwork {
         let generation = lock(&self.generations).get(&wanted.id).copied();
         let generation =
             generation.and_then(|(of, number)| (of == namespace.identity()).then_some(number));
-        let before = Before { is_proven, generation };
+        let link = wanted.address.host_link();
+        let outer = host::own_link(&link::here()?, &self.range()?, &link);
+        // What has the name and is another's stays, and is an error below.
+        let has_outer = !matches!(outer, Ok(None));
+        let before = Before { is_proven, generation, has_outer };
         let inside = namespace::put_back(&namespace, design, before)?;
         what.extend(inside.what);
         if !is_pinned {

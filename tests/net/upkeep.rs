@@ -121,7 +121,12 @@ fn a_flushed_firewall_comes_back_and_no_connection_ends() {
         sandbox.guest.expect("the answer", |p| p.source == SERVER && p.text() == b"and so am I");
         // Parts of it, too.
         let table = "inet dozed_0ad50000";
-        for part in ["flush chain TABLE input", "insert rule TABLE forward accept"] {
+        for part in [
+            "flush chain TABLE input",
+            "insert rule TABLE forward accept",
+            "chain TABLE forward { policy drop; }",
+            "add table TABLE { flags dormant; }",
+        ] {
             nft(&part.replace("TABLE", table));
             assert_eq!(look_over(host, &sandbox), ["the host's firewall for sandboxes"], "{part}");
             assert_eq!(nft("-s list ruleset"), before);
@@ -139,7 +144,13 @@ fn what_was_opened_without_the_firewall_is_masqueraded_when_it_is_back() {
             sandbox.guest.udp(5000, (SERVER, 4000), b"from one port");
             heard(&server).1.ip()
         };
-        nft("flush ruleset");
+        // As an nftables.conf does it. Without a rule that asks for it nothing is tracked.
+        let own =
+            "table inet own { chain c { type filter hook input priority 0; ct state new; }; }";
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), format!("flush ruleset\n{own}")).unwrap();
+        let load = || nft(&format!("-f {}", file.path().display()));
+        load();
         assert_eq!(source(), sandbox.address().ip(), "nobody translates it");
         look_over(host, &sandbox);
         assert_eq!(source(), HOST);
@@ -149,9 +160,10 @@ fn what_was_opened_without_the_firewall_is_masqueraded_when_it_is_back() {
             heard(&server).1
         };
         let before = port();
-        nft("flush ruleset");
+        load();
         look_over(host, &sandbox);
         assert_eq!(port(), before);
+        nft("delete table inet own");
     });
 }
 
@@ -231,7 +243,11 @@ fn a_link_of_a_guest_that_runs_comes_back_in_place() {
         let link = sandbox.address().host_link();
         let inside = |job: fn() -> String| drop(sandbox.namespace().run(move |_| job()).unwrap());
         look_over(host, &sandbox);
-        let changes: [(&str, &dyn Fn()); 12] = [
+        let away = dozed::sys::netns::in_a_new_one(|_| Namespace::current()).unwrap().unwrap();
+        let away = away.file().unwrap();
+        let pid = std::process::id();
+        let away = format!("/proc/{pid}/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&away));
+        let changes: [(&str, &dyn Fn()); 16] = [
             ("down and up", &|| {
                 ip(&format!("link set {link} down"));
                 ip(&format!("link set {link} up"));
@@ -240,6 +256,19 @@ fn a_link_of_a_guest_that_runs_comes_back_in_place() {
             ("unrouted", &|| drop(ip(&format!("route del {}", sandbox.address())))),
             ("gone", &|| drop(ip(&format!("link del {link}")))),
             ("unmarked", &|| drop(crate::host::run("ip", &["link", "set", &link, "alias", ""]))),
+            ("another MAC", &|| drop(ip(&format!("link set {link} address 02:11:22:33:44:55")))),
+            ("in a bridge", &|| {
+                ip("link add br0 type bridge");
+                ip("link set br0 up");
+                ip(&format!("link set {link} master br0"));
+            }),
+            ("another name", &|| {
+                ip("link del br0");
+                ip(&format!("link set {link} down"));
+                ip(&format!("link set {link} name other0"));
+                ip("link set other0 up");
+            }),
+            ("elsewhere", &|| drop(ip(&format!("link set {link} netns {away}")))),
             ("no neighbour", &|| drop(ip(&format!("neigh flush nud permanent dev {link}")))),
             ("no door", &|| inside(|| nft("delete table netdev dozed"))),
             ("no rules", &|| inside(|| nft("flush ruleset"))),
