@@ -67,7 +67,8 @@ impl Kernel {
         Ok(Self { socket })
     }
 
-    /// Sends all of `requests` at once and returns when the kernel has acted on them.
+    /// Sends all of `requests`, if there are any, at once and returns when the kernel has acted on
+    /// them.
     ///
     /// # Errors
     /// For the first that was refused. The others were tried all the same.
@@ -76,6 +77,10 @@ impl Kernel {
         M: NetlinkSerializable + NetlinkDeserializable,
     {
         let count = requests.len();
+        if count == 0 {
+            // An empty message is an error.
+            return Ok(());
+        }
         let bracket = |at: usize| answers == Answers::Transaction && (at == 0 || at + 1 == count);
         let mut waiting = Vec::with_capacity(count);
         let mut bytes = Vec::new();
@@ -237,4 +242,17 @@ fn append<M: NetlinkSerializable>(bytes: &mut Vec<u8>, mut message: NetlinkMessa
     let at = bytes.len();
     bytes.resize((at + message.buffer_len()).next_multiple_of(ALIGNMENT), 0);
     message.serialize(&mut bytes[at..]);
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_route::RouteNetlinkMessage;
+
+    use super::*;
+
+    #[test]
+    fn no_requests_are_no_error() {
+        let kernel = Kernel::here(Family::Route).unwrap();
+        kernel.apply::<RouteNetlinkMessage>(Vec::new(), Answers::Each).unwrap();
+    }
 }
