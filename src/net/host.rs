@@ -28,8 +28,13 @@ const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 #[derive(Debug)]
 pub(super) struct Guard {
     generation: u32,
-    contents: Vec<NetfilterMessage>,
+    /// `None`: others changed the firewall all the while, so this is not known.
+    contents: Option<Vec<NetfilterMessage>>,
 }
+
+/// How often the second guard is put in force to know what it is, while others change the
+/// firewall too. Each time takes a millisecond or two.
+const GUARD_TRIES: usize = 4;
 
 /// What was put back of what is the host's.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -116,25 +121,40 @@ pub(super) fn missing(plan: &AddressPlan) -> Result<Option<Vec<&'static str>>, E
 
 /// Puts the second guard in force.
 fn put_guard(wall: &Kernel, plan: &AddressPlan) -> Result<Guard, Error> {
+    let mut guard = Guard { generation: 0, contents: None };
+    for _ in 0..GUARD_TRIES {
+        guard = try_put_guard(wall, plan)?;
+        if guard.contents.is_some() {
+            break;
+        }
+    }
+    // Connections keep what they began with. Where the kernel does not let go of them, they
+    // are without an answer until they time out.
+    if let Err(error) = conntrack::forget_untranslated(wall, plan.range()) {
+        let error = super::chain(&error);
+        tracing::warn!(
+            error,
+            "what sandboxes opened while the firewall was gone stays untranslated"
+        );
+    }
+    Ok(guard)
+}
+
+fn try_put_guard(wall: &Kernel, plan: &AddressPlan) -> Result<Guard, Error> {
     let table = firewall::host_table(plan);
+    let before = nftables::generation(wall).map_err(without_nftables)?;
     let mode = match nftables::has_table(wall, Family::Inet, &table) {
         Ok(true) => Mode::Replace,
         Ok(false) => Mode::First,
         Err(error) => return Err(without_nftables(error)),
     };
     nftables::apply(wall, &firewall::of_host(plan, &device(plan)), mode)?;
-    // Connections keep what they began with. Where the kernel does not let go of them, they
-    // are without an answer until they time out.
-    if let Err(error) = conntrack::forget_untranslated(wall, plan.range()) {
-        tracing::warn!(
-            error = super::chain(&error),
-            "what sandboxes opened while the firewall was gone keeps their addresses"
-        );
-    }
-    // Whoever changes it between these is seen the next time.
-    let generation = nftables::generation(wall)?;
     let contents = nftables::contents(wall, Family::Inet, &table)?;
-    Ok(Guard { generation, contents })
+    let generation = nftables::generation(wall)?;
+    // Each change is one more. With another's between these, the contents may be what that has
+    // left, and not what we made.
+    let is_known = generation == before.wrapping_add(1);
+    Ok(Guard { generation, contents: is_known.then_some(contents) })
 }
 
 /// Puts the second guard in force again if somebody has changed it. Most changes of a host's
@@ -142,11 +162,11 @@ fn put_guard(wall: &Kernel, plan: &AddressPlan) -> Result<Guard, Error> {
 fn guard_again(plan: &AddressPlan, guard: &mut Guard) -> Result<bool, Error> {
     let wall = nftables::here()?;
     let generation = nftables::generation(&wall)?;
-    if generation == guard.generation {
+    if generation == guard.generation && guard.contents.is_some() {
         return Ok(false);
     }
     let contents = nftables::contents(&wall, Family::Inet, &firewall::host_table(plan))?;
-    if contents == guard.contents {
+    if guard.contents.as_ref() == Some(&contents) {
         guard.generation = generation;
         return Ok(false);
     }

@@ -168,6 +168,25 @@ fn what_was_opened_without_the_firewall_is_masqueraded_when_it_is_back() {
 }
 
 #[test]
+fn a_flush_in_the_middle_of_a_look_is_seen_by_the_next_one() {
+    on_a_host(|host| {
+        let sandbox = host.sandbox("a", 0);
+        let before = nft("-s list ruleset");
+        for _ in 0..40 {
+            nft("flush ruleset");
+            let flush = || drop(nft("flush ruleset"));
+            let other = std::thread::Builder::new().spawn(flush).unwrap();
+            while !other.is_finished() {
+                host.network.look(&[known(&sandbox)]);
+            }
+            other.join().unwrap();
+            host.network.look(&[known(&sandbox)]);
+            assert_eq!(nft("-s list ruleset"), before);
+        }
+    });
+}
+
+#[test]
 fn a_ruleset_that_was_saved_whole_can_be_loaded_again() {
     on_a_host(|host| {
         let sandbox = host.sandbox("a", 0);
