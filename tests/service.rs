@@ -43,7 +43,7 @@ fn hides_mounts<'a>(directives: &[(&'a str, &str)]) -> Vec<&'a str> {
 
 #[test]
 fn the_unit_shows_the_tree_and_spares_the_guests() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("dozed.service");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/package/dozed.service");
     let unit = fs::read_to_string(path).unwrap();
     let directives = directives(&unit);
     assert!(hides_mounts(&directives).is_empty(), "{:?}", hides_mounts(&directives));
@@ -76,7 +76,7 @@ fn the_unit_shows_the_tree_and_spares_the_guests() {
 #[test]
 fn what_the_unit_names_as_its_documentation_is_installed() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let unit = fs::read_to_string(root.join("dozed.service")).unwrap();
+    let unit = fs::read_to_string(root.join("scripts/package/dozed.service")).unwrap();
     let page = fs::read_to_string(root.join("docs/operations.md")).unwrap();
     assert!(page.contains("install -D -m 0644 -t /usr/share/doc/dozed README.md docs/*.md\n"));
     let directives = directives(&unit);

@@ -16,7 +16,7 @@ use crate::support::{Host, Setup, in_a_world, wait_for, wait_until};
 const SOON: Duration = Duration::from_secs(60);
 
 fn unit() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("dozed.service")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/package/dozed.service")
 }
 
 fn boot(host: &Host, id: &str) {
