@@ -70,8 +70,14 @@ const OPEN: &str = "open";
 #[allow(clippy::error_impl_error, reason = "it is written `daemon::Error` wherever it is used")]
 pub enum Error {
     /// Only root mounts, and sees every sandbox's processes.
-    #[error("dozed mounts a file system for everybody, so it has to be run as root")]
+    #[error("only root can mount the tree of sandboxes; run dozed as root")]
     NotRoot,
+    /// The kernel's FUSE module, or its device in this container, is missing.
+    #[error(
+        "there is no /dev/fuse, so the tree cannot be mounted; run `modprobe fuse`, or pass the \
+         device to the container"
+    )]
+    NoFuse,
     /// Another daemon has the same directory.
     #[error(
         "{} is in use by another dozed{}; each needs a `{key}` of its own",
@@ -155,6 +161,10 @@ fn host(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
 pub fn run(config: Config) -> Result<(), Error> {
     if !is_root() {
         return Err(Error::NotRoot);
+    }
+    // Before the start changes anything on the host.
+    if !Path::new("/dev/fuse").exists() {
+        return Err(Error::NoFuse);
     }
     // Memory of guests passes through us too.
     forbid_core_files().map_err(host("forbidding core files"))?;
