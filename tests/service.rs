@@ -89,6 +89,23 @@ fn what_the_unit_names_as_its_documentation_is_installed() {
 }
 
 #[test]
+fn what_the_pages_install_from_the_source_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for page in ["README.md", "docs/operations.md"] {
+        let text = fs::read_to_string(root.join(page)).unwrap();
+        let installs = text.lines().filter(|line| line.starts_with("install "));
+        let units: Vec<_> = installs
+            .flat_map(|line| line.split_whitespace())
+            .filter(|word| word.ends_with(".service"))
+            .collect();
+        assert!(!units.is_empty(), "{page} installs no unit");
+        for unit in units {
+            assert!(root.join(unit).exists(), "{page} installs {unit}");
+        }
+    }
+}
+
+#[test]
 fn what_hides_mounts_is_caught() {
     let bad = "[Service]\nProtectSystem=strict\n#PrivateTmp=yes\nPrivateDevices=yes\nUMask=0077\n";
     assert_eq!(hides_mounts(&directives(bad)), ["ProtectSystem", "PrivateDevices"]);
