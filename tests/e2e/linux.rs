@@ -140,8 +140,14 @@ fn a_guest_that_is_asked_for_memory_has_a_smaller_snapshot_and_all_of_its_memory
     // On a disk it is up to its file system whether small holes stay; see docs/qemu.md.
     let tmpfs = tempfile::tempdir_in("/dev/shm").unwrap();
     let host = Setup::linux("dozed.quiet").memory("256MiB").store(tmpfs.path()).start();
-    let mut snapshot_bytes = [0; 2];
-    for (id, bytes) in ["as-it-is", "inflated"].into_iter().zip(&mut snapshot_bytes) {
+    let snapshot_bytes = |id: &str| {
+        host.sleep(id);
+        let bytes = host.number(&format!("{id}/status"), "snapshot_bytes");
+        host.wake(id);
+        bytes
+    };
+    let mut as_it_is = 0;
+    for id in ["as-it-is", "inflated"] {
         host.mkdir(id).unwrap();
         let asked = id == "inflated";
         host.write(&format!("{id}/config"), format!("inflate_before_sleep = {asked}\n")).unwrap();
@@ -150,12 +156,17 @@ fn a_guest_that_is_asked_for_memory_has_a_smaller_snapshot_and_all_of_its_memory
         // What was read stays in the guest's page cache, which is no free memory.
         asks(&host, id, "cat /dev/vda >/dev/null; echo read-$((1 + 1))", "read-2");
         asks(&host, id, "echo kept >/run/note; echo noted-$((1 + 1))", "noted-2");
-        host.sleep(id);
-        *bytes = host.number(&format!("{id}/status"), "snapshot_bytes");
-        host.wake(id);
+        if !asked {
+            as_it_is = snapshot_bytes(id);
+        }
     }
-    let [as_it_is, inflated] = snapshot_bytes;
-    assert!(inflated + (40 << 20) < as_it_is, "{inflated} after {as_it_is}");
+    // A guest that has no CPU for half a second is taken for one that gives no more.
+    let gave = (0..5).any(|_| {
+        let inflated = snapshot_bytes("inflated");
+        println!("{inflated} after {as_it_is}");
+        inflated + (40 << 20) < as_it_is
+    });
+    assert!(gave, "no snapshot was smaller than {as_it_is}");
 
     let id = "inflated";
     asks(&host, id, "echo in-$(cat /run/note)", "in-kept");
