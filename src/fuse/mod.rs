@@ -26,6 +26,7 @@ mod watch_target;
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
     thread::JoinHandle,
     time::Duration,
 };
@@ -64,6 +65,8 @@ pub struct Mounted {
     mount: PathBuf,
     device: Device,
     watch: MountWatch,
+    /// Whether the mounts have changed since they were last looked at.
+    is_unsure: AtomicBool,
     session: BackgroundSession,
     waiting: Arc<Waiting>,
     watcher: JoinHandle<()>,
@@ -98,9 +101,10 @@ impl Mounted {
         // It would keep others from unmounting the tree.
         drop(unmounted);
         let announcer = announcing.map(|program| announcer(program, &mount, device));
-        let wake = move |target| watch_target::polled(target).for_each(|node| polls.wake(node));
+let wake = move |target| watch_target::polled(target).for_each(|node| polls.wake(node));
         let notifier = Notifier::start(feed, announcer, wake, watch_target::locate)?;
-        Ok(Self { mount, device, watch, session, waiting, watcher, notifier })
+        let is_unsure = AtomicBool::new(false);
+        Ok(Self { mount, device, watch, is_unsure, session, waiting, watcher, notifier })
     }
 
     /// Says whether the tree is served and where it was mounted; it is not once somebody
@@ -110,13 +114,21 @@ impl Mounted {
         if self.session.guard.is_finished() {
             return false;
         }
-        !self.watch.has_changed() || self.is_mounted()
+        if self.watch.has_changed() {
+            self.is_unsure.store(true, Ordering::Relaxed);
+        }
+        if !self.is_unsure.load(Ordering::Relaxed) {
+            return true;
+        }
+        // Where the kernel does not list the mounts, we go on, and look again.
+        let mounted = self.is_mounted();
+        self.is_unsure.store(mounted.is_err(), Ordering::Relaxed);
+        mounted.unwrap_or(true)
     }
 
-    fn is_mounted(&self) -> bool {
-        // Where the kernel does not list the mounts, we go on.
-        mount::mounts_at(&self.mount)
-            .is_ok_and(|mounts| mounts.iter().any(|found| found.device == self.device))
+    fn is_mounted(&self) -> io::Result<bool> {
+        let mounts = mount::mounts_at(&self.mount)?;
+        Ok(mounts.iter().any(|found| found.device == self.device))
     }
 
     /// Ends the tree and takes it away, also where somebody still uses it, and where other
@@ -126,7 +138,7 @@ impl Mounted {
     /// Where the kernel does not let us, or another mount covers it. Once this process ends,
     /// so does the tree.
     pub fn unmount(self) -> io::Result<()> {
-        let is_mounted = self.is_mounted();
+        let is_mounted = self.is_mounted().unwrap_or(true);
         // It uses the mount, and what has happened is to be told before that ends.
         self.notifier.stop();
         let unmounted = if is_mounted { self::unmount(&self.mount, self.device) } else { Ok(()) };
