@@ -1,7 +1,8 @@
 //! What `/proc` tells of the threads that ask us for something.
 
-use std::{ffi::CStr, fs, path::Path};
+use std::{ffi::CStr, fs, io, path::Path};
 
+use super::process::is_gone;
 use crate::sandbox::text::is_plain;
 
 /// Returns the supplementary groups of a thread; none where it cannot be seen.
@@ -45,7 +46,8 @@ const fn bit(signal: libc::c_int) -> u64 {
 
 /// Says whether a thread has a signal pending that would end a wait of its: one that it
 /// neither blocks nor ignores, and that is more than news. Also true where the thread is
-/// gone, for then nobody waits.
+/// gone, for then nobody waits. False where that cannot be told: to be told of a signal that
+/// there is none of, a program does the same again.
 ///
 /// Source of the rule: the fields `SigPnd`, `ShdPnd`, `SigBlk` and `SigIgn` of
 /// `proc_pid_status(5)`. A signal that is left to its default and ignored by that, as
@@ -55,8 +57,9 @@ pub fn has_signal(tid: u32) -> bool {
     if tid == 0 {
         return false; // Not visible from our pid namespace.
     }
-    let Some(status) = status_of(tid) else {
-        return true;
+    let status = match read_status(tid) {
+        Ok(status) => status,
+        Err(error) => return is_gone(&error),
     };
     let mask = |name| {
         let hex = field(&status, name).unwrap_or_default();
@@ -70,45 +73,69 @@ pub fn has_signal(tid: u32) -> bool {
 const PF_EXITING: u64 = 0x4;
 
 /// Returns the signal that ended the process of a thread, which is still closing its files;
-/// `None` if it goes on, or ended by itself.
+/// `None` if it goes on, ended by itself, or is not to be seen from our pid namespace.
 ///
 /// Source: the fields `flags` and `exit_code` of `proc_pid_stat(5)`.
-#[must_use]
-pub fn signal_that_killed(tid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(format!("/proc/{tid}/stat")).ok()?;
+///
+/// # Errors
+/// Where it cannot be told.
+pub fn signal_that_killed(tid: u32) -> io::Result<Option<u32>> {
+    let stat = match fs::read_to_string(format!("/proc/{tid}/stat")) {
+        Err(error) if is_gone(&error) => return Ok(None),
+        stat => stat?,
+    };
+    let (flags, exit_code) = flags_and_exit_code(&stat).ok_or(io::ErrorKind::InvalidData)?;
+    Ok(Some(exit_code & 0x7f).filter(|signal| *signal != 0 && flags & PF_EXITING != 0))
+}
+
+fn flags_and_exit_code(stat: &str) -> Option<(u64, u32)> {
     // The name of the program may have blanks and brackets in it.
     let (_, fields) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
-    let flags: u64 = fields.get(6)?.parse().ok()?;
-    let exit_code: u32 = fields.get(49)?.parse().ok()?;
-    Some(exit_code & 0x7f).filter(|signal| *signal != 0 && flags & PF_EXITING != 0)
+    Some((fields.get(6)?.parse().ok()?, fields.get(49)?.parse().ok()?))
 }
 
 /// How many open files of a process are looked through. A program that writes a document has
 /// few; one with more is taken to have closed it.
 const FILES_LOOKED_AT: usize = 1024;
 
-/// Says whether the process of a thread has a file open for writing whose path ends so.
-#[must_use]
-pub fn has_open_for_writing(tid: u32, path_end: &str) -> bool {
-    let Ok(files) = fs::read_dir(format!("/proc/{tid}/fd")) else { return false };
+/// Says whether the process of a thread has a file open for writing whose path ends so. One
+/// that is gone, or is not to be seen from our pid namespace, has none.
+///
+/// # Errors
+/// Where it cannot be told.
+pub fn has_open_for_writing(tid: u32, path_end: &str) -> io::Result<bool> {
+    let files = match fs::read_dir(format!("/proc/{tid}/fd")) {
+        Err(error) if is_gone(&error) => return Ok(false),
+        files => files?,
+    };
     // The name that a link shows is read without asking the file system that it is in.
     let is_named = |fd: &fs::DirEntry| {
         fs::read_link(fd.path()).is_ok_and(|path| path.to_string_lossy().ends_with(path_end))
     };
-    files.flatten().take(FILES_LOOKED_AT).filter(is_named).any(|fd| {
+    for fd in files.flatten().take(FILES_LOOKED_AT).filter(is_named) {
         let info = fs::read_to_string(
             Path::new("/proc").join(tid.to_string()).join("fdinfo").join(fd.file_name()),
         );
-        let info = info.unwrap_or_default();
+        let info = match info {
+            Err(error) if is_gone(&error) => continue, // It was closed while we looked.
+            info => info?,
+        };
         let flags = field(&info, "flags:").unwrap_or_default();
         let flags = libc::c_int::from_str_radix(flags.trim(), 8).unwrap_or(0);
-        flags & libc::O_ACCMODE != libc::O_RDONLY
-    })
+        if flags & libc::O_ACCMODE != libc::O_RDONLY {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn status_of(tid: u32) -> Option<String> {
-    fs::read_to_string(format!("/proc/{tid}/status")).ok()
+    read_status(tid).ok()
+}
+
+fn read_status(tid: u32) -> io::Result<String> {
+    fs::read_to_string(format!("/proc/{tid}/status"))
 }
 
 fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
@@ -143,11 +170,13 @@ mod tests {
         let end = format!("{}/list", dir.path().file_name().unwrap().to_str().unwrap());
         let writing = fs::File::create(dir.path().join("list")).unwrap();
         let reading = fs::File::open(dir.path().join("list")).unwrap();
-        assert!(has_open_for_writing(tid, &end));
+        assert!(has_open_for_writing(tid, &end).unwrap());
         drop(writing);
-        assert!(!has_open_for_writing(tid, &end));
+        assert!(!has_open_for_writing(tid, &end).unwrap());
         drop(reading);
-        assert_eq!(signal_that_killed(tid), None);
+        assert_eq!(signal_that_killed(tid).unwrap(), None);
+        assert_eq!(signal_that_killed(u32::MAX / 2).unwrap(), None);
+        assert!(!has_open_for_writing(u32::MAX / 2, &end).unwrap());
     }
 
     #[test]

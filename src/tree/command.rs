@@ -79,6 +79,17 @@ pub enum BadCommand {
         /// The signal.
         signal: u32,
     },
+    /// Whoever wrote a document could not be looked at, so that it may have been killed.
+    #[error(
+        "the program that wrote `{file}` cannot be looked at ({why}), so nothing of it holds; \
+         write it again"
+    )]
+    Unseen {
+        /// The file, below the sandbox's directory.
+        file: String,
+        /// What the system said.
+        why: String,
+    },
     /// Neither 0 nor 1.
     #[error("`{word}` is neither `0` nor `1`")]
     NotASwitch {

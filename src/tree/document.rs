@@ -360,16 +360,26 @@ impl Tree {
             Ok(entry) => entry,
             Err(errno) => return Closed::Now(Err(errno)),
         };
-        if let Some(signal) = signal_that_killed(caller.tid) {
-            document.refuse(Errno::Intr);
-            self.lifecycle.note(&entry, &BadCommand::Killed { file: file.path(), signal });
-            return Closed::Now(Err(Errno::Intr));
+        let path_end = format!("/{}/{}", entry.id(), file.path());
+        let looked = signal_that_killed(caller.tid)
+            .and_then(|signal| Ok((signal, has_open_for_writing(caller.tid, &path_end)?)));
+        match looked {
+            Ok((Some(signal), _)) => {
+                document.refuse(Errno::Intr);
+                self.lifecycle.note(&entry, &BadCommand::Killed { file: file.path(), signal });
+                Closed::Now(Err(Errno::Intr))
+            }
+            // A shell that writes by `>&3` closes a copy of the file after each command.
+            Ok((None, true)) => Closed::Now(Ok(())),
+            Ok((None, false)) => self.commit(&entry, document),
+            Err(error) => {
+                // It may be half of one, of a writer that was killed.
+                document.refuse(Errno::Io);
+                let (file, why) = (file.path(), error.to_string());
+                self.lifecycle.note(&entry, &BadCommand::Unseen { file, why });
+                Closed::Now(Err(Errno::Io))
+            }
         }
-        // A shell that writes by `>&3` closes a copy of the file after each command.
-        if has_open_for_writing(caller.tid, &format!("/{}/{}", entry.id(), file.path())) {
-            return Closed::Now(Ok(()));
-        }
-        self.commit(&entry, document)
     }
 
     /// Commits a document that stays open.

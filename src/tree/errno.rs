@@ -95,6 +95,7 @@ pub(super) fn of_command(bad: &BadCommand) -> Errno {
         BadCommand::TooLong { .. } => Errno::TooBig,
         BadCommand::TooManyDrafts { .. } => Errno::Dquot,
         BadCommand::Killed { .. } => Errno::Intr,
+        BadCommand::Unseen { .. } => Errno::Io,
         BadCommand::NotText
         | BadCommand::UnknownVerb { .. }
         | BadCommand::BadCount { .. }

@@ -41,6 +41,7 @@ pub use device::OwnDevices;
 pub use exit::Exit;
 pub use launch::{Launch, Privileges, Program, User, forbid_core_files};
 pub use place::{Place, reserve_places};
+pub(super) use proc_files::is_gone;
 pub use proc_files::{Frames, Io};
 pub use watch::ExitWatch;
 
@@ -106,7 +107,7 @@ impl Process {
     /// Finds all processes but our own that are what `search` says, with their names.
     ///
     /// # Errors
-    /// Where `/proc` cannot be read.
+    /// Where `/proc` cannot be read, or something of a process that may be one of them.
     pub fn find(search: &Search<'_>) -> io::Result<Vec<(Arc<Self>, String)>> {
         let mut found = Vec::new();
         for entry in fs::read_dir("/proc")? {
@@ -114,7 +115,7 @@ impl Process {
             let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
-            if pid == std::process::id() || !search.is_candidate(pid) {
+            if pid == std::process::id() || !search.is_candidate(pid)? {
                 continue;
             }
             let Some((identity, pidfd)) = open(pid)? else {
@@ -122,15 +123,21 @@ impl Process {
             };
             let names = match proc_files::names(pid) {
                 Ok(names) => names,
-                Err(error) => {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::TimedOut | io::ErrorKind::PermissionDenied
+                    ) =>
+                {
                     tracing::warn!(pid, %error, "a process does not let its name be read");
                     continue;
                 }
+                Err(error) => return Err(error),
             };
             let name = names.into_iter().find(|name| name.starts_with(search.prefix));
             // What was seen before the opening may have been another's of the same number.
             if let Some(name) = name
-                && search.is_candidate(pid)
+                && search.is_candidate(pid)?
                 && !has_ended(pidfd.as_fd())?
             {
                 found.push((Self::hold(identity, pidfd, false), name));
@@ -275,11 +282,17 @@ pub struct Search<'a> {
 }
 
 impl Search<'_> {
-    fn is_candidate(&self, pid: u32) -> bool {
-        // A process that is gone meanwhile, or that we may not look at, is none.
-        let program = proc_files::program(pid);
-        let is_one = |name: &String| self.programs.iter().any(|part| name.contains(part.as_str()));
-        program.is_ok_and(|name| is_one(&name)) && proc_files::user(pid).is_ok_and(self.is_user)
+    fn is_candidate(&self, pid: u32) -> io::Result<bool> {
+        let is_one = |name: String| self.programs.iter().any(|part| name.contains(part.as_str()));
+        let seen = proc_files::program(pid)
+            .and_then(|name| Ok(is_one(name) && (self.is_user)(proc_files::user(pid)?)));
+        match seen {
+            // A process that is gone meanwhile, or that we may not look at, is none.
+            Err(error) if is_gone(&error) || error.kind() == io::ErrorKind::PermissionDenied => {
+                Ok(false)
+            }
+            seen => seen,
+        }
     }
 }
 

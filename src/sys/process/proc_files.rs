@@ -212,7 +212,7 @@ pub(super) fn memfd_bytes(pid: u32) -> io::Result<u64> {
 }
 
 /// Says whether a file of `/proc` could not be read because its process is gone.
-pub(super) fn is_gone(error: &io::Error) -> bool {
+pub(in crate::sys) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
