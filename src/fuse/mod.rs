@@ -101,7 +101,7 @@ impl Mounted {
         // It would keep others from unmounting the tree.
         drop(unmounted);
         let announcer = announcing.map(|program| announcer(program, &mount, device));
-let wake = move |target| watch_target::polled(target).for_each(|node| polls.wake(node));
+        let wake = move |target| watch_target::polled(target).for_each(|node| polls.wake(node));
         let notifier = Notifier::start(feed, announcer, wake, watch_target::locate)?;
         let is_unsure = AtomicBool::new(false);
         Ok(Self { mount, device, watch, is_unsure, session, waiting, watcher, notifier })

@@ -11,7 +11,7 @@ use crate::{
     sandbox::RowId,
     sync::{Arc, Mutex, lock},
     sys::process::{Exit, ExitWatch, Process},
-    vmm::{DiskTraffic, Machine, VmmIdentity},
+    vmm::{self, DiskTraffic, Machine, VmmIdentity},
 };
 
 /// A machine that lives.
@@ -31,6 +31,31 @@ pub(super) struct Live {
     pub(super) identity: OnceLock<Arc<VmmIdentity>>,
     /// Why it could not be woken if it were put to sleep, by the last look. A leaf lock.
     pub(super) unwakeable: Mutex<Option<String>>,
+}
+
+/// A machine whose commands need no descriptor for as long as this is there. It is locked when
+/// this is made and when it is dropped.
+#[derive(Debug)]
+#[must_use = "it ends when it is dropped"]
+pub(super) struct Connected<'a>(&'a Live);
+
+impl Live {
+    /// Has what commands are sent by opened before an act, for it and for what takes it back.
+    ///
+    /// # Errors
+    /// As `Machine::connect`.
+    pub(super) fn connect(&self) -> Result<Connected<'_>, vmm::Error> {
+        // Also where it fails, half of it may be open.
+        let connected = Connected(self);
+        lock(&self.machine).connect()?;
+        Ok(connected)
+    }
+}
+
+impl Drop for Connected<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.machine).disconnect();
+    }
 }
 
 /// A VMM that ended by itself.

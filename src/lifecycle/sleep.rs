@@ -93,12 +93,11 @@ impl Lifecycle {
         let took = Stopwatch::start();
         let record = entry.record();
         let slot = self.admission.sleep(&record.id)?;
-        let home = self.home(&record);
         let live =
             self.machines.get(record.row).ok_or_else(|| Error::Gone { id: record.id.clone() })?;
         let no_space = snapshot_failed(entry, "finding space for the snapshot of");
-        let memory_bytes = lock(&live.machine).save_bytes();
-        home.check_space(memory_bytes + SLEEP_RESERVE_BYTES).map_err(no_space)?;
+        let bytes = lock(&live.machine).save_bytes() + SLEEP_RESERVE_BYTES;
+        self.home(&record).check_space(bytes).map_err(no_space)?;
         let vmm = self.vmm_of(&record)?;
         let identity = runs_by(entry, vmm.as_ref(), &live)?;
         let unwakeable = why_unwakeable(vmm.as_ref(), &identity);
@@ -112,6 +111,10 @@ impl Lifecycle {
         // A crash after this line is found at start-up.
         let (_, intent) = self.step_unsynced(held, entry, Step::Sleep, |_| ())?;
         self.reach(Arrow::SleepIntended);
+        // To the end, so that neither the sleep nor what takes it back fails for want of it.
+        let failed = |error: &Error| self.end_failed_sleep(held, entry, operation, &live, error);
+        let _connected =
+            live.connect().map_err(vmm_failed(entry, "pausing")).inspect_err(failed)?;
         let mut undo = Undo::new();
         let wanted = self.last_look(entry, &record, operation, &live, why, &mut undo);
         if !matches!(wanted, Ok(true)) {
@@ -129,7 +132,7 @@ impl Lifecycle {
                 // Of a VMM that died there is nothing to take back; `lose` clears up after it.
                 let dead = live.process.exited().is_some();
                 let error = if dead { cause } else { undo.run(cause) };
-                self.end_failed_sleep(held, entry, operation, &live, &error);
+                failed(&error);
                 let is_used = why == Why::Idle && matches!(error, Error::Active { .. });
                 return if is_used { Ok(Outcome::Spared) } else { Err(error) };
             }

@@ -175,6 +175,7 @@ impl Lifecycle {
             self.amend_unsynced(held, entry, |record| record.process = Some(process))?;
         self.reach(Arrow::WakeRecorded);
 
+        let _connected = live.connect().map_err(vmm_failed(entry, "reaching"))?;
         // Else a power cut could leave a record that says `snapshotted`, and no snapshot.
         self.sync(entry, intent)?;
         // The commit point. From here on the snapshot is no longer the truth; it can
@@ -341,6 +342,7 @@ impl Lifecycle {
         self.amend(held, entry, |record| record.process = Some(process))?;
         self.reach(Arrow::BootRecorded);
 
+        let _connected = live.connect().map_err(vmm_failed(entry, "reaching"))?;
         may_have_run.set(true);
         lock(&live.machine).resume().map_err(vmm_failed(entry, "starting"))?;
         self.reach(Arrow::BootResumed);

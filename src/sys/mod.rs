@@ -22,6 +22,7 @@ pub mod opener;
 pub mod outside;
 pub mod pool;
 pub mod process;
+pub mod runtime;
 pub mod socket;
 pub mod task;
 pub mod thread;

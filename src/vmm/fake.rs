@@ -42,6 +42,7 @@ pub(crate) enum Call {
     Boot,
     Restore,
     Adopt,
+    Connect,
     Pause,
     Resume,
     Save,
@@ -104,6 +105,7 @@ pub(crate) enum Guests {
 #[derive(Debug)]
 struct Board {
     running: bool,
+    connected: bool,
     /// Whether a later caller cannot know that it has not run.
     may_have_run: bool,
     /// How much the balloon is to have, and has.
@@ -252,6 +254,11 @@ impl FakeHost {
         Some(runs_of_memory(&lock(&machines.get(&pid)?.board).memory))
     }
 
+    /// Says whether anything is kept open to the machine of a process.
+    pub(crate) fn is_connected(&self, pid: u32) -> bool {
+        lock(&self.machines).get(&pid).is_some_and(|known| lock(&known.board).connected)
+    }
+
     /// Says whether the machine of a process runs.
     pub(crate) fn runs(&self, pid: u32) -> bool {
         lock(&self.machines).get(&pid).is_some_and(|known| lock(&known.board).running)
@@ -347,6 +354,7 @@ impl FakeVmm {
         memory.set_len(plan.memory_bytes).map_err(failed)?;
         let board = Arc::new(Mutex::new(Board {
             running: false,
+            connected: false,
             may_have_run: false,
             balloon: (0, 0),
             copies,
@@ -474,6 +482,16 @@ impl Machine for FakeMachine {
 
     fn running(&mut self) -> Result<bool, Error> {
         Ok(lock(&self.board).running)
+    }
+
+    fn connect(&mut self) -> Result<(), Error> {
+        self.host.call(Call::Connect, Some(&self.process), &self.cancel)?;
+        lock(&self.board).connected = true;
+        Ok(())
+    }
+
+    fn disconnect(&mut self) {
+        lock(&self.board).connected = false;
     }
 
     fn pause(&mut self) -> Result<(), Error> {

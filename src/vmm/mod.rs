@@ -115,6 +115,17 @@ pub trait Machine: fmt::Debug + Send {
     /// Where the VMM does not answer in time.
     fn running(&mut self) -> Result<bool, Error>;
 
+    /// Opens what commands are sent by, and keeps it open until `disconnect`, so that none of
+    /// them fails because this process has no descriptor left. Without it each command opens
+    /// its own. Doing it again is no error.
+    ///
+    /// # Errors
+    /// Where the VMM cannot be reached, or does not answer in time.
+    fn connect(&mut self) -> Result<(), Error>;
+
+    /// Closes what `connect` opened, if anything.
+    fn disconnect(&mut self);
+
     /// Stops the vCPUs. When it returns the guest does no more I/O, and nothing changes its
     /// memory before the next `resume`, nor does `save`. Doing it again is no error.
     ///

@@ -27,7 +27,22 @@ pub(super) struct Peer {
 impl Peer {
     /// Returns the error for a VMM that has ended, if it has.
     pub(super) fn end(&self, doing: &str) -> Option<Error> {
-        self.process.wait(CLOSED_LIMIT).map(|exit| Error::Died {
+        self.end_within(CLOSED_LIMIT, doing)
+    }
+
+    /// Returns the error for a VMM that cannot be connected to.
+    pub(super) fn unreachable(&self, doing: &str, source: io::Error) -> Error {
+        // The socket goes when the VMM ends. What else there is, such as no descriptor, says
+        // nothing about that.
+        let is_closed =
+            matches!(source.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
+        let limit = if is_closed { CLOSED_LIMIT } else { Duration::ZERO };
+        self.end_within(limit, doing)
+            .unwrap_or_else(|| host(format!("connecting to {}", self.socket.display()))(source))
+    }
+
+    fn end_within(&self, limit: Duration, doing: &str) -> Option<Error> {
+        self.process.wait(limit).map(|exit| Error::Died {
             doing: doing.to_owned(),
             exit,
             said: self.last_words.read(),

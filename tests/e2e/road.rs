@@ -4,7 +4,7 @@ use std::thread;
 
 use rustix::io::Errno;
 
-use crate::support::{Setup, is_alive, wait_until};
+use crate::support::{Setup, is_alive, leave_descriptors, limit_descriptors, wait_until};
 
 #[test]
 fn fifty_sleeps_and_wakes_lose_nothing_of_a_guest() {
@@ -120,26 +120,6 @@ fn a_lock_that_a_stranger_has_on_a_shared_image_stops_neither_boot_nor_wake() {
     host.sleep("web-1");
     host.wake("web-1");
     drop(locked);
-}
-
-/// Lets the daemon open only so many more files.
-fn leave_descriptors(pid: u32, spare: usize) {
-    let open: std::collections::BTreeSet<u64> = std::fs::read_dir(format!("/proc/{pid}/fd"))
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap())
-        .collect();
-    let free = (0..).filter(|number| !open.contains(number));
-    // The limit is the first number that it does not get.
-    let limit = free.take(spare + 1).last().unwrap();
-    limit_descriptors(pid, Some(limit));
-}
-
-fn limit_descriptors(pid: u32, limit: Option<u64>) {
-    use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
-    let most = getrlimit(Resource::Nofile).maximum;
-    let pid = Pid::from_raw(pid.cast_signed());
-    let limit = Rlimit { current: limit.or(most), maximum: most };
-    prlimit(pid, Resource::Nofile, limit).unwrap();
 }
 
 #[test]

@@ -101,6 +101,28 @@ fn http_is_spoken_as_narrowly_as_by_the_real_one() {
 }
 
 #[test]
+fn one_connection_takes_any_number_of_requests() {
+    for version in ["44.0", "53.0"] {
+        let running = Running::start(&Standin::new(version));
+        let mut stream = running.connect();
+        let mut ask = |request: &str| {
+            let answer = Running::exchange_by(&mut stream, &format!("{request}\r\n\r\n"));
+            let (head, _) = answer.split_once("\r\n\r\n").unwrap();
+            assert!(head.contains("\r\nConnection: keep-alive"), "{head}");
+            head.split(' ').nth(1).unwrap().to_owned()
+        };
+        // A refusal ends it no more than a success does.
+        assert_eq!(ask("GET /api/v1/vmm.ping HTTP/1.1"), "200");
+        assert_eq!(ask("PUT /api/v1/vm.frobnicate HTTP/1.1"), "404");
+        assert_eq!(ask("PUT /api/v1/vm.delete HTTP/1.1"), "204");
+        assert_eq!(ask("PUT /api/v1/vm.pause HTTP/1.1"), "500");
+        // Others are answered meanwhile.
+        assert_eq!(running.get("vmm.ping").0, 200);
+        assert_eq!(ask("GET /api/v1/vmm.ping HTTP/1.1"), "200");
+    }
+}
+
+#[test]
 fn a_description_is_taken_as_serde_takes_it() {
     let running = Running::start(&Standin::new("53.0"));
     let mut config = running.config(&shared(64), "");

@@ -97,8 +97,17 @@ impl Running {
 
     /// Sends a request and returns all that comes back, up to the end of the answer.
     pub(crate) fn exchange(&self, request: &str) -> String {
-        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        Self::exchange_by(&mut self.connect(), request)
+    }
+
+    pub(crate) fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.socket).unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
+        stream
+    }
+
+    /// Does so by a connection that is there.
+    pub(crate) fn exchange_by(stream: &mut UnixStream, request: &str) -> String {
         stream.write_all(request.as_bytes()).unwrap();
         let mut answer = String::new();
         let mut piece = [0; 4096];

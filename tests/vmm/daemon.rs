@@ -138,6 +138,11 @@ impl Daemon {
         eventually("the tree", || self.path("mount/dozed.status").exists().then_some(()));
     }
 
+    /// Returns the daemon's own process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.identity().pid
+    }
+
     /// Returns a path of the daemon's files, such as `store`.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)

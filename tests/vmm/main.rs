@@ -11,8 +11,9 @@
 mod answers;
 mod api;
 mod contract;
-
 mod daemon;
+#[path = "../e2e/support/descriptors.rs"]
+mod descriptors;
 mod files;
 mod matrix;
 mod memory_file;
@@ -21,6 +22,7 @@ mod nic;
 mod old_kernel;
 mod on_demand;
 mod restart;
+mod scarce;
 mod silence;
 mod support;
 mod typing;

@@ -32,11 +32,20 @@ fn the_balloon_grows_before_the_pause_and_is_let_go_after_the_resume() {
     host.sleep("a").unwrap();
     assert_eq!(
         host.vmm.calls(),
-        [Call::Boot, Call::Resume, Call::Balloon, Call::Pause, Call::Save]
+        [
+            Call::Boot,
+            Call::Connect,
+            Call::Resume,
+            Call::Connect,
+            Call::Balloon,
+            Call::Pause,
+            Call::Save
+        ]
     );
     assert_eq!(host.vmm.balloons(), [SPARE]);
     host.wake("a").unwrap();
-    assert_eq!(host.vmm.calls()[5..], [Call::Restore, Call::Resume, Call::Balloon]);
+    let woken = [Call::Restore, Call::Connect, Call::Resume, Call::Balloon];
+    assert_eq!(host.vmm.calls()[7..], woken);
     assert_eq!(balloon(&host), 0);
     host.check("a");
 }

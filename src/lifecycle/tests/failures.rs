@@ -25,7 +25,7 @@ fn asleep() -> Host {
 
 #[test]
 fn a_failed_sleep_leaves_the_guest_running() {
-    for call in [Call::Pause, Call::Save] {
+    for call in [Call::Connect, Call::Pause, Call::Save] {
         for fault in [Fault::Refuse, Fault::NoSpace] {
             let host = running();
             host.vmm.fail_next(call, fault);
@@ -35,6 +35,9 @@ fn a_failed_sleep_leaves_the_guest_running() {
             assert_eq!(host.state("a"), State::Running, "{call:?} {fault:?}");
             assert!(host.guest_runs("a"), "{call:?} {fault:?}");
             assert_ne!(host.error("a"), "ok");
+            // What cannot be reached is not paused, and who runs costs no connection.
+            assert_eq!(host.vmm.count(Call::Pause), usize::from(call != Call::Connect));
+            assert!(host.vmm.living().iter().all(|pid| !host.vmm.is_connected(*pid)));
             host.check("a");
             assert_eq!(host.error("a"), "ok");
         }
@@ -100,7 +103,7 @@ fn a_vmm_that_dies_while_going_to_sleep_is_a_lost_guest() {
 
 #[test]
 fn a_failed_wake_leaves_it_asleep_and_the_next_one_succeeds() {
-    for call in [Call::Restore, Call::Resume] {
+    for call in [Call::Restore, Call::Connect, Call::Resume] {
         for fault in [Fault::Refuse, Fault::NoSpace, Fault::Die] {
             let host = asleep();
             let runs = host.runs("a");
@@ -151,7 +154,7 @@ fn a_sleep_that_fails_and_whose_vmm_does_not_say_that_the_guest_runs_leaves_it_r
 
 #[test]
 fn a_failed_boot_leaves_it_stopped_and_the_next_one_succeeds() {
-    for call in [Call::Boot, Call::Resume] {
+    for call in [Call::Boot, Call::Connect, Call::Resume] {
         for fault in [Fault::Refuse, Fault::NoSpace, Fault::Die] {
             let host = Host::new();
             host.create("a");

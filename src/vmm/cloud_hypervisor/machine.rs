@@ -12,7 +12,7 @@ use serde::de::IgnoredAny;
 
 use super::{
     allowance::Allowance,
-    api::{self, ANSWER_LIMIT, Call, Failed},
+    api::{self, ANSWER_LIMIT, Call, Client, Failed},
     body::{Info, Ping, Resize, RestoreSource, SnapshotTarget, State, VmConfig},
     confinement,
     console::{self, Console},
@@ -76,7 +76,7 @@ const ENVIRONMENT: [(&str, &str); 1] = [("MALLOC_ARENA_MAX", "1")];
 /// A Cloud Hypervisor that runs one sandbox, or is about to.
 #[derive(Debug)]
 pub(super) struct CloudMachine {
-    peer: Peer,
+    client: Client,
     /// The user that it runs as.
     uid: u32,
     /// Why that is ours, where it was to be another.
@@ -154,7 +154,11 @@ impl CloudMachine {
     fn over(process: Arc<Process>, last_words: LastWords, plan: &Plan, uid: u32) -> Self {
         let writable = plan.disks.iter().filter(|disk| !disk.readonly);
         Self {
-            peer: Peer { process, socket: socket_path(&plan.runtime_dir), last_words },
+            client: Client::new(Peer {
+                process,
+                socket: socket_path(&plan.runtime_dir),
+                last_words,
+            }),
             uid,
             why_ours: None,
             home: told::home(plan).to_owned(),
@@ -217,6 +221,8 @@ impl CloudMachine {
         .map_err(host(format!("starting {}", program.display())))?;
         let mut machine = Self::over(process, last_words, plan, identity.uid);
         machine.why_ours = identity.why_ours;
+        // What it is made by and then let run by need not be opened twice.
+        machine.client.keep();
         Ok(machine)
     }
 
@@ -235,9 +241,9 @@ impl CloudMachine {
         Err(Error::Refused { command: command.to_owned(), said })
     }
 
-    fn ping(&self, doing: &'static str, limit: Duration) -> Result<Version, Error> {
+    fn ping(&mut self, doing: &'static str, limit: Duration) -> Result<Version, Error> {
         let call = Call { name: "vmm.ping", doing, limit };
-        let ping: Ping = api::get(&self.peer, call)?;
+        let ping: Ping = self.client.get(call)?;
         let version = Version::parse(&ping.version);
         version
             .filter(|version| *version >= OLDEST)
@@ -252,7 +258,7 @@ impl CloudMachine {
         self.check_nic(plan, "vm.create")?;
         let config = VmConfig::new(plan, memory_file, self.version, confinement::rules());
         let call = Call { name: "vm.create", doing: "starting", limit: ANSWER_LIMIT };
-        Ok(api::put_with(&self.peer, call, &config)?)
+        Ok(self.client.put_with(call, &config)?)
     }
 
     /// Loads the snapshot in `dir`. What a restore needs of the host is looked at before
@@ -267,7 +273,7 @@ impl CloudMachine {
             .map_err(|said| Error::Refused { command: "vm.restore".to_owned(), said })?;
         let limit = memory_limit(self.memory_bytes);
         let call = Call { name: "vm.restore", doing: "loading the snapshot", limit };
-        api::put_with(&self.peer, call, &source)?;
+        self.client.put_with(call, &source)?;
         self.open_vsock()?;
         view::remove(plan)
     }
@@ -277,29 +283,29 @@ impl CloudMachine {
         self.vsock.as_ref().map_or(Ok(()), |vsock| vsock::give(vsock, None))
     }
 
-    fn info(&self, doing: &'static str, limit: Duration) -> Result<Info, Error> {
-        api::get(&self.peer, Call { name: "vm.info", doing, limit })
+    fn info(&mut self, doing: &'static str, limit: Duration) -> Result<Info, Error> {
+        self.client.get(Call { name: "vm.info", doing, limit })
     }
 
-    fn state(&self, doing: &'static str) -> Result<State, Error> {
+    fn state(&mut self, doing: &'static str) -> Result<State, Error> {
         Ok(self.info(doing, RUN_LIMIT)?.state)
     }
 
     /// Lets the vCPUs run, which are in `state`.
-    fn run_from(&self, state: State) -> Result<(), Failed> {
+    fn run_from(&mut self, state: State) -> Result<(), Failed> {
         let call = |name| Call { name, doing: "resuming", limit: RUN_LIMIT };
         match state {
             State::Running => Ok(()),
-            State::Created => api::put(&self.peer, call("vm.boot")),
+            State::Created => self.client.put(call("vm.boot")),
             State::Paused | State::Shutdown | State::BreakPoint => {
-                api::put(&self.peer, call("vm.resume"))
+                self.client.put(call("vm.resume"))
             }
         }
     }
 
     /// Asks it again to let the vCPUs run that were in `state`, where its answer got lost: it
     /// may have obeyed. It answers in turn, so by then it is through with the first request.
-    fn run_again(&self, state: State, failed: Failed) -> Result<(), Failed> {
+    fn run_again(&mut self, state: State, failed: Failed) -> Result<(), Failed> {
         let is_lost = match &failed.error {
             Error::Host { .. } | Error::Nonsense { .. } | Error::TimedOut { .. } => failed.sent,
             Error::Missing { .. }
@@ -310,7 +316,7 @@ impl CloudMachine {
         if !is_lost {
             return Err(failed);
         }
-        tracing::warn!(process = %self.peer.process, error = %failed.error, "asking again");
+        tracing::warn!(process = %self.client.peer.process, error = %failed.error, "asking again");
         match self.state("resuming") {
             Ok(State::Running) => Ok(()),
             Ok(now) if now == state => self.run_from(now),
@@ -320,13 +326,13 @@ impl CloudMachine {
 
     /// Has it write a snapshot. It refuses to, unless it is paused, and as long as it is still
     /// loading what its guest was woken from, which it goes on with while it is paused.
-    fn save_when_loaded(&self, target: &SnapshotTarget) -> Result<(), Error> {
+    fn save_when_loaded(&mut self, target: &SnapshotTarget) -> Result<(), Error> {
         let limit = memory_limit(self.memory_bytes);
         let call = Call { name: "vm.snapshot", doing: "saving its state", limit };
         let deadline = Deadline::after(limit);
         let mut look = LOADING_LOOK_FIRST;
         loop {
-            match api::put_with(&self.peer, call, target).map_err(Error::from) {
+            match self.client.put_with(call, target).map_err(Error::from) {
                 Err(Error::Refused { said, .. }) if said.contains(STILL_LOADING) => {}
                 done => return done,
             }
@@ -372,16 +378,24 @@ impl CloudMachine {
 
 impl Machine for CloudMachine {
     fn process(&self) -> &Arc<Process> {
-        &self.peer.process
+        &self.client.peer.process
     }
 
     fn running(&mut self) -> Result<bool, Error> {
         Ok(self.state("telling its state")? == State::Running)
     }
 
+    fn connect(&mut self) -> Result<(), Error> {
+        self.client.connect()
+    }
+
+    fn disconnect(&mut self) {
+        self.client.disconnect();
+    }
+
     fn pause(&mut self) -> Result<(), Error> {
         let call = Call { name: "vm.pause", doing: "pausing", limit: PAUSE_LIMIT };
-        match api::put(&self.peer, call) {
+        match self.client.put(call) {
             Err(Failed { error: error @ Error::Refused { .. }, .. }) => {
                 if self.state("pausing")? == State::Paused { Ok(()) } else { Err(error) }
             }
@@ -418,7 +432,7 @@ impl Machine for CloudMachine {
             return self.memory_bytes;
         }
         // All that it has of such files is the guest's memory.
-        self.peer.process.memfd_bytes().unwrap_or(self.memory_bytes)
+        self.client.peer.process.memfd_bytes().unwrap_or(self.memory_bytes)
     }
 
     fn save(&mut self, dir: &Path) -> Result<(), Error> {
@@ -447,7 +461,7 @@ impl Machine for CloudMachine {
 
     fn set_balloon(&mut self, bytes: u64) -> Result<(), Error> {
         let call = Call { name: "vm.resize", doing: "resizing its balloon", limit: ANSWER_LIMIT };
-        Ok(api::put_with(&self.peer, call, &Resize { desired_balloon: bytes })?)
+        Ok(self.client.put_with(call, &Resize { desired_balloon: bytes })?)
     }
 
     fn balloon_bytes(&mut self) -> Result<u64, Error> {
@@ -465,7 +479,7 @@ impl Machine for CloudMachine {
         let (printed, lived) = (len_of(&self.console_log), self.known_for.elapsed());
         let allowed = self.typing.take(bytes.len(), printed, lived);
         let bytes = bytes.get(..allowed).unwrap_or(bytes);
-        let taken = console::type_in(&self.peer.process, &self.runtime_dir, bytes)
+        let taken = console::type_in(&self.client.peer.process, &self.runtime_dir, bytes)
             .map_err(host("typing on the console".to_owned()))?;
         self.typing.give_back(allowed - taken);
         Ok(taken)

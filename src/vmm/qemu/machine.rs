@@ -65,7 +65,8 @@ pub(super) struct QemuMachine {
     runtime_dir: PathBuf,
     memory_bytes: u64,
     vcpus: u8,
-    /// Open from a pause to the next resume, so that the resume needs no descriptor.
+    /// Whether a connection is kept for the next command.
+    keeps: bool,
     kept: Option<Connection>,
     /// Whether it was told to save since it last ran, as far as we know.
     saved: bool,
@@ -126,6 +127,7 @@ impl QemuMachine {
             runtime_dir: plan.runtime_dir.clone(),
             memory_bytes: plan.memory_bytes,
             vcpus: plan.vcpus,
+            keeps: false,
             kept: None,
             saved: false,
             // A pause waits for the firmware, so no snapshot is of it, but of a machine that
@@ -152,6 +154,7 @@ impl QemuMachine {
             runtime_dir,
             memory_bytes: plan.memory_bytes,
             vcpus: plan.vcpus,
+            keeps: false,
             kept: None,
             saved: true,
             is_past_firmware: false,
@@ -189,11 +192,9 @@ impl QemuMachine {
         doing: &'static str,
         work: impl FnOnce(&mut Qmp<'_>) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        let kept = self.kept.take();
-        let was_kept = kept.is_some();
-        let mut qmp = Qmp::over(&self.peer, kept, doing)?;
+        let mut qmp = Qmp::over(&self.peer, self.kept.take(), doing)?;
         let done = work(&mut qmp);
-        self.kept = qmp.into_kept().filter(|_| was_kept);
+        self.kept = qmp.into_kept().filter(|_| self.keeps);
         done
     }
 
@@ -311,27 +312,39 @@ impl Machine for QemuMachine {
         self.talk("telling its status", |qmp| Ok(status(qmp)?.running))
     }
 
+    fn connect(&mut self) -> Result<(), Error> {
+        self.keeps = true;
+        self.talk("being reached", |_| Ok(()))
+    }
+
+    fn disconnect(&mut self) {
+        self.keeps = false;
+        self.kept = None;
+    }
+
     fn pause(&mut self) -> Result<(), Error> {
-        let mut qmp = Qmp::over(&self.peer, self.kept.take(), "pausing")?;
         let mut is_past_firmware = self.is_past_firmware;
-        let paused = pause(&mut qmp, &mut is_past_firmware);
+        let paused = self.talk("pausing", |qmp| pause(qmp, &mut is_past_firmware));
         self.is_past_firmware = is_past_firmware;
-        self.kept = qmp.into_kept();
         paused
     }
 
     fn resume(&mut self) -> Result<(), Error> {
+        const DOING: &str = "resuming";
         let saved = self.saved;
-        let mut qmp = Qmp::over(&self.peer, self.kept.take(), "resuming")?;
-        match let_run(&mut qmp, saved) {
+        let mut qmp = Qmp::over(&self.peer, self.kept.take(), DOING)?;
+        let told = let_run(&mut qmp, saved);
+        self.kept = qmp.into_kept().filter(|_| self.keeps);
+        match told {
             // It may have obeyed, so it is asked by another connection.
             Err(lost @ (Error::Host { .. } | Error::Nonsense { .. } | Error::TimedOut { .. })) => {
-                drop(qmp);
                 tracing::warn!(process = %self.peer.process, error = %lost, "asking again");
-                let mut qmp = Qmp::open(&self.peer, "resuming", CONNECT_LIMIT)?;
-                if !status(&mut qmp)?.running {
-                    let_run(&mut qmp, saved)?;
-                }
+                self.talk(
+                    DOING,
+                    |qmp| {
+                        if status(qmp)?.running { Ok(()) } else { let_run(qmp, saved) }
+                    },
+                )?;
             }
             done => done?,
         }

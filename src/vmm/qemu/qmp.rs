@@ -5,7 +5,7 @@
 //! while nothing is asked of it, what an adopted machine is asked takes the same way as
 //! what our own is, and an answer that comes too late goes down with its connection.
 //!
-//! The exception is a machine that was paused: its connection is kept until it is resumed,
+//! The exception is a machine that is connected (`Machine::connect`): its connection is kept,
 //! so that a process that has no descriptor left can still resume it. QEMU serves one
 //! connection at a time, so whatever is asked meanwhile is asked by this one.
 
@@ -117,11 +117,7 @@ impl<'a> Qmp<'a> {
             if source.kind() == io::ErrorKind::WouldBlock {
                 return timed_out("connect", limit);
             }
-            // The socket is there before QEMU is, and goes when QEMU ends.
-            peer.end(doing).unwrap_or_else(|| Error::Host {
-                doing: format!("connecting to {}", peer.socket.display()),
-                source,
-            })
+            peer.unreachable(doing, source)
         })?;
         let connection =
             Connection { stream, is_in_step: true, received: Vec::new(), migration: None };

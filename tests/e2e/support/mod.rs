@@ -2,6 +2,7 @@
 
 mod beside;
 mod console;
+mod descriptors;
 mod disk;
 mod footprint;
 mod guest;
@@ -15,6 +16,7 @@ mod wait;
 mod watcher;
 mod world;
 
+pub(crate) use descriptors::{leave_descriptors, limit_descriptors};
 pub(crate) use disk::{Disk, FileSystem};
 pub(crate) use guest::counter_kernel;
 pub(crate) use host::{Host, write_once};

@@ -229,11 +229,13 @@ fn what_was_paused_is_saved_and_resumed_by_the_same_connection() {
     let acts = [INTRODUCTION.as_slice(), &paused, &failed, &told, &resumed].concat();
     let actor = act(&host, vec![INTRODUCTION.to_vec(), acts]);
     let mut machine = Qemu::find().unwrap().adopt(&host.plan, stand_in(&host)).unwrap();
+    machine.connect().unwrap();
     machine.pause().unwrap();
     let error = machine.save(&host.snapshot_dir("snapshot")).unwrap_err();
     assert!(error.to_string().contains("as planned"), "{error}");
     machine.resume().unwrap();
-    // It hangs up with the resume, not with the machine.
+    machine.disconnect();
+    // That hangs up, and not the end of the machine.
     actor.join().unwrap();
 }
 
