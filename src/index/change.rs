@@ -16,7 +16,7 @@ use rusqlite::Connection;
 
 use super::{
     Commit, Entry, Error, Index, LOCKED_AGAIN, NewSandbox, Record, RowId, SandboxId, State, Step,
-    Timestamp, Users, Waking, keys_of_row, row, schema,
+    Timestamp, Users, Waking, keys_of_row, row, schema, table::Table,
 };
 use crate::{
     lock::Held,
@@ -188,24 +188,14 @@ impl Index {
         entry: &Entry,
         users: Users,
     ) -> Result<Option<u32>, Error> {
-        let record = entry.record();
-        if let Some(user) = record.user.filter(|user| users.contains(*user)) {
-            return Ok(Some(user));
-        }
-        // Nobody else is given it meanwhile.
-        let free = {
-            let mut table = write(&self.table);
+        let reserve = |table: &mut Table| {
             let free = users.free(entry.row().0, |user| table.has_user(user));
             free.inspect(|user| table.reserve_user(*user))
         };
-        let Some(user) = free else {
-            return Ok(None);
-        };
+        let set = |record: &mut Record, user| record.user = Some(user);
+        let has = entry.record().user.filter(|user| users.contains(*user));
         // It is on the disk before any file belongs to it.
-        let give = |record: &mut Record| record.user = Some(user);
-        self.update(held, entry, record.state, Wait::ForDisk, give)
-            .map(|_synced| Some(user))
-            .inspect_err(|_| write(&self.table).release_user(user))
+        self.give(held, entry, has, reserve, set, Table::release_user)
     }
 
     /// Gives a sandbox the lowest number below `count` that no other has as its slot, or
@@ -217,23 +207,38 @@ impl Index {
     /// # Panics
     /// As [`Index::advance`].
     pub fn give_slot(&self, held: &Held, entry: &Entry, count: u32) -> Result<Option<u32>, Error> {
-        let record = entry.record();
-        if let Some(slot) = record.slot.filter(|slot| *slot < count) {
-            return Ok(Some(slot));
-        }
-        // Nobody else is given it meanwhile.
-        let free = {
-            let mut table = write(&self.table);
+        let reserve = |table: &mut Table| {
             let free = Some(table.free_slot()).filter(|slot| *slot < count);
             free.inspect(|slot| table.reserve_slot(*slot, entry.row()))
         };
-        let Some(slot) = free else {
+        let set = |record: &mut Record, slot| record.slot = Some(slot);
+        let has = entry.record().slot.filter(|slot| *slot < count);
+        self.give(held, entry, has, reserve, set, Table::release_slot)
+    }
+
+    /// Gives a sandbox a number that is its own: the one that it `has`, or else one that
+    /// `reserve` takes from the table, which `set` writes to its record, durably. Where that
+    /// fails `release` puts it back.
+    fn give(
+        &self,
+        held: &Held,
+        entry: &Entry,
+        has: Option<u32>,
+        reserve: impl FnOnce(&mut Table) -> Option<u32>,
+        set: impl FnOnce(&mut Record, u32),
+        release: impl FnOnce(&mut Table, u32),
+    ) -> Result<Option<u32>, Error> {
+        if has.is_some() {
+            return Ok(has);
+        }
+        // Nobody else is given it meanwhile.
+        let Some(number) = reserve(&mut write(&self.table)) else {
             return Ok(None);
         };
-        let give = |record: &mut Record| record.slot = Some(slot);
-        self.update(held, entry, record.state, Wait::ForDisk, give)
-            .map(|_synced| Some(slot))
-            .inspect_err(|_| write(&self.table).release_slot(slot))
+        let state = entry.record().state;
+        self.update(held, entry, state, Wait::ForDisk, |record| set(record, number))
+            .map(|_synced| Some(number))
+            .inspect_err(|_| release(&mut write(&self.table), number))
     }
 
     /// Removes a sandbox. Its number is never used again.
