@@ -252,7 +252,10 @@ impl Index {
         assert_eq!(held.id(), entry.id(), "the lock is that of the sandbox");
         let record = entry.record();
         let doing = || format!("removing {} from the index", record.id);
-        let (gone, commit) = self.execute(&doing, |open| row::delete(open, &record))?;
+        let keys = keys_of_row(record.row);
+        let ((has_keys, gone), commit) = self.execute(&doing, |open| {
+            Ok((schema::has_metas(open, &keys)?, row::delete(open, &record)?))
+        })?;
         if !gone {
             return Err(Error::lost(&record));
         }
@@ -260,9 +263,11 @@ impl Index {
         // Whoever has the count of this one and writes it to the next of its name is refused.
         self.first_count.fetch_max(entry.activity_count() + 1, Ordering::SeqCst);
         write(&self.table).remove(entry);
+        if !has_keys {
+            return Ok(()); // Most have none, and so cost no second write.
+        }
         // What is left of it here goes at the next start.
         let doing = || format!("removing what the index has of {}", record.id);
-        let keys = keys_of_row(record.row);
         if let Err(error) = self.execute(&doing, |open| schema::remove_metas(open, &keys)) {
             tracing::warn!(%error, "keys of a sandbox that is gone stay");
         }

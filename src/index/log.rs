@@ -44,6 +44,14 @@ const PIECE_BYTES: usize = 1 << 20;
 #[must_use = "a power cut may take it back until it is waited for, or something else proves it"]
 pub struct Commit(u64);
 
+#[cfg(test)]
+impl Commit {
+    /// Returns how many commits there were from `earlier` to this one.
+    pub(super) fn since(self, earlier: Self) -> u64 {
+        self.0 - earlier.0
+    }
+}
+
 /// The log, and the thread that syncs it.
 #[derive(Debug)]
 pub(super) struct Log {

@@ -160,6 +160,13 @@ pub(super) fn remove_meta(connection: &Connection, key: &str) -> rusqlite::Resul
     Ok(())
 }
 
+/// Says whether there is a key that [`remove_metas`] would remove.
+pub(super) fn has_metas(connection: &Connection, prefix: &str) -> rusqlite::Result<bool> {
+    connection
+        .prepare_cached("SELECT 1 FROM meta WHERE key >= ?1 AND key < ?1 || char(1114111) LIMIT 1")?
+        .exists([prefix])
+}
+
 /// Removes all keys that begin with `prefix`, whose last byte is no `0xff`, as in no text.
 pub(super) fn remove_metas(connection: &Connection, prefix: &str) -> rusqlite::Result<()> {
     connection

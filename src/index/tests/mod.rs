@@ -309,6 +309,29 @@ fn activity_that_cannot_be_written_waits() {
 }
 
 #[test]
+fn a_sandbox_without_keys_is_removed_by_one_write_and_one_with_keys_takes_them_along() {
+    let host = Host::new();
+    // Each write has a number of its own, and so has each look at it.
+    let numbers = || host.index.log.wrote();
+    let remove = |id| {
+        let before = numbers();
+        host.index.remove(&host.held(id), &host.get(id).unwrap()).unwrap();
+        (before, numbers())
+    };
+    let (bare, rich, other) = (host.create("a", 0), host.create("b", 0), host.create("c", 0));
+    let key = |entry: &Entry| format!("{}mode:1", keys_of_row(entry.row()));
+    for entry in [&rich, &other] {
+        host.index.set_meta(&key(entry), "600").unwrap();
+    }
+    let (before, after) = remove("a");
+    assert_eq!(after.since(before), 2, "{bare:?}");
+    let (before, after) = remove("b");
+    assert_eq!(after.since(before), 3, "{rich:?}");
+    assert_eq!(host.index.meta(&key(&rich)).unwrap(), None);
+    assert_eq!(host.index.meta(&key(&other)).unwrap().as_deref(), Some("600"));
+}
+
+#[test]
 fn activity_of_a_sandbox_that_is_gone_is_passed_over() {
     let host = Host::new();
     let entry = host.create("web-1", 0);
