@@ -146,7 +146,7 @@ fn what_makes_no_sense_is_an_error_and_nothing_more() {
 
 #[test]
 fn silence_is_waited_for_to_the_limit_and_no_longer() {
-    let limit = Duration::from_millis(30);
+    let limit = Duration::from_secs(1);
     for acts in [vec![Hang], vec![Say(GREETING), Hear("qmp"), Hang]] {
         let error = talk(&acts, limit, query).unwrap_err();
         assert!(matches!(error, Error::TimedOut { .. }), "{error}");
