@@ -347,6 +347,7 @@ impl Index {
         self.log.check()?;
         while self.flush_into(&mut connection)? > 0 {}
         schema::mark_closed(&connection)
+            .inspect(|()| self.in_use.end())
             .and_then(|()| connection.close().map_err(|(_, error)| error))
             .map_err(Error::sql(&self.path, || "closing the index".to_owned()))
     }

@@ -42,6 +42,7 @@ mod checkpoint;
 mod due;
 mod entry;
 mod error;
+mod in_use;
 mod log;
 mod row;
 mod schema;
@@ -55,6 +56,7 @@ pub use due::Due;
 use entry::Dirty;
 pub use entry::Entry;
 pub use error::Error;
+use in_use::InUse;
 pub use log::Commit;
 use log::Log;
 pub use row::MalformedRow;
@@ -99,6 +101,8 @@ pub struct Index {
     /// What a new entry's count of activity starts at: above all that were counted to under a
     /// name that is free again.
     first_count: AtomicU64,
+    /// Dropped after the connections.
+    in_use: InUse,
 }
 
 /// A sandbox that is to be.
@@ -126,6 +130,7 @@ impl Index {
         let log = Log::open(&connection, path)?;
         let checkpoints = Checkpoints::start(path)?;
         schema::wait_briefly(&connection, path)?;
+        let in_use = InUse::mark(path)?;
         let specs = Specs::default();
         let dirty = Arc::new(Dirty::default());
         let (mut table, mut malformed) = (Table::default(), Vec::new());
@@ -151,6 +156,7 @@ impl Index {
             specs,
             malformed,
             first_count: AtomicU64::new(first_count),
+            in_use,
         })
     }
 

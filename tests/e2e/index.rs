@@ -280,3 +280,31 @@ fn where_the_host_gives_no_thread_an_operation_is_refused_and_the_daemon_goes_on
     host.wake("web-1");
     assert_eq!(host.counts_on("web-1").boots, 1);
 }
+
+#[test]
+fn a_config_that_names_the_index_lets_no_other_process_take_its_log() {
+    let mut host = Setup::counter("").start();
+    for id in ["asleep", "odd"] {
+        host.mkdir(id).unwrap();
+    }
+    let index = host.store().join("index.db");
+    // The daemon closes what it opened, and with that ends all locks that its process has there.
+    for name in ["index.db", "index.db-shm"] {
+        let document = format!("disks = [{{ path = {:?} }}]\n", host.store().join(name));
+        host.write("odd/config", &document).unwrap();
+    }
+    // Whoever is the last to close a database takes its log away.
+    let other = Connection::open(&index).unwrap();
+    let count = other.query_row("SELECT count(*) FROM sandbox", [], |row| row.get(0));
+    assert_eq!(count, Ok(2));
+    other.close().unwrap();
+    assert!(host.store().join("index.db-wal").exists());
+    host.wake("asleep");
+    host.counts_on("asleep");
+    host.sleep("asleep");
+    host.kill_daemon();
+    host.restart();
+    assert_eq!(host.state("asleep"), "snapshotted");
+    host.wake("asleep");
+    assert_eq!(host.counts_on("asleep").boots, 1);
+}

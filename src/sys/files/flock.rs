@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
+    ops::Range,
     os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
     path::Path,
     time::Duration,
@@ -68,6 +69,59 @@ pub fn lock_holder(path: &Path) -> Option<u32> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
+/// A shared lock on some bytes of a file, for as long as this exists. It is an open file
+/// description's lock: a process's own locks on a file end as soon as that process closes any
+/// descriptor of the file, and this one does not.
+#[derive(Debug)]
+pub struct SharedLock {
+    file: File,
+    bytes: Range<libc::off_t>,
+}
+
+impl SharedLock {
+    /// Takes it at once.
+    ///
+    /// # Errors
+    /// Those of open(2) and fcntl(2): `WouldBlock` where another has these bytes exclusively.
+    pub fn take(path: &Path, bytes: Range<libc::off_t>) -> io::Result<Self> {
+        let taken = Self { file: File::open(path)?, bytes };
+        taken.set(libc::F_RDLCK)?;
+        Ok(taken)
+    }
+
+    /// Unlocks the bytes, and leaves the file open.
+    ///
+    /// # Errors
+    /// Those of fcntl(2).
+    pub fn unlock(&self) -> io::Result<()> {
+        self.set(libc::F_UNLCK)
+    }
+
+    fn set(&self, kind: libc::c_int) -> io::Result<()> {
+        let lock = part(kind, self.bytes.start, self.bytes.end - self.bytes.start);
+        // SAFETY: the descriptor is open and ours, and the kernel reads one struct of this type,
+        // which outlives the call.
+        let done =
+            unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+        if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+/// Returns a lock on so many bytes; on all from there where `length` is zero.
+fn part(kind: libc::c_int, start: libc::off_t, length: libc::off_t) -> libc::flock {
+    libc::flock {
+        l_type: short(kind),
+        l_whence: short(libc::SEEK_SET),
+        l_start: start,
+        l_len: length,
+        l_pid: 0,
+    }
+}
+
+fn short(number: libc::c_int) -> libc::c_short {
+    libc::c_short::try_from(number).expect("the kernel's numbers for locks are small")
+}
+
 /// Says whether a VMM that has the image `path`, or a part of it, locked (`fcntl(2)`, open
 /// file description locks) keeps another from reading it, or from writing it.
 ///
@@ -79,24 +133,15 @@ pub fn is_image_locked(path: &Path, wanted: Use) -> io::Result<bool> {
         Use::Read => libc::F_RDLCK,
         Use::Write => libc::F_WRLCK,
     };
-    let number = |number: libc::c_int| {
-        libc::c_short::try_from(number).expect("the kernel's numbers for locks are small")
-    };
-    let mut lock = libc::flock {
-        l_type: number(kind),
-        l_whence: number(libc::SEEK_SET),
-        l_start: 0,
-        // To the end, wherever that is.
-        l_len: 0,
-        l_pid: 0,
-    };
+    // To the end, wherever that is.
+    let mut lock = part(kind, 0, 0);
     // SAFETY: the descriptor is open and ours, and the kernel reads and writes one struct
     // of this type, which outlives the call.
     let done = unsafe { libc::fcntl(image.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
     if done == -1 {
         return Err(io::Error::last_os_error());
     }
-    Ok(lock.l_type != number(libc::F_UNLCK))
+    Ok(lock.l_type != short(libc::F_UNLCK))
 }
 
 /// What an image is wanted for.
@@ -114,14 +159,7 @@ mod tests {
 
     /// Locks a part of a file as a VMM does.
     fn lock_part(file: &File, kind: libc::c_int) {
-        let number = |number: libc::c_int| libc::c_short::try_from(number).unwrap();
-        let lock = libc::flock {
-            l_type: number(kind),
-            l_whence: number(libc::SEEK_SET),
-            l_start: 100,
-            l_len: 1,
-            l_pid: 0,
-        };
+        let lock = part(kind, 100, 1);
         // SAFETY: the descriptor is open, and the struct outlives the call.
         let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
         assert_eq!(done, 0);
@@ -142,6 +180,19 @@ mod tests {
         lock_part(&reader, libc::F_RDLCK);
         assert!(!locked(Use::Read) && locked(Use::Write));
         assert!(is_image_locked(&temp.path().join("none"), Use::Read).is_err());
+    }
+
+    #[test]
+    fn a_shared_lock_outlasts_another_descriptor_of_the_file() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("file");
+        drop(File::create_new(&path).unwrap());
+        let held = SharedLock::take(&path, 100..101).unwrap();
+        drop(File::open(&path).unwrap());
+        assert!(is_image_locked(&path, Use::Write).unwrap());
+        assert!(!is_image_locked(&path, Use::Read).unwrap());
+        held.unlock().unwrap();
+        assert!(!is_image_locked(&path, Use::Write).unwrap());
     }
 
     #[test]

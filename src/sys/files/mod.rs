@@ -26,7 +26,7 @@ pub use durable::{
     create_private, free_bytes, make_private_dir, remove_file, remove_tree, rename, rename_durably,
     sync_dir, sync_file, write_durably,
 };
-pub use flock::{LockFile, Use, is_image_locked, lock_file, lock_holder};
+pub use flock::{LockFile, SharedLock, Use, is_image_locked, lock_file, lock_holder};
 pub use identity::{FileId, ids_below};
 pub use opening::{
     ANSWER_LIMIT, ImageSize, MagicLinks, Opened, START_BYTES, handle_path, no_answer,
