@@ -108,10 +108,33 @@ type Author = (Actor, Writer);
 struct Draft {
     /// `None` until something is written.
     text: Option<Vec<u8>>,
+    /// How many bytes of it were in force when it was begun or, if it is a list, committed:
+    /// what follows them is to be appended. `None` if all of it is the document.
+    old_bytes: Option<usize>,
     status: DraftStatus,
     /// Who wrote to it: the first, or another after root. What root's open file is given to
     /// write has not root's rights.
     by: Option<Author>,
+}
+
+/// What is to be committed of a document.
+#[derive(Debug)]
+struct Changed {
+    text: Vec<u8>,
+    /// As in the draft.
+    old_bytes: Option<usize>,
+    by: Author,
+}
+
+impl Changed {
+    /// Returns the document: what is appended follows what is in force now, which others may
+    /// have changed since this was begun.
+    fn onto(&self, in_force: &str) -> Vec<u8> {
+        let Some(appended) = self.old_bytes.and_then(|len| self.text.get(len..)) else {
+            return self.text.clone();
+        };
+        [in_force.as_bytes(), appended].concat()
+    }
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -230,7 +253,11 @@ impl Document {
         let charged = before.as_ref().map_or(0, Vec::len);
         let mut text = match before {
             Some(text) => text,
-            None if self.is_appended => old().into_bytes(),
+            None if self.is_appended => {
+                let old = old().into_bytes();
+                draft.old_bytes = Some(old.len());
+                old
+            }
             None => Vec::new(),
         };
         let at = if self.is_appended { text.len() } else { whole(offset) };
@@ -276,6 +303,7 @@ impl Document {
         {
             let cut = text.len() - size;
             text.truncate(size);
+            draft.old_bytes = draft.old_bytes.filter(|len| *len <= size);
             draft.status = match draft.status {
                 refused @ DraftStatus::Refused(_) => refused,
                 DraftStatus::Clean | DraftStatus::Changed | DraftStatus::Failed(_) => {
@@ -293,6 +321,7 @@ impl Document {
 
     fn clear(&self, draft: &mut Draft, status: DraftStatus) {
         let text = draft.text.take().unwrap_or_default();
+        draft.old_bytes = None;
         self.budget.refund(self.uid, text.len());
         draft.status = status;
     }
@@ -302,7 +331,7 @@ impl Document {
     }
 
     /// Takes its text to commit it, if there is something to commit.
-    fn take_changed(&self) -> Result<Option<(Vec<u8>, Author)>, Errno> {
+    fn take_changed(&self) -> Result<Option<Changed>, Errno> {
         let mut draft = lock(&self.draft);
         match draft.status {
             DraftStatus::Clean => Ok(None),
@@ -310,10 +339,18 @@ impl Document {
             DraftStatus::Changed => {
                 draft.status = DraftStatus::Clean;
                 let text = draft.text.clone().filter(|text| !text.is_empty());
-                let by = draft.by.clone();
-                Ok(text.zip(by))
+                let (old_bytes, by) = (draft.old_bytes, draft.by.clone());
+                Ok(text.zip(by).map(|(text, by)| Changed { text, old_bytes, by }))
             }
         }
+    }
+
+    /// What was written so far is in force. More lines of a list follow what is then in force
+    /// again; of a `config`, which reads differently now, all is written again.
+    fn committed(&self, changed: &Changed) {
+        let is_whole = self.kind != DocumentKind::Config && changed.text.ends_with(b"\n");
+        let mut draft = lock(&self.draft);
+        draft.old_bytes = draft.old_bytes.filter(|_| is_whole).map(|_| changed.text.len());
     }
 
     fn failed(&self, errno: Errno) {
@@ -426,9 +463,10 @@ impl Tree {
         let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
         Closed::Later(Box::new(move || {
             let _turn = lock(&document.committing);
-            let Some((text, by)) = document.take_changed()? else { return Ok(()) };
-            let committed = commit(&lifecycle, &entry, &document, &text, by);
-            committed.inspect_err(|errno| document.failed(*errno))
+            let Some(changed) = document.take_changed()? else { return Ok(()) };
+            commit(&lifecycle, &entry, &document, &changed)
+                .inspect(|()| document.committed(&changed))
+                .inspect_err(|errno| document.failed(*errno))
         }))
     }
 
@@ -504,31 +542,41 @@ fn commit(
     lifecycle: &Lifecycle,
     entry: &Arc<Entry>,
     document: &Document,
-    text: &[u8],
-    (actor, writer): Author,
+    changed: &Changed,
 ) -> Result<(), Errno> {
-    let cause = Cause::Write(actor);
-    let lock = |wait| lifecycle.lock(entry, wait, cause).map_err(|error| errno::of(&error));
-    let (held, policy) = if let Some(list) = document.kind.list(text) {
-        let policy = list.map_err(|bad| refused(lifecycle, entry, &bad))?;
-        (lock(document.wait)?, policy)
-    } else {
-        let text = command::document(text).map_err(|bad| refused(lifecycle, entry, &bad))?;
-        let Some(text) = text else { return Ok(()) };
-        // What has a file of its own is as that says, not as the template.
-        let parse = || {
-            let mut base = Spec::clone(&lifecycle.settings().template);
-            base.keep_policy(&entry.record().spec);
-            read_config(lifecycle, entry, &writer, |missing| Spec::parse(text, &base, missing))
-        };
-        parse()?; // What makes no sense does not wait to be told so.
-        let held = lock(document.wait)?;
-        (held, Policy::Config(Box::new(parse()?), writer))
-    };
+    // What makes no sense does not wait to be told so.
+    if read(lifecycle, entry, document.kind, changed)?.is_none() {
+        return Ok(());
+    }
+    let cause = Cause::Write(changed.by.0.clone());
+    let held = lifecycle.lock(entry, document.wait, cause).map_err(|error| errno::of(&error))?;
+    let Some(policy) = read(lifecycle, entry, document.kind, changed)? else { return Ok(()) };
     check_opened(lifecycle, entry, Some(document.opened))?;
     lifecycle
         .set(&held, entry, policy)
         .map_err(|error| answer(lifecycle, entry, "configuring", &error))
+}
+
+/// Returns what a document makes of the sandbox as it is now; `None` for a blank `config`.
+fn read(
+    lifecycle: &Lifecycle,
+    entry: &Arc<Entry>,
+    kind: DocumentKind,
+    changed: &Changed,
+) -> Result<Option<Policy>, Errno> {
+    let spec = Arc::clone(&entry.record().spec);
+    let text = changed.onto(&kind.text(&spec));
+    if let Some(list) = kind.list(&text) {
+        return list.map(Some).map_err(|bad| refused(lifecycle, entry, &bad));
+    }
+    let text = command::document(&text).map_err(|bad| refused(lifecycle, entry, &bad))?;
+    let Some(text) = text else { return Ok(None) };
+    let writer = &changed.by.1;
+    // What has a file of its own is as that says, not as the template.
+    let mut base = Spec::clone(&lifecycle.settings().template);
+    base.keep_policy(&spec);
+    let spec = read_config(lifecycle, entry, writer, |missing| Spec::parse(text, &base, missing))?;
+    Ok(Some(Policy::Config(Box::new(spec), writer.clone())))
 }
 
 /// Returns the caller as one whose rights are kept.

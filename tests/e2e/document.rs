@@ -212,3 +212,14 @@ fn only_a_file_that_was_opened_to_append_begins_with_the_old_text() {
     host.bash_ok("echo > web-1/net/denied");
     assert_eq!(host.read("web-1/net/denied"), "");
 }
+
+#[test]
+fn entries_that_many_append_at_once_are_all_there() {
+    let host = host();
+    host.bash_ok(
+        "for i in {1..30}; do echo 192.0.$i.0/24 >> web-1/net/denied & pids+=($!); done; \
+         for pid in ${pids[@]}; do wait $pid || exit 1; done",
+    );
+    let denied = host.read("web-1/net/denied");
+    assert_eq!(denied.lines().filter(|line| line.starts_with("192.0.")).count(), 30, "{denied}");
+}

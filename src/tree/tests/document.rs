@@ -90,6 +90,20 @@ fn only_what_was_written_is_the_document_unless_it_was_opened_to_append() {
     }
 }
 
+#[test]
+fn what_two_append_at_a_time_is_there_of_both() {
+    let open = Open::new(File::Denied, Access::Append, ROOT);
+    let other = open_for(&open, Access::Append);
+    open.write_all(&["10.1.0.0/16\n"]);
+    write_to(&open.tree, open.node, other, 0, "10.2.0.0/16\n").unwrap();
+    assert_eq!(open.flush(), Ok(()));
+    close(&open.tree, open.node, other).unwrap();
+    assert_eq!(open.text(), "10.1.0.0/16\n10.2.0.0/16\n");
+    open.write_all(&["10.3.0.0/16\n"]);
+    assert_eq!(open.flush(), Ok(()));
+    assert_eq!(open.text(), "10.1.0.0/16\n10.2.0.0/16\n10.3.0.0/16\n");
+}
+
 fn open_for(other: &Open, access: Access) -> u64 {
     open(&other.tree, other.node, access).unwrap()
 }
