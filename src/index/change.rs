@@ -101,7 +101,7 @@ impl Index {
         now: Timestamp,
         change: impl FnOnce(&mut Record),
     ) -> Result<Arc<Record>, Error> {
-        let state = entry.record().state.after(step)?;
+        let state = entry.record().state().after(step)?;
         let (record, _synced) = self.update(held, entry, state, Wait::ForDisk, |record| {
             record.since = now;
             change(record);
@@ -124,7 +124,7 @@ impl Index {
         now: Timestamp,
         change: impl FnOnce(&mut Record),
     ) -> Result<(Arc<Record>, Commit), Error> {
-        let state = entry.record().state.after(step)?;
+        let state = entry.record().state().after(step)?;
         self.update(held, entry, state, Wait::ForNothing, |record| {
             record.since = now;
             change(record);
@@ -145,7 +145,7 @@ impl Index {
         change: impl FnOnce(&mut Record),
     ) -> Result<Arc<Record>, Error> {
         let (record, _synced) =
-            self.update(held, entry, entry.record().state, Wait::ForDisk, change)?;
+            self.update(held, entry, entry.record().state(), Wait::ForDisk, change)?;
         Ok(record)
     }
 
@@ -162,7 +162,7 @@ impl Index {
         entry: &Entry,
         change: impl FnOnce(&mut Record),
     ) -> Result<(Arc<Record>, Commit), Error> {
-        self.update(held, entry, entry.record().state, Wait::ForNothing, change)
+        self.update(held, entry, entry.record().state(), Wait::ForNothing, change)
     }
 
     /// Waits until `commit`, and so whatever was changed before it, is on the disk.
@@ -235,7 +235,7 @@ impl Index {
         let Some(number) = reserve(&mut write(&self.table)) else {
             return Ok(None);
         };
-        let state = entry.record().state;
+        let state = entry.record().state();
         self.update(held, entry, state, Wait::ForDisk, |record| set(record, number))
             .map(|_synced| Some(number))
             .inspect_err(|_| release(&mut write(&self.table), number))
@@ -387,7 +387,7 @@ impl Index {
         change(&mut new);
         let fixed = |record: &Record| (record.row, record.id.clone(), record.created_at);
         assert_eq!(fixed(&new), fixed(&old), "a change keeps what is fixed");
-        assert_eq!(new.state, state, "the state is changed by steps only");
+        assert_eq!(new.state(), state, "the state is changed by steps only");
         new.spec = self.specs.intern(new.spec);
         let _change = entry.begin_change();
         let (found, commit) = self.execute(&writing(&old.id), |open| {

@@ -108,6 +108,6 @@ impl Error {
     }
 
     pub(super) fn lost(record: &Record) -> Self {
-        Self::Lost { id: record.id.clone(), row: record.row, state: record.state }
+        Self::Lost { id: record.id.clone(), row: record.row, state: record.state() }
     }
 }

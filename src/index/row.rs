@@ -189,17 +189,17 @@ fn guard(record: &Record) -> [Value; 4] {
         unsigned(record.row.0),
         record.id.to_string().into(),
         record.owner.uid.into(),
-        record.state.word().to_owned().into(),
+        record.state().word().to_owned().into(),
     ]
 }
 
 fn values(record: &Record, last_activity: Timestamp) -> [Value; COLUMNS.len()] {
-    let process = record.process.as_ref();
-    let snapshot = record.snapshot;
+    let process = record.process();
+    let snapshot = record.snapshot();
     [
         record.owner.uid.into(),
         record.owner.gid.into(),
-        record.state.word().to_owned().into(),
+        record.state().word().to_owned().into(),
         moment(record.since),
         moment(record.created_at),
         unsigned(record.generation),

@@ -57,7 +57,7 @@ struct ById(Arc<Entry>);
 impl Table {
     pub(super) fn insert(&mut self, entry: Arc<Entry>) {
         let record = entry.record();
-        *self.count(record.state) += 1;
+        *self.count(record.state()) += 1;
         self.take(&record);
         self.by_id.insert(ById(Arc::clone(&entry)));
         self.by_row.insert(entry.row(), entry);
@@ -67,7 +67,7 @@ impl Table {
         self.by_id.remove(entry.id());
         if self.by_row.remove(&entry.row()).is_some() {
             let record = entry.record();
-            *self.count(record.state) -= 1;
+            *self.count(record.state()) -= 1;
             self.give_back(&record);
         }
     }
@@ -101,8 +101,8 @@ impl Table {
     }
 
     pub(super) fn changed(&mut self, from: &Record, to: &Record) {
-        *self.count(from.state) -= 1;
-        *self.count(to.state) += 1;
+        *self.count(from.state()) -= 1;
+        *self.count(to.state()) += 1;
         if (from.user, from.slot) != (to.user, to.slot) {
             self.give_back(from);
             self.take(to);

@@ -83,7 +83,7 @@ impl Lifecycle {
         let live = self
             .machines
             .get(record.row)
-            .ok_or_else(|| Error::NotRunning { id: record.id.clone(), state: record.state })?;
+            .ok_or_else(|| Error::NotRunning { id: record.id.clone(), state: record.state() })?;
         let typed = lock(&live.machine)
             .type_in(bytes)
             .map_err(vmm_failed(entry, "typing on the console of"))?;

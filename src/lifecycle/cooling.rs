@@ -48,7 +48,7 @@ impl Lifecycle {
         while let Some((row, generation)) = self.cooling.take_due(self.now()) {
             let Some(entry) = self.by_row(row) else { continue };
             let record = entry.record();
-            if record.snapshot.is_none_or(|facts| facts.generation != generation) {
+            if record.snapshot().is_none_or(|facts| facts.generation != generation) {
                 continue; // It was woken since.
             }
             let forgotten = self.open_memory(&record).map(|memory| drop_cache(&memory));
@@ -62,14 +62,14 @@ impl Lifecycle {
     /// kernel tells.
     #[must_use]
     pub fn cached_bytes(&self, record: &Record) -> Option<u64> {
-        if record.state != State::Snapshotted {
+        if record.state() != State::Snapshotted {
             return Some(0);
         }
         cached_bytes(&self.open_memory(record)?)
     }
 
     fn open_memory(&self, record: &Record) -> Option<File> {
-        let dir = self.home(record).snapshot_dir(record.snapshot?.generation);
+        let dir = self.home(record).snapshot_dir(record.snapshot()?.generation);
         open_regular(&dir.join(MEMORY)).ok()
     }
 }

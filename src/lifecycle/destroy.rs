@@ -120,7 +120,7 @@ impl Lifecycle {
     pub(super) fn restore_deletions(&self) {
         let now = self.now();
         for entry in self.index.entries_after(RowId(0)) {
-            if entry.record().state == State::Deleting {
+            if entry.record().state() == State::Deleting {
                 self.operations.restore_deletion(entry.row(), false, now);
             }
         }
@@ -246,7 +246,7 @@ impl Lifecycle {
     }
 
     fn destroy_acts(&self, held: &Held, entry: &Arc<Entry>) -> Result<(), Error> {
-        if entry.record().state != State::Deleting {
+        if entry.record().state() != State::Deleting {
             // The intent was a mark. A crash after this line is found at start-up.
             self.step(held, entry, Step::Delete, |_| ())?;
         }

@@ -120,7 +120,7 @@ impl Lifecycle {
         }
         for entry in self.index.entries_after(RowId(0)) {
             let vmms = vmms.remove(&entry.row()).unwrap_or_default();
-            if vmms.is_empty() && is_at_rest(entry.record().state) {
+            if vmms.is_empty() && is_at_rest(entry.record().state()) {
                 continue; // Looked at when somebody wants it, however many there are.
             }
             // Two snapshots, say: `reconcile` tells, and changes nothing.
@@ -177,7 +177,7 @@ impl Lifecycle {
     pub(super) fn is_leftover(&self, entry: &Entry) -> bool {
         let record = entry.record();
         let Ok(survey) = self.home(&record).survey() else { return false };
-        match record.state {
+        match record.state() {
             State::Stopped => survey.live.is_none() && survey.committed.is_none(),
             State::Snapshotted => is_snapshot_of(&record, &survey),
             State::Booting
@@ -257,13 +257,13 @@ fn is_at_rest(state: State) -> bool {
 }
 
 fn is_snapshot_of(record: &Record, survey: &Survey) -> bool {
-    let recorded = record.snapshot.map(|facts| facts.generation);
+    let recorded = record.snapshot().map(|facts| facts.generation);
     survey.committed.is_some() && survey.committed == recorded
 }
 
 /// Says what the files and the VMMs of a sandbox show that its record cannot be older than.
 fn contradiction(record: &Record, survey: &Survey, vmms: &[Arc<Process>]) -> Option<String> {
-    let (id, state) = (&record.id, record.state);
+    let (id, state) = (&record.id, record.state());
     if let Some(committed) = survey.committed {
         let is_expected = match state {
             State::Snapshotted | State::Restoring => is_snapshot_of(record, survey),
@@ -279,7 +279,7 @@ fn contradiction(record: &Record, survey: &Survey, vmms: &[Arc<Process>]) -> Opt
         }
     }
     let is_recorded = |vmm: &ProcessIdentity| {
-        let recorded = record.process.as_ref();
+        let recorded = record.process();
         recorded.is_some_and(|known| {
             (known.pid, known.start_ticks, &known.boot_id)
                 == (vmm.pid, vmm.start_ticks, &vmm.boot_id)
@@ -290,7 +290,7 @@ fn contradiction(record: &Record, survey: &Survey, vmms: &[Arc<Process>]) -> Opt
         // It is recorded just after it was started.
         State::Booting | State::Restoring => {
             let is_earlier = survey.live.is_none_or(|live| live <= record.generation);
-            is_recorded(vmm) || record.process.is_none() && is_earlier
+            is_recorded(vmm) || record.process().is_none() && is_earlier
         }
         State::Snapshotted => is_snapshot_of(record, survey),
         State::Stopped => survey.live.is_none(),

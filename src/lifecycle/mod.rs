@@ -318,7 +318,7 @@ impl Lifecycle {
     #[must_use]
     pub fn rests_in(&self, entry: &Entry, state: State) -> bool {
         let lock = self.locks.try_lock(entry.id());
-        lock.is_some() && entry.record().state == state && self.is_settled(entry)
+        lock.is_some() && entry.record().state() == state && self.is_settled(entry)
     }
 
     /// Returns how many ids are locked or waited for.
@@ -417,7 +417,7 @@ impl Lifecycle {
     /// has one.
     #[must_use]
     pub fn vsock(&self, record: &Record) -> Option<PathBuf> {
-        let has = record.spec.vsock && record.state == State::Running;
+        let has = record.spec.vsock && record.state() == State::Running;
         has.then(|| PlannedVsock::new(&self.runtime_dir(record.row), record.owner).socket())
     }
 
@@ -501,7 +501,7 @@ impl Lifecycle {
         match step {
             Step::Sleep => record.waking.sleeps(cause, before.since, now),
             Step::Woken => {
-                let asleep_since = before.snapshot.map_or(before.since, |snapshot| snapshot.at);
+                let asleep_since = before.snapshot().map_or(before.since, |snapshot| snapshot.at);
                 record.waking.woke(cause, asleep_since, now, self.today());
                 record.waking.stays_awake(now, self.activity_of(before).awake_min);
             }
@@ -522,7 +522,7 @@ impl Lifecycle {
     fn told(&self, step: Step, cause: &Cause, before: &Record, record: &Record) {
         self.metrics.stepped(step, cause, before, record);
         self.publish_step(cause, before, record);
-        if matches!(record.state, State::Running | State::Snapshotted) {
+        if matches!(record.state(), State::Running | State::Snapshotted) {
             self.reaper_wakeup.notify(); // It has a deadline now, which may be the next of all.
         }
     }
@@ -593,7 +593,7 @@ impl Lifecycle {
     /// or that it sleeps by, and each that only this machine does without.
     #[must_use]
     pub fn lacks(&self, record: &Record) -> Vec<Cow<'static, str>> {
-        let named = record.vmm.as_deref().filter(|_| record.state != State::Stopped);
+        let named = record.vmm.as_deref().filter(|_| record.state() != State::Stopped);
         let Some((name, version)) = named.and_then(|named| named.split_once(' ')) else {
             return Vec::new();
         };
@@ -602,7 +602,7 @@ impl Lifecycle {
         let live = self.machines.get(record.row);
         let own = live.iter().flat_map(|live| live.lacks.iter().cloned().map(Cow::Owned));
         // A network is there while the sandbox runs.
-        let runs = record.state == State::Running && self.address(record).is_some();
+        let runs = record.state() == State::Running && self.address(record).is_some();
         let network = runs.then(|| self.troubles.of(record.row)).into_iter().flatten();
         let network = network.map(Cow::Owned).chain(self.lacks_forwarding(record));
         of_all.into_iter().map(Cow::Borrowed).chain(own).chain(network).collect()

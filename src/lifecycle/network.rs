@@ -106,7 +106,7 @@ impl Lifecycle {
         let Some(wanted) = self.wanted(&entry.record()) else {
             return Ok(None);
         };
-        if entry.record().snapshot.is_none() {
+        if entry.record().snapshot().is_none() {
             // That of a sleeper stays with it, see `end_failed`.
             undo.push("removing its network", move || Ok(self.disconnect(entry)?));
         }
@@ -119,7 +119,7 @@ impl Lifecycle {
     /// Has packets wake a sandbox that fell asleep, if they are to, and lets its network stay
     /// for a while.
     pub(super) fn leave_asleep(&self, entry: &Entry) {
-        if entry.record().state != State::Snapshotted {
+        if entry.record().state() != State::Snapshotted {
             return;
         }
         self.let_linger(entry);
@@ -133,7 +133,7 @@ impl Lifecycle {
     pub(super) fn hear_for(&self, entry: &Entry) -> Result<(), Error> {
         let record = entry.record();
         let Some(address) = self.address(&record) else { return Ok(()) };
-        if record.state != State::Snapshotted {
+        if record.state() != State::Snapshotted {
             self.network.deafen(address);
             return Ok(());
         }
@@ -200,12 +200,12 @@ impl Lifecycle {
         let woken = self.lock(&entry, Wait::ForIt, cause).and_then(|held| {
             let record = entry.record();
             let is_wanted =
-                record.spec.wake_on == WakeOn::Packet && record.state == State::Snapshotted;
+                record.spec.wake_on == WakeOn::Packet && record.state() == State::Snapshotted;
             if is_wanted {
                 self.wake(&held, &entry)?;
             }
             // Somebody may put it to sleep as soon as the lock is free.
-            Ok(entry.record().state == State::Running)
+            Ok(entry.record().state() == State::Running)
         });
         if let Err(error) = &woken {
             let error = chain(error);
@@ -220,7 +220,7 @@ impl Lifecycle {
     fn let_linger(&self, entry: &Entry) {
         let record = entry.record();
         if let (Some(_), Period::After(time)) = (self.address(&record), self.settings.linger) {
-            let since = record.snapshot.map_or_else(|| self.now(), |snapshot| snapshot.at);
+            let since = record.snapshot().map_or_else(|| self.now(), |snapshot| snapshot.at);
             self.network.linger(entry.id(), since.after(time));
             self.reaper_wakeup.notify();
         }
@@ -231,7 +231,7 @@ impl Lifecycle {
         let record = entry.record();
         let address = record.slot.and_then(|slot| self.settings.addresses.address(slot));
         let Some(address) = address else { return Ok(()) };
-        if record.state != State::Snapshotted {
+        if record.state() != State::Snapshotted {
             self.network.deafen(address);
         }
         let failed = net_failed(entry, "removing the network of");
@@ -252,7 +252,7 @@ impl Lifecycle {
         let Some(wanted) = self.wanted(&entry.record()) else { return Ok(()) };
         let failed = net_failed(entry, "applying the network policy of");
         let applied = self.network.apply_policy(&wanted).map_err(failed)?;
-        if applied == Applied::NotThere && entry.record().state == State::Running {
+        if applied == Applied::NotThere && entry.record().state() == State::Running {
             return self.try_put_network_back(entry);
         }
         Ok(())
@@ -278,7 +278,7 @@ impl Lifecycle {
     pub fn remove_lingered(&self, _: &Held, entry: &Entry) -> Result<super::Outcome, Error> {
         let until = self.network.lingers_until(entry.id());
         let is_due = until.is_some_and(|until| until <= self.now());
-        if !is_due || entry.record().state != State::Snapshotted {
+        if !is_due || entry.record().state() != State::Snapshotted {
             return Ok(super::Outcome::Spared);
         }
         self.disconnect(entry).inspect_err(|_| {
@@ -335,7 +335,7 @@ impl Lifecycle {
             // Where neither packets wake it nor its network lingers there is nothing to note
             // of it but that somebody sleeps.
             let is_noted = record.spec.wake_on == WakeOn::Packet || there.contains(&record.id);
-            if record.state != State::Snapshotted || (any_heard && !is_noted) {
+            if record.state() != State::Snapshotted || (any_heard && !is_noted) {
                 continue;
             }
             any_heard = true;
@@ -346,7 +346,7 @@ impl Lifecycle {
         }
         for id in found.there {
             let Some(entry) = self.index.by_id(&id) else { continue };
-            match entry.record().state {
+            match entry.record().state() {
                 State::Snapshotted => self.let_linger(&entry),
                 State::Stopped => self.abandon_network(&entry),
                 State::Booting
@@ -391,5 +391,5 @@ impl Lifecycle {
 /// Says whether a sandbox runs that reaches anything beyond the host.
 fn needs_forwarding(record: &Record) -> bool {
     let policy = record.spec.network_policy();
-    record.state == State::Running && policy.is_some_and(|policy| policy.needs_forwarding())
+    record.state() == State::Running && policy.is_some_and(|policy| policy.needs_forwarding())
 }

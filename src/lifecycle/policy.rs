@@ -66,7 +66,7 @@ impl Lifecycle {
                 && !before.spec.is_equal_but_for_activity(spec)
             {
                 self.settle(held, entry, operation)?;
-                let state = entry.record().state;
+                let state = entry.record().state();
                 if state != State::Stopped && !before.spec.is_same_machine(spec) {
                     return Err(Error::NotStopped { id: entry.id().clone(), state });
                 }
@@ -80,7 +80,7 @@ impl Lifecycle {
                 let is_new = awake_min != self.activity_of(&before).awake_min;
                 self.amend(held, entry, |record| {
                     apply(record, policy);
-                    if is_new && record.state == State::Running {
+                    if is_new && record.state() == State::Running {
                         record.waking.stays_awake(record.since, awake_min);
                     }
                 })?;

@@ -37,16 +37,16 @@ impl Lifecycle {
         let slept = operation(before.last_sleep, after.last_sleep);
         let woken = operation(before.last_wake, after.last_wake);
         let what = What::Stepped {
-            from: before.state,
-            to: after.state,
+            from: before.state(),
+            to: after.state(),
             lasted: after.since.since(before.since),
             took: slept.or(woken),
-            snapshot_bytes: after.snapshot.map(|snapshot| snapshot.bytes),
+            snapshot_bytes: after.snapshot().map(|snapshot| snapshot.bytes),
             error: after.error.clone().filter(|_| after.error != before.error),
         };
-        let (from, to) = (before.state.word(), after.state.word());
+        let (from, to) = (before.state().word(), after.state().word());
         let took_ms = slept.or(woken).map(|took| took.as_millis());
-        match after.state {
+        match after.state() {
             State::Stopped | State::Running | State::Snapshotted => {
                 tracing::info!(id = %after.id, from, %cause, took_ms, "{to}");
             }

@@ -162,7 +162,7 @@ impl Lifecycle {
             Err(_) => None, // Its deletion is what is to be finished.
         };
         let cancel = operation.as_ref().map(|operation| Arc::clone(&operation.cancel));
-        let before = entry.record().state;
+        let before = entry.record().state();
         let recovered = self.recover_with(&held, entry, &cancel.unwrap_or_default());
         let adopted = before == State::Running && self.machines.get(entry.row()).is_some();
         let mut table = lock(&settling.table);
@@ -195,7 +195,7 @@ impl Lifecycle {
                 tracing::warn!(id = %entry.id(), pid, "killing a leftover VMM");
                 process.kill();
                 killed += 1;
-            } else if entry.record().process.as_ref().is_none_or(|known| known.pid != pid) {
+            } else if entry.record().process().is_none_or(|known| known.pid != pid) {
                 // One that could not be adopted is told of by its sandbox.
                 tracing::warn!(id = %entry.id(), pid, "leaving a VMM whose guest may be wanted");
             }
@@ -213,7 +213,7 @@ impl Lifecycle {
         if self.operations.is_deleting(entry.row()) {
             return true;
         }
-        match entry.record().state {
+        match entry.record().state() {
             State::Stopped | State::Snapshotted => false,
             State::Running => {
                 let live = self.machines.get(entry.row());
@@ -268,7 +268,7 @@ impl Lifecycle {
         }
         let process = self.process_of(entry)?;
         let record = entry.record();
-        match (record.state, process) {
+        match (record.state(), process) {
             (State::Running, Some(process)) => self.take_over(entry, &process, cancel).map(drop),
             (State::Running, None) => self.lose(held, entry, &self.why_lost(entry)),
             (State::Snapshotting, process) => self.recover_sleep(held, entry, process, cancel),
@@ -335,7 +335,7 @@ impl Lifecycle {
         let record = entry.record();
         let home = self.home(&record);
         let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
-        let generation = record.snapshot.map(|facts| facts.generation);
+        let generation = record.snapshot().map(|facts| facts.generation);
         let consumed = survey.committed.is_none();
         let memory = || self.vmm_of(&record).map(|vmm| memory_of(vmm.as_ref(), &record));
         if consumed {
@@ -390,7 +390,7 @@ impl Lifecycle {
     /// Says whether the VMM in the record was started since the host was.
     fn is_of_this_boot(&self, entry: &Entry) -> Result<bool, Error> {
         let boot_id = boot_id().map_err(host_failed(entry, "asking which boot this is of"))?;
-        Ok(entry.record().process.as_ref().is_some_and(|process| *process.boot_id == *boot_id))
+        Ok(entry.record().process().is_some_and(|process| *process.boot_id == *boot_id))
     }
 
     /// A boot that got as far as running is finished; an inert VMM is ended.
@@ -405,7 +405,7 @@ impl Lifecycle {
             // One that was not recorded has not been told to run, unless the index lost its end.
             // Whether it runs its VMM says; while one that was recorded does not answer, the
             // guest may run.
-            let is_recorded = entry.record().process.as_ref() == Some(process.identity());
+            let is_recorded = entry.record().process() == Some(process.identity());
             let runs = self.attach(entry, &process, cancel).and_then(|live| {
                 lock(&live.machine).running().map_err(vmm_failed(entry, "looking at"))
             });
@@ -422,7 +422,7 @@ impl Lifecycle {
                 Ok(false) | Err(_) => {}
             }
             end(entry, &process)?;
-        } else if entry.record().process.is_some() {
+        } else if entry.record().process().is_some() {
             return self.lose(held, entry, &self.why_lost(entry)); // It may have run.
         }
         self.release(entry)?;
@@ -484,11 +484,11 @@ impl Lifecycle {
             return Ok(live.process.exited().is_none().then(|| Arc::clone(&live.process)));
         }
         let token = self.token(record.row);
-        if let Some(identity) = &record.process {
+        if let Some(identity) = record.process() {
             let adopted = Process::adopt(identity, &token).map_err(failed)?;
             return self.first_of_ours(&record, adopted).map_err(failed);
         }
-        match record.state {
+        match record.state() {
             State::Booting | State::Restoring | State::Deleting => {
                 let found = self.named(&token).map_err(failed)?;
                 let found = found.into_iter().map(|(process, _)| process);

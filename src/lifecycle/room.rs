@@ -84,7 +84,7 @@ impl Lifecycle {
             .vmm_of(&record)
             .is_ok_and(|vmm| memory_of(vmm.as_ref(), &record) == Memory::Mapped);
         let bytes = record.spec.memory_bytes;
-        if record.state != State::Running
+        if record.state() != State::Running
             || !is_mapped
             || memory_taken(&self.home(&record)) >= bytes
         {
@@ -94,7 +94,7 @@ impl Lifecycle {
         let Some(_lock) = self.locks.try_lock(entry.id()) else { return };
         let still = self.machines.get(record.row).is_some_and(|now| Arc::ptr_eq(&now, live));
         let life = self.home(&record).survey().ok().and_then(|survey| survey.live);
-        if let (true, Some(life)) = (still && entry.record().state == State::Running, life)
+        if let (true, Some(life)) = (still && entry.record().state() == State::Running, life)
             && let Err(error) = take_room(&self.home(&record).live_memory(life), bytes)
         {
             tracing::warn!(

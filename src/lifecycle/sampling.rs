@@ -34,7 +34,7 @@ impl Lifecycle {
             let entry = self.by_row(row)?;
             let record = entry.record();
             let (now, sleeps_at) = (self.now(), record.sleep_at(entry.last_activity()));
-            let running = record.state == State::Running;
+            let running = record.state() == State::Running;
             let due = running && lock(&live.usage).is_due(now, record.idle_after, sleeps_at);
             due.then_some((entry, record, live))
         };

@@ -40,7 +40,7 @@ impl Lifecycle {
             self.settle(held, entry, operation)?;
             let record = entry.record();
             let wanted = self.is_wanted(entry, &record, why)?;
-            match record.state {
+            match record.state() {
                 State::Snapshotted => Ok(Outcome::Already),
                 State::Running if !wanted => Ok(Outcome::Spared),
                 State::Running => self.save(held, entry, operation, why),
@@ -67,7 +67,7 @@ impl Lifecycle {
 
     /// Says whether the reason to sleep holds, by the activity of this moment.
     fn is_wanted(&self, entry: &Entry, record: &Record, why: Why) -> Result<bool, Error> {
-        if why != Why::Idle && record.state == State::Running {
+        if why != Why::Idle && record.state() == State::Running {
             self.unless_held(entry, || Ok(()))?;
         }
         let count = entry.activity_count();

@@ -260,7 +260,7 @@ impl Host {
     }
 
     pub(crate) fn state(&self, id: &str) -> State {
-        self.entry(id).record().state
+        self.entry(id).record().state()
     }
 
     pub(crate) fn wake(&self, id: &str) -> Result<Outcome, Error> {
@@ -325,7 +325,7 @@ impl Host {
     /// How often the guest of a sandbox was let run, by the memory that it has now.
     pub(crate) fn runs(&self, id: &str) -> u64 {
         let record = self.entry(id).record();
-        let running = record.process.as_ref().and_then(|process| self.vmm.runs_of(process.pid));
+        let running = record.process().and_then(|process| self.vmm.runs_of(process.pid));
         if let Some(runs) = running {
             return runs;
         }
@@ -342,36 +342,41 @@ impl Host {
     /// Says whether the VMM that the record names runs its guest.
     pub(crate) fn guest_runs(&self, id: &str) -> bool {
         let record = self.entry(id).record();
-        record.process.as_ref().is_some_and(|process| self.vmm.runs(process.pid))
+        record.process().is_some_and(|process| self.vmm.runs(process.pid))
     }
 
     /// The sandbox is as it should be in the state that it says, and can be used.
     pub(crate) fn check(&self, id: &str) {
         let record = self.entry(id).record();
         let survey = self.daemon.home(&record).survey().unwrap();
-        assert!(survey.partials.is_empty(), "{id} is {}", record.state);
+        assert!(survey.partials.is_empty(), "{id} is {}", record.state());
         let sockets = self.daemon.runtime_dir(record.row);
-        assert_eq!(sockets.exists(), record.state == State::Running, "{id} is {}", record.state);
-        match record.state {
+        assert_eq!(
+            sockets.exists(),
+            record.state() == State::Running,
+            "{id} is {}",
+            record.state()
+        );
+        match record.state() {
             State::Running => {
                 assert!(self.guest_runs(id));
                 assert_eq!(survey.committed, None);
             }
             State::Snapshotted => {
-                assert_eq!(record.process, None);
-                assert_eq!(survey.committed, record.snapshot.map(|facts| facts.generation));
+                assert_eq!(record.process(), None);
+                assert_eq!(survey.committed, record.snapshot().map(|facts| facts.generation));
                 assert_eq!(survey.live, None);
             }
-            State::Stopped => assert_eq!((record.process.clone(), survey.live), (None, None)),
+            State::Stopped => assert_eq!((record.process(), survey.live), (None, None)),
             State::Booting | State::Snapshotting | State::Restoring | State::Deleting => {
-                panic!("{id} is {}", record.state)
+                panic!("{id} is {}", record.state())
             }
         }
         let before = self.runs(id);
         self.wake(id).unwrap();
         self.sleep(id).unwrap();
         self.wake(id).unwrap();
-        let more = match record.state {
+        let more = match record.state() {
             State::Running => 1,
             State::Snapshotted => 2,
             // It was booted afresh.

@@ -102,7 +102,7 @@ impl Lifecycle {
             self.put_off_settling(row, false);
             return;
         };
-        let is_end = entry.record().state == State::Running;
+        let is_end = entry.record().state() == State::Running;
         let cause = if is_end { Cause::GuestExit } else { Cause::Reconcile };
         match self.settle_leftover(&Held::new(held, cause), &entry) {
             Ok(_) => {

@@ -152,7 +152,7 @@ impl Lifecycle {
     /// Puts back what is missing of the network of a sandbox, if it runs. Its lock is held.
     pub(super) fn try_put_network_back(&self, entry: &Entry) -> Result<(), Error> {
         let record = entry.record();
-        let Some(wanted) = self.wanted(&record).filter(|_| record.state == State::Running) else {
+        let Some(wanted) = self.wanted(&record).filter(|_| record.state() == State::Running) else {
             return Ok(());
         };
         let vmm = self.machines.get(entry.row()).map(|live| live.process.identity().pid);
@@ -185,7 +185,7 @@ impl Lifecycle {
         rows.sort_unstable();
         let runs = |entry: &Arc<Entry>| {
             let record = entry.record();
-            record.state == State::Running && self.address(&record).is_some()
+            record.state() == State::Running && self.address(&record).is_some()
         };
         rows.into_iter().filter_map(|row| self.by_row(row)).filter(runs).collect()
     }

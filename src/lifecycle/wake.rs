@@ -36,7 +36,7 @@ impl Lifecycle {
     pub fn wake(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
         self.operate(held, entry, |operation| {
             self.settle(held, entry, operation)?;
-            match entry.record().state {
+            match entry.record().state() {
                 State::Running => {
                     self.saw(entry, Signal::Control);
                     Ok(Outcome::Already)
@@ -128,7 +128,7 @@ impl Lifecycle {
         let home = self.home(&record);
         let failed = snapshot_failed(entry, "opening the snapshot of");
         let facts = record
-            .snapshot
+            .snapshot()
             .ok_or_else(|| failed(snapshot::Error::Absent { dir: home.dir().to_owned() }))?;
         let snapshot = home.open(&record.id, facts.generation).map_err(failed)?;
         let vmm = self.vmm_that_made(&record, &snapshot.manifest().vmm)?;
@@ -434,7 +434,7 @@ impl Lifecycle {
     ///
     /// `record` is of before the wake.
     pub(super) fn drop_copy_later(&self, record: &Record, memory: Memory) {
-        let Some(facts) = record.snapshot.filter(|_| memory == Memory::Copied) else {
+        let Some(facts) = record.snapshot().filter(|_| memory == Memory::Copied) else {
             return;
         };
         let (home, id) = (self.home(record), record.id.clone());

@@ -164,11 +164,29 @@ pub struct Record {
 }
 
 impl Record {
+    /// Returns its state.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// Returns the VMM's process, from just before its first instruction to its end.
+    #[must_use]
+    pub fn process(&self) -> Option<&ProcessIdentity> {
+        self.process.as_ref()
+    }
+
+    /// Returns the snapshot that it sleeps on.
+    #[must_use]
+    pub fn snapshot(&self) -> Option<SnapshotFacts> {
+        self.snapshot
+    }
+
     /// Returns when the reaper is to put it to sleep if nothing more happens, given its
     /// last activity; `None` where it is not.
     #[must_use]
     pub fn sleep_at(&self, last_activity: Timestamp) -> Option<Timestamp> {
-        match self.state {
+        match self.state() {
             State::Running => {
                 let at = last_activity.after(self.idle_after.duration()?);
                 let at = self.waking.awake_until.map_or(at, |until| at.max(until));
@@ -193,13 +211,13 @@ impl Record {
     /// Returns when it has been asleep since, if it sleeps.
     #[must_use]
     pub fn asleep_since(&self) -> Timestamp {
-        self.snapshot.map_or(self.since, |snapshot| snapshot.at)
+        self.snapshot().map_or(self.since, |snapshot| snapshot.at)
     }
 
     /// As `delete_at`, where `excess` of the time that it seems to have slept did not pass.
     #[must_use]
     pub fn delete_at_without(&self, excess: Duration) -> Option<Timestamp> {
-        match self.state {
+        match self.state() {
             State::Snapshotted if !self.pinned => {
                 let at = self.asleep_since().after(self.delete_after.duration()?);
                 Some(self.not_before_retry(at.after(excess)))

@@ -530,8 +530,8 @@ fn check_beginning(
     // There may be more disks to come.
     spec.disks.clone_from(&record.spec.disks);
     let is_other = !record.spec.is_same_machine(&spec);
-    if is_other && matches!(record.state, State::Running | State::Snapshotted) {
-        let error = Error::NotStopped { id: entry.id().clone(), state: record.state };
+    if is_other && matches!(record.state(), State::Running | State::Snapshotted) {
+        let error = Error::NotStopped { id: entry.id().clone(), state: record.state() };
         lifecycle.note(entry, &error);
         return Err(answer(lifecycle, entry, "configuring", &error));
     }

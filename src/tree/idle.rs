@@ -21,7 +21,7 @@ impl Facts<'_> {
         line(&mut text, "deletes_at", self.due(self.deletes_at(), record.delete_after));
         line(&mut text, "last_wake_cause", or_none(record.waking.cause.as_deref()));
         line(&mut text, "wakes_today", record.waking.of_day(self.today));
-        let until = record.waking.awake_until.filter(|_| record.state == State::Running);
+        let until = record.waking.awake_until.filter(|_| record.state() == State::Running);
         line(&mut text, "awake_until", or_none(until.map(|until| self.time(until))));
         text
     }
@@ -43,11 +43,11 @@ impl Facts<'_> {
     fn verdict(&self, sleeps: Option<Timestamp>) -> (&'static str, String) {
         let record = self.record;
         let is_ahead = |at: &Timestamp| *at > self.now;
-        let due = match (record.state, sleeps) {
+        let due = match (record.state(), sleeps) {
             (State::Running, Some(due)) => due,
             (State::Running, None) if !self.holders.is_empty() => return ("held", self.held()),
             (State::Running, None) => return ("exempt", self.exempt()),
-            (State::Snapshotted, _) => return (record.state.word(), self.asleep()),
+            (State::Snapshotted, _) => return (record.state().word(), self.asleep()),
             (state, _) => return (state.word(), format!("it is {state}, not running")),
         };
         if let Some(until) = self.spared_until.filter(is_ahead) {

@@ -60,7 +60,7 @@ impl Tree {
         match (node, entry) {
             (Node::File(_, File::State), Some(entry)) => {
                 let record = entry.record();
-                if open.seen == Some((record.state, record.since)) {
+                if open.seen == Some((record.state(), record.since)) {
                     Readiness::Always
                 } else {
                     Readiness::Changed
@@ -173,8 +173,8 @@ impl Tree {
     /// Reads a state. A poll of that open file then waits for the next change.
     fn state_text(&self, row: RowId, handle: u64) -> Result<String, Errno> {
         let record = self.open_entry(row)?.record();
-        self.handles.saw(handle, (record.state, record.since));
-        Ok(format!("{}\n", record.state))
+        self.handles.saw(handle, (record.state(), record.since));
+        Ok(format!("{}\n", record.state()))
     }
 
     fn text_to_read(&self, row: RowId, file: File) -> Result<String, Errno> {
@@ -196,7 +196,7 @@ impl Tree {
         let record = entry.record();
         let facts = |view: &dyn Fn(&Facts<'_>) -> String| self.facts(entry, &record, glance, view);
         match file {
-            File::State => format!("{}\n", record.state),
+            File::State => format!("{}\n", record.state()),
             File::Status => facts(&|facts| facts.status()),
             File::Error => facts(&|facts| facts.error()),
             File::Config => DocumentKind::Config.text(&record.spec),

@@ -73,14 +73,14 @@ impl Facts<'_> {
         let record = self.record;
         let millis = |took: Option<Duration>| or_none(took.map(|took| took.as_millis()));
         let mut text = String::new();
-        line(&mut text, "state", record.state);
+        line(&mut text, "state", record.state());
         line(&mut text, "since", self.time(record.since));
         line(&mut text, "generation", record.generation);
         line(&mut text, "vmm", or_none(record.vmm.as_deref()));
-        line(&mut text, "pid", or_none(record.process.as_ref().map(|process| process.pid)));
+        line(&mut text, "pid", or_none(record.process().map(|process| process.pid)));
         line(&mut text, "vcpus", record.spec.vcpus);
         line(&mut text, "memory_bytes", record.spec.memory_bytes);
-        line(&mut text, "snapshot_bytes", record.snapshot.map_or(0, |snapshot| snapshot.bytes));
+        line(&mut text, "snapshot_bytes", record.snapshot().map_or(0, |snapshot| snapshot.bytes));
         line(&mut text, "disk_bytes", self.disk_bytes);
         line(&mut text, "sleeps", record.sleeps);
         line(&mut text, "wakes", record.wakes);
@@ -156,7 +156,7 @@ impl Facts<'_> {
         format!(
             "{} {} {}:{} {}\n",
             record.id,
-            record.state,
+            record.state(),
             record.owner.uid,
             record.owner.gid,
             self.time(self.last_activity)
@@ -177,7 +177,7 @@ impl Facts<'_> {
 /// with milliseconds has one length.
 pub(super) fn list_line_len(record: &Record) -> u64 {
     let digits = |number: u32| u64::from(number.checked_ilog10().unwrap_or(0) + 1);
-    let words = record.id.as_str().len() + record.state.word().len();
+    let words = record.id.as_str().len() + record.state().word().len();
     let time_and_separators = "2026-01-01T00:00:00.000Z".len() + "  : \n".len();
     (words + time_and_separators) as u64 + digits(record.owner.uid) + digits(record.owner.gid)
 }

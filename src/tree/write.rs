@@ -219,7 +219,7 @@ impl Tree {
             Verb::Sleep { count: None } => State::Snapshotted,
             Verb::Sleep { count: Some(_) } => return None,
         };
-        if record.state != there || self.lifecycle.last_error(entry).is_some() {
+        if record.state() != there || self.lifecycle.last_error(entry).is_some() {
             return None;
         }
         if !self.lifecycle.rests_in(entry, there) {

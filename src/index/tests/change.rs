@@ -175,7 +175,7 @@ fn a_lock_of_another_process_that_does_not_end_is_an_error_that_changes_nothing(
     let held = host.held("a");
     let error = host.index.advance(&held, &entry, Step::Sleep, at(2), |_| ()).unwrap_err();
     assert!(matches!(error, Error::Sql { .. }), "{error}");
-    assert_eq!(entry.record().state, State::Running);
+    assert_eq!(entry.record().state(), State::Running);
     assert_eq!(host.index.count_by_state()[2], (State::Running, 1));
     other.execute_batch("ROLLBACK").unwrap();
     host.index.advance(&held, &entry, Step::Sleep, at(2), |_| ()).unwrap();

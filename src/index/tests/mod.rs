@@ -120,7 +120,7 @@ fn a_sandbox_is_found_by_name_and_number() {
     let host = Host::new();
     let entry = host.create("web-1", 10);
     let record = entry.record();
-    assert_eq!((record.state, record.since), (State::Stopped, at(10)));
+    assert_eq!((record.state(), record.since), (State::Stopped, at(10)));
     assert_eq!((entry.owner(), entry.last_activity()), (OWNER, at(10)));
     assert!(Arc::ptr_eq(&host.get("web-1").unwrap(), &entry));
     assert!(Arc::ptr_eq(&host.index.by_row(entry.row()).unwrap(), &entry));
@@ -183,9 +183,9 @@ fn a_step_changes_state_time_and_what_goes_with_it() {
             record.vmm = Some("qemu 7.2.22".into());
         })
         .unwrap();
-    assert_eq!((record.state, record.since), (State::Booting, at(5)));
+    assert_eq!((record.state(), record.since), (State::Booting, at(5)));
     assert_eq!(entry.record().vmm.as_deref(), Some("qemu 7.2.22"));
-    assert_eq!(before.state, State::Stopped, "a record in hand never changes");
+    assert_eq!(before.state(), State::Stopped, "a record in hand never changes");
     let error = host.index.advance(&held, &entry, Step::Sleep, at(6), |_| {}).unwrap_err();
     assert!(matches!(error, Error::Refused(_)), "{error}");
     assert_eq!(entry.record(), record);
@@ -401,7 +401,7 @@ fn looking_and_touching_wait_for_no_writer() {
     let _writer_at_work = lock(&host.index.connection);
     entry.touch(at(1));
     assert_eq!(host.get("web-1").unwrap().last_activity(), at(1));
-    assert_eq!(entry.record().state, State::Stopped);
+    assert_eq!(entry.record().state(), State::Stopped);
     assert_eq!(host.index.rows_after(RowId(0), 9).len(), host.index.len());
 }
 

@@ -23,7 +23,7 @@ fn running() -> Host {
 
 /// Returns how much the balloon of the sandbox is to have.
 fn balloon(host: &Host) -> u64 {
-    host.vmm.balloon_of(host.entry("a").record().process.as_ref().unwrap().pid).unwrap()
+    host.vmm.balloon_of(host.entry("a").record().process().unwrap().pid).unwrap()
 }
 
 #[test]

@@ -88,7 +88,7 @@ fn a_damaged_copy_is_refused_before_the_guest_runs_and_kept() {
     let host = asleep();
     let record = host.entry("a").record();
     let home = host.daemon.home(&record);
-    let copy = home.snapshot_dir(record.snapshot.unwrap().generation).join(COPY);
+    let copy = home.snapshot_dir(record.snapshot().unwrap().generation).join(COPY);
     let file = std::fs::File::options().write(true).open(&copy).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, b"x", 1 << 20).unwrap();
     let resumes = host.vmm.count(Call::Resume);
@@ -159,7 +159,7 @@ fn a_sleeper_is_woken_by_the_vmm_that_made_its_snapshot_and_no_other() {
     let host = asleep();
     let record = host.entry("a").record();
     let home = host.daemon.home(&record);
-    let generation = record.snapshot.unwrap().generation;
+    let generation = record.snapshot().unwrap().generation;
     let mut made = home.open(&record.id, generation).unwrap().manifest().vmm.clone();
     assert!(host.daemon.vmm_that_made(&record, &made).is_ok());
     made.name = "cloud-hypervisor".to_owned();

@@ -104,7 +104,7 @@ fn a_guest_that_died_with_the_daemon_is_stopped_or_asleep_as_its_files_prove() {
             done.expect("it crashes, it does not fail");
         });
         // The first daemon must not see the end of its VMM, as it is gone itself.
-        let process = host.entry("a").record().process.clone().expect("it has a VMM");
+        let process = host.entry("a").record().process().cloned().expect("it has a VMM");
         let live = host.daemon.machines.remove(host.entry("a").row()).unwrap();
         assert_eq!(live.process.identity(), &process);
         live.process.kill();
@@ -126,9 +126,9 @@ fn running_guests_are_adopted_and_sleepers_are_left_alone() {
         host.wake(id).unwrap();
     }
     host.sleep("b").unwrap();
-    let pid = host.entry("a").record().process.as_ref().unwrap().pid;
+    let pid = host.entry("a").record().process().unwrap().pid;
     host.restart();
-    assert_eq!(host.entry("a").record().process.as_ref().unwrap().pid, pid);
+    assert_eq!(host.entry("a").record().process().unwrap().pid, pid);
     assert_eq!(host.vmm.count(Call::Adopt), 2);
     assert_eq!(host.vmm.count(Call::Restore), 0);
     for id in ["a", "b", "c"] {
@@ -167,7 +167,7 @@ fn a_memory_that_cannot_be_read_at_a_start_is_kept_until_it_can_be() {
     crash(&mut host, Arrow::WakeConsumed, |host| drop(host.wake("a")));
     kill_unseen(&host, "a");
     let record = host.entry("a").record();
-    let life = host.daemon.home(&record).live_dir(record.snapshot.unwrap().generation);
+    let life = host.daemon.home(&record).live_dir(record.snapshot().unwrap().generation);
     // Opening a link to itself fails, as it does on a disk with an I/O error.
     let (manifest, kept) = (life.join("manifest"), host.dir.path().join("manifest"));
     crate::sys::files::rename(&manifest, &kept).unwrap();
@@ -278,8 +278,8 @@ fn the_last_of_several_sleeps_is_what_a_power_cut_leaves() {
     let before = host.entry("a").record();
     host.cut_power(Pages::Kept);
     let after = host.entry("a").record();
-    assert_eq!(after.state, State::Snapshotted);
-    assert_eq!(after.snapshot.unwrap().generation, before.snapshot.unwrap().generation);
+    assert_eq!(after.state(), State::Snapshotted);
+    assert_eq!(after.snapshot().unwrap().generation, before.snapshot().unwrap().generation);
     assert_eq!((after.sleeps, after.wakes), (before.sleeps, before.wakes));
     assert_eq!(after.generation, before.generation);
     assert_eq!(host.runs("a"), 3);

@@ -84,7 +84,7 @@ fn a_deletion_that_was_cut_off_when_it_had_cancelled_an_operation_is_finished() 
         host.vmm.crash(pid);
     });
     assert!(matches!(slept, Err(Error::Gone { .. })), "{slept:?}");
-    assert_ne!(host.daemon.index.by_id(&name("a")).unwrap().record().state, State::Deleting);
+    assert_ne!(host.daemon.index.by_id(&name("a")).unwrap().record().state(), State::Deleting);
     host.restart();
     assert!(host.daemon.by_id(&name("a")).is_none());
     host.check_nothing_left();

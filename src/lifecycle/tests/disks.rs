@@ -50,7 +50,7 @@ impl Stage {
     }
 
     fn pid(&self) -> u32 {
-        self.host.entry("a").record().process.as_ref().unwrap().pid
+        self.host.entry("a").record().process().unwrap().pid
     }
 
     fn guest_writes(&self, number: usize, what: &str) {

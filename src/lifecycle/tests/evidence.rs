@@ -199,7 +199,7 @@ fn a_vmm_is_a_leftover_only_where_the_files_prove_it() {
     assert!(!host.daemon.is_leftover(&entry));
     host.sleep("a").unwrap();
     assert!(host.daemon.is_leftover(&entry), "its memory is in the snapshot");
-    let generation = entry.record().snapshot.unwrap().generation;
+    let generation = entry.record().snapshot().unwrap().generation;
     let home = host.daemon.home(&entry.record());
     std::fs::remove_dir_all(home.snapshot_dir(generation)).unwrap();
     assert!(!host.daemon.is_leftover(&entry));
@@ -239,7 +239,7 @@ fn a_guest_that_runs_is_not_ended_where_the_index_lost_that_its_vmm_was_recorded
     let mut host = Host::new();
     host.create("a");
     crash(&mut host, Arrow::BootSpawned, |host| drop(host.wake("a")));
-    assert_eq!(host.entry("a").record().process, None);
+    assert_eq!(host.entry("a").record().process(), None);
     let copy = host.copy_index();
     let live = host.daemon.machines.get(host.entry("a").row()).unwrap();
     crate::sync::lock(&live.machine).resume().unwrap();

@@ -221,7 +221,7 @@ fn a_sandbox_without_a_kernel_says_how_to_give_it_one() {
 fn a_damaged_memory_is_refused_before_the_guest_runs_and_kept() {
     let host = asleep();
     let record = host.entry("a").record();
-    let memory = host.daemon.home(&record).snapshot_dir(record.snapshot.unwrap().generation);
+    let memory = host.daemon.home(&record).snapshot_dir(record.snapshot().unwrap().generation);
     let memory = memory.join(MEMORY);
     let file = std::fs::File::options().write(true).open(&memory).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, b"x", 1 << 20).unwrap();
@@ -269,7 +269,7 @@ fn a_snapshot_knows_whether_its_machine_has_a_balloon() {
     let machine = || {
         let record = host.entry("a").record();
         let home = host.daemon.home(&record);
-        let snapshot = home.open(&record.id, record.snapshot.unwrap().generation).unwrap();
+        let snapshot = home.open(&record.id, record.snapshot().unwrap().generation).unwrap();
         snapshot.manifest().vmm.machine.clone()
     };
     for (balloon, says) in [(true, "none"), (false, "none, no balloon")] {

@@ -152,7 +152,7 @@ fn where_memory_is_changes_only_while_a_sandbox_is_stopped() {
             host.wake("a").unwrap();
         }
     }
-    let process = host.entry("a").record().process.clone().unwrap();
+    let process = host.entry("a").record().process().cloned().unwrap();
     let live = host.daemon.machines.get(host.entry("a").row()).unwrap();
     assert_eq!(live.process.identity(), &process);
     live.process.kill();

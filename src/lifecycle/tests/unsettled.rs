@@ -10,7 +10,7 @@ fn running() -> Host {
 }
 
 fn vmm(host: &Host) -> u32 {
-    host.entry("a").record().process.as_ref().unwrap().pid
+    host.entry("a").record().process().unwrap().pid
 }
 
 #[test]
@@ -55,7 +55,7 @@ fn a_sleep_that_was_committed_and_not_recorded_has_succeeded() {
     host.accept_writes();
     host.settle();
     let record = host.entry("a").record();
-    assert_eq!((record.state, record.sleeps, host.runs("a")), (State::Snapshotted, 1, runs));
+    assert_eq!((record.state(), record.sleeps, host.runs("a")), (State::Snapshotted, 1, runs));
     assert_eq!(host.error("a"), "ok");
     host.check("a");
 }
@@ -72,7 +72,7 @@ fn a_wake_that_let_the_guest_run_and_was_not_recorded_has_succeeded() {
     host.accept_writes();
     host.settle();
     let record = host.entry("a").record();
-    assert_eq!((record.state, record.wakes), (State::Running, 1));
+    assert_eq!((record.state(), record.wakes), (State::Running, 1));
     assert_eq!((vmm(&host), host.runs("a")), (pid, runs + 1));
     host.check("a");
 }

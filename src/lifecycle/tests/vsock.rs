@@ -35,7 +35,7 @@ fn the_path_of_a_vsock_is_told_while_its_guest_runs() {
     assert_eq!(vsock(), None);
     let record = host.entry("a").record();
     let home = host.daemon.home(&record);
-    let snapshot = home.open(&record.id, record.snapshot.unwrap().generation).unwrap();
+    let snapshot = home.open(&record.id, record.snapshot().unwrap().generation).unwrap();
     assert_eq!(snapshot.manifest().vmm.machine, "none, vsock");
     host.check("a");
 }

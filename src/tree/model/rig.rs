@@ -130,7 +130,7 @@ impl Rig {
             }
             Op::End(name, end) => {
                 let entry = self.host.daemon.by_id(&NAMES[*name].parse().unwrap());
-                let process = entry.and_then(|entry| entry.record().process.clone());
+                let process = entry.and_then(|entry| entry.record().process().cloned());
                 match (process, end) {
                     (Some(process), End::ShutDown) => self.host.vmm.shut_down(process.pid),
                     (Some(process), End::Crash) => self.host.vmm.crash(process.pid),
@@ -156,7 +156,7 @@ impl Rig {
             .zip(dies)
             .filter(|(_, dies)| **dies)
             .filter_map(|(name, _)| self.host.daemon.by_id(&name.parse().unwrap()))
-            .filter_map(|entry| Some(entry.record().process.as_ref()?.pid))
+            .filter_map(|entry| Some(entry.record().process()?.pid))
             .collect();
         self.host.restart_after(ordered, |host| {
             host.clock.advance(down);

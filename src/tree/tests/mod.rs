@@ -145,7 +145,7 @@ fn what_is_wrong_has_an_errno_and_a_sentence_and_changes_nothing() {
         assert!(error.contains(says), "{error}");
         assert_eq!(error.matches('\n').count(), 1, "{error:?}");
         let after = host.entry("a").record();
-        assert_eq!((&before.state, &before.spec), (&after.state, &after.spec));
+        assert_eq!((&before.state(), &before.spec), (&after.state(), &after.spec));
         assert_eq!(before.idle_after, after.idle_after);
     }
     for file in [File::Status, File::Error, File::Idle] {
