@@ -16,6 +16,7 @@ pub mod fuse;
 pub mod index;
 pub mod lifecycle;
 pub mod lock;
+pub mod machines;
 pub mod net;
 pub mod reaper;
 pub mod sandbox;

@@ -19,12 +19,10 @@ use std::{
     time::Duration,
 };
 
-use super::{
-    Arrow, Entry, Error, Lifecycle, Outcome, chain, error::host_failed, exits::end,
-    operation::Claim,
-};
+use super::{Arrow, Entry, Error, Lifecycle, Outcome, chain, error::host_failed, operation::Claim};
 use crate::{
     lifecycle::Held,
+    machines::end,
     sandbox::{Cause, RowId, State, Step},
     sync::Arc,
     sys::{
@@ -251,7 +249,7 @@ impl Lifecycle {
             self.step(held, entry, Step::Delete, |_| ())?;
         }
         if let Some(process) = self.process_of(entry)? {
-            end(entry, &process)?;
+            end(entry.id(), &process)?;
         }
         self.release(entry)?;
         // Nobody removes them later, as no other sandbox has their directory.

@@ -1,11 +1,11 @@
 //! Why an operation on a sandbox failed.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{io, path::PathBuf};
 
 use crate::{
     index::{self, Entry},
-    net,
-    sandbox::{Refused, SandboxId, State, Users, network::AddressPlan, text::one_line},
+    machines, net,
+    sandbox::{Refused, SandboxId, State, Users, network::AddressPlan},
     snapshot, vmm,
 };
 
@@ -136,19 +136,6 @@ pub enum Error {
         /// What the count is now.
         count: u64,
     },
-    /// The memory budget is used up.
-    #[error(
-        "waking {id} takes {needed_mib} MiB, and of the budget ([limits] memory) {left_mib} MiB \
-         are left"
-    )]
-    NoMemory {
-        /// The sandbox.
-        id: SandboxId,
-        /// The memory of its machine.
-        needed_mib: u64,
-        /// What is left of the budget.
-        left_mib: u64,
-    },
     /// There are as many sandboxes as there may be.
     #[error("there are {limit} sandboxes, which is the limit ([limits] sandboxes)")]
     TooMany {
@@ -195,30 +182,9 @@ pub enum Error {
         /// What went wrong.
         source: net::Error,
     },
-    /// Too many operations of that kind for too long.
-    #[error(
-        "no slot to {what} {id} within {} s ([limits] {}s)",
-        .limit.as_secs(), if *.what == "sleep" { "sleep" } else { "wake" }
-    )]
-    NoSlot {
-        /// Such as `wake`.
-        what: &'static str,
-        /// The sandbox.
-        id: SandboxId,
-        /// How long we waited.
-        limit: Duration,
-    },
     /// The daemon is about to end.
     #[error("dozed is shutting down")]
     ShuttingDown,
-    /// No VMM of the kind that `config` asks for.
-    #[error("{id} cannot run here: {why}")]
-    NoVmm {
-        /// The sandbox.
-        id: SandboxId,
-        /// What is missing.
-        why: String,
-    },
     /// The snapshot was made by something else than what would load it.
     #[error("the snapshot of {id} does not fit this host: {why}")]
     Foreign {
@@ -293,14 +259,9 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
-    /// A killed VMM did not go away.
-    #[error("the VMM of {id} was killed but is still there after {} s", .limit.as_secs())]
-    Undead {
-        /// The sandbox.
-        id: SandboxId,
-        /// How long we waited.
-        limit: Duration,
-    },
+    /// A VMM cannot be had, started or ended.
+    #[error(transparent)]
+    Machine(machines::Error),
     /// The index failed.
     #[error("recording the state of {id}")]
     Index {
@@ -340,6 +301,16 @@ pub enum Fault {
     CalledOff,
     /// Anything else.
     Other,
+}
+
+impl From<machines::Error> for Error {
+    fn from(error: machines::Error) -> Self {
+        if let machines::Error::CalledOff { id } = error {
+            Self::Gone { id }
+        } else {
+            Self::Machine(error)
+        }
+    }
 }
 
 impl Error {
@@ -386,8 +357,9 @@ impl Error {
                 | net::Error::Several(_) => Fault::Other,
             },
             Self::Undo { source, .. } => source.fault(),
-            Self::Undead { .. } => Fault::TimedOut,
-            Self::Gone { .. }
+            Self::Machine(source) if source.is_timeout() => Fault::TimedOut,
+            Self::Machine(_)
+            | Self::Gone { .. }
             | Self::Locked { .. }
             | Self::Exists { .. }
             | Self::Refused(_)
@@ -400,14 +372,11 @@ impl Error {
             | Self::Unbootable { .. }
             | Self::ChangedHands { .. }
             | Self::Active { .. }
-            | Self::NoMemory { .. }
             | Self::TooMany { .. }
             | Self::NoUser { .. }
             | Self::NoAddress { .. }
             | Self::NotAllowed { .. }
-            | Self::NoSlot { .. }
             | Self::ShuttingDown
-            | Self::NoVmm { .. }
             | Self::MayHaveRun { .. }
             | Self::Unwakeable { .. }
             | Self::Unrecorded { .. }
@@ -456,18 +425,4 @@ fn fault_of_io(error: &io::Error) -> Fault {
     } else {
         Fault::Other
     }
-}
-
-/// Returns the whole chain of an error as one line, the outermost first. It is bounded, and
-/// safe to be shown: VMMs, owners and file systems have a word in it.
-#[must_use]
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut line = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        line.push_str(": ");
-        line.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    one_line(&line)
 }

@@ -149,7 +149,7 @@ impl Lifecycle {
     /// Returns the processes that run a VMM, as we would start it, by a name that begins so.
     pub(super) fn named(&self, prefix: &str) -> io::Result<Vec<(Arc<Process>, String)>> {
         let mut programs = PROGRAM_NAMES.map(str::to_owned).to_vec();
-        for vmm in &self.vmms {
+        for vmm in self.vmms.all() {
             // By its own name and by that of what a link leads to.
             let paths = [vmm.program().canonicalize().ok(), Some(vmm.program().to_owned())];
             let names = paths.iter().flatten().filter_map(|path| path.file_name());

@@ -1,47 +1,34 @@
 //! Guests that end by themselves, and VMMs that die.
 
-use std::{io, time::Duration};
+use std::{io, ops::ControlFlow};
 
-use super::{Entry, Error, Lifecycle, chain, machines::Ended};
+use super::{Entry, Error, Lifecycle, chain};
 use crate::{
     lifecycle::Held,
+    machines::{Ended, remove_sockets},
     sandbox::{Cause, Step, text::one_line},
     sync::Arc,
-    sys::{
-        files::remove_tree,
-        process::{Exit, Process},
-    },
+    sys::process::Exit,
 };
 
 /// Why a sandbox is stopped whose VMM died unseen.
 pub(super) const LOST: &str =
     "the VMM died while dozed was not running, and the guest's memory with it";
 
-/// How long a killed VMM may take to go. The kernel has to free its memory, which for
-/// hundreds of GiB takes seconds.
-const KILL_LIMIT: Duration = Duration::from_secs(30);
-
 impl Lifecycle {
-    /// Starts the thread that hears of VMMs that ended. Each end is then attended to
+    /// Starts the thread that is told of VMMs that ended. Each end is then attended to
     /// on a thread of its own, as it may have to wait for the sandbox's lock.
     pub(super) fn attend_exits(self: &Arc<Self>) -> io::Result<()> {
-        let Some(ended) = self.machines.ended() else {
-            return Ok(());
-        };
         let this = Arc::downgrade(self);
-        std::thread::Builder::new().name("dozed-exits".to_owned()).spawn(move || {
-            while let Ok(ended) = ended.recv() {
-                let Some(lifecycle) = this.upgrade() else {
-                    break;
-                };
-                let attend = Arc::clone(&lifecycle);
-                if lifecycle.pool.run(move || attend.attend_exit(ended)).is_err() {
-                    // The pool is full of writers that wait; this one cannot be put off.
-                    lifecycle.attend_exit(ended);
-                }
+        self.machines.exits().attend(move |ended| {
+            let Some(lifecycle) = this.upgrade() else { return ControlFlow::Break(()) };
+            let attend = Arc::clone(&lifecycle);
+            if lifecycle.pool.run(move || attend.attend_exit(ended)).is_err() {
+                // The pool is full of writers that wait; this cannot be delayed.
+                lifecycle.attend_exit(ended);
             }
-        })?;
-        Ok(())
+            ControlFlow::Continue(())
+        })
     }
 
     /// Brings a sandbox whose VMM ended to `stopped`.
@@ -75,7 +62,8 @@ impl Lifecycle {
     /// # Errors
     /// The index's. Its machine is then still known, so that everybody sees that it has ended.
     pub(super) fn lose(&self, held: &Held, entry: &Arc<Entry>, why: &str) -> Result<(), Error> {
-        self.give_back(entry);
+        remove_sockets(entry.id(), &self.runtime_dir(entry.row()));
+        self.admission.give_back(entry.row());
         self.abandon_network(entry);
         if let Err(error) = self.home(&entry.record()).end_life() {
             // The next boot or the deletion removes what is left.
@@ -100,6 +88,7 @@ impl Lifecycle {
             record.error = Some(one_line(why).into());
         })?;
         self.machines.remove(entry.row());
+        self.usages.end(entry.row());
         Ok(())
     }
 
@@ -126,39 +115,11 @@ impl Lifecycle {
     /// Gives back what only an awake sandbox needs: the process, sockets, memory.
     ///
     /// # Errors
-    /// `Undead`.
+    /// `KillTimeout`.
     pub(super) fn release(&self, entry: &Entry) -> Result<(), Error> {
-        let live = self.machines.remove(entry.row());
-        if let Some(live) = &live {
-            live.process.kill();
-        }
-        // It takes a moment to go, and has no use for its sockets any more.
-        self.remove_sockets(entry);
-        if let Some(live) = live {
-            end(entry, &live.process)?;
-        }
+        self.usages.end(entry.row());
+        self.machines.kill(entry.row(), entry.id(), &self.runtime_dir(entry.row()))?;
         self.admission.give_back(entry.row());
         Ok(())
     }
-
-    /// Gives back what a VMM had that has ended.
-    fn give_back(&self, entry: &Entry) {
-        self.remove_sockets(entry);
-        self.admission.give_back(entry.row());
-    }
-
-    /// Removes the sockets of a sandbox. Those that stay are replaced by the next VMM.
-    fn remove_sockets(&self, entry: &Entry) {
-        if let Err(error) = remove_tree(&self.runtime_dir(entry.row())) {
-            tracing::warn!(id = %entry.id(), %error, "removing the sockets of a VMM");
-        }
-    }
-}
-
-/// Kills a VMM and waits until it is gone.
-pub(super) fn end(entry: &Entry, process: &Process) -> Result<Exit, Error> {
-    process.kill();
-    process
-        .wait(KILL_LIMIT)
-        .ok_or_else(|| Error::Undead { id: entry.id().clone(), limit: KILL_LIMIT })
 }

@@ -23,10 +23,7 @@
 //! middle, and `reconcile` brings that to an end from what is on disk and what runs.
 
 mod activity;
-mod admission;
-mod balloon;
-mod console;
-mod cooling;
+mod chores;
 mod create;
 mod destroy;
 mod disks;
@@ -37,10 +34,10 @@ mod files;
 mod held;
 mod holds;
 mod images;
-mod machines;
 mod metrics;
 mod network;
 mod operation;
+mod page_cache;
 mod policy;
 mod publish;
 mod reconcile;
@@ -70,33 +67,34 @@ use std::{
 
 use activity::Activities;
 pub use activity::Signals;
-use admission::Admission;
-pub use console::ConsoleLog;
-use cooling::Cooling;
-pub use error::{Error, Fault, chain};
+use error::vmm_failed;
+pub use error::{Error, Fault};
 pub use evidence::{Contradicted, check_index_file};
 pub use files::{NamedFiles, Unusable};
 pub use held::Held;
 use holds::Holds;
 pub use holds::{HoldId, Holder};
-use machines::Machines;
 pub use metrics::{Gauges, Metrics};
 use operation::Operations;
+use page_cache::PageCache;
 pub use policy::Policy;
 pub use stale::{CLOCK_KEY, Stale};
 use unsettled::Unsettled;
+use usage::Usages;
 pub use usage::{Busyness, Rates};
 
+pub use crate::machines::Error as MachineError;
 use crate::{
     events::Wakeup,
     lock::Locks,
+    machines::{Admission, ConsoleLog, Table, Vmms},
     net::Network,
     sandbox::{
         Activity, Cause, Period, Record, RowId, SandboxId, Signal, Spec, State, Step, Timestamp,
         Users, VmmChoice, day_of, network::AddressPlan,
     },
-    snapshot::{self, Home, VmmFacts},
-    sync::Arc,
+    snapshot::{self, Home},
+    sync::{Arc, lock},
     sys::{clock::Clock, files::Reserve, opener::Openers, pool::Pool},
     vmm::{PlannedVsock, Vmm},
 };
@@ -104,6 +102,7 @@ pub use crate::{
     events::{ChangeFeed, Reader, View, Viewer},
     index::{Commit, Due, Entry, Error as IndexError, Index, keys_of_row},
     net::Counters,
+    sandbox::text::chain,
 };
 
 /// What the operations have to know of the configuration.
@@ -167,19 +166,19 @@ pub enum Outcome {
 pub struct Lifecycle {
     index: Index,
     locks: Arc<Locks>,
-    vmms: Vec<Arc<dyn Vmm>>,
-    auto: VmmChoice,
+    vmms: Vmms,
     network: Arc<dyn Network>,
     clock: Arc<dyn Clock>,
     settings: Settings,
     /// Names this store in the command line of its VMMs.
     store_name: String,
-    machines: Machines,
+    machines: Table,
+    usages: Usages,
     operations: Operations,
     admission: Arc<Admission>,
     activities: Activities,
     holds: Holds,
-    cooling: Cooling,
+    page_cache: PageCache,
     /// Room for what has to be written to a full disk.
     reserve: Reserve,
     unsettled: Unsettled,
@@ -251,18 +250,18 @@ impl Lifecycle {
         let lifecycle = Arc::new(Self {
             index: parts.index,
             locks: Locks::new(),
-            vmms: parts.vmms,
-            auto: parts.auto,
+            vmms: Vmms::new(parts.vmms, parts.auto, settings.users),
             network: parts.network,
             clock: parts.clock,
             settings,
             store_name,
-            machines: Machines::start()?,
+            machines: Table::new()?,
+            usages: Usages::default(),
             operations: Operations::default(),
             admission,
             activities: Activities::default(),
             holds: Holds::default(),
-            cooling: Cooling::default(),
+            page_cache: PageCache::default(),
             reserve,
             unsettled: Unsettled::default(),
             emptying: Arc::default(),
@@ -556,49 +555,11 @@ impl Lifecycle {
             .map_err(|source| Error::Index { id: entry.id().clone(), source })
     }
 
-    /// Returns the VMM that is to boot `record`.
-    fn vmm_to_boot(&self, record: &Record) -> Result<&Arc<dyn Vmm>, Error> {
-        let wanted = match record.spec.vmm {
-            VmmChoice::Auto => self.auto,
-            chosen @ (VmmChoice::Qemu | VmmChoice::CloudHypervisor) => chosen,
-        };
-        self.vmms.iter().find(|vmm| vmm.choice() == wanted).ok_or_else(|| Error::NoVmm {
-            id: record.id.clone(),
-            why: match wanted {
-                VmmChoice::Auto | VmmChoice::Qemu => {
-                    "qemu-system-x86_64 is not installed; `apt install qemu-system-x86`".into()
-                }
-                VmmChoice::CloudHypervisor => {
-                    "cloud-hypervisor is not installed, or not usable (`dozed doctor` tells); \
-                     install it, or use vmm = \"qemu\""
-                        .into()
-                }
-            },
-        })
-    }
-
-    /// Returns the VMM that runs `record`, or is about to: whatever `auto` means by now.
-    fn vmm_of(&self, record: &Record) -> Result<&Arc<dyn Vmm>, Error> {
-        let named = record.vmm.as_deref().and_then(|named| named.split(' ').next());
-        match named {
-            None => self.vmm_to_boot(record),
-            Some(name) => self.vmms.iter().find(|vmm| vmm.name() == name).ok_or_else(|| {
-                let why = format!("it is of {name}, which is not installed any more; put it back");
-                Error::NoVmm { id: record.id.clone(), why }
-            }),
-        }
-    }
-
     /// Returns a sentence for each thing that the VMM of `record` lacks: the one that runs it,
     /// or that it sleeps by, and each that only this machine does without.
     #[must_use]
     pub fn lacks(&self, record: &Record) -> Vec<Cow<'static, str>> {
-        let named = record.vmm.as_deref().filter(|_| record.state() != State::Stopped);
-        let Some((name, version)) = named.and_then(|named| named.split_once(' ')) else {
-            return Vec::new();
-        };
-        let vmm = self.vmms.iter().find(|vmm| vmm.name() == name);
-        let of_all = vmm.map(|vmm| vmm.lacks(version)).unwrap_or_default();
+        let of_all = self.vmms.lacks(record);
         let live = self.machines.get(record.row);
         let own = live.iter().flat_map(|live| live.lacks.iter().cloned().map(Cow::Owned));
         // A network is there while the sandbox runs.
@@ -608,31 +569,26 @@ impl Lifecycle {
         of_all.into_iter().map(Cow::Borrowed).chain(own).chain(network).collect()
     }
 
-    /// Returns the VMM that a snapshot of `record` was made by, which alone can load it.
-    fn vmm_that_made(&self, record: &Record, made: &VmmFacts) -> Result<&Arc<dyn Vmm>, Error> {
-        self.vmms.iter().find(|vmm| vmm.name() == made.name).ok_or_else(|| Error::NoVmm {
-            id: record.id.clone(),
-            why: format!(
-                "its snapshot was made by {} {}, which is not installed; put it back, or delete \
-                 the sandbox",
-                made.name, made.version
-            ),
-        })
+    /// Types on a sandbox's console. Returns how many bytes its guest's UART took.
+    ///
+    /// # Errors
+    /// `NotRunning`, or what the VMM says.
+    pub fn type_in(&self, entry: &Entry, bytes: &[u8]) -> Result<usize, Error> {
+        let record = entry.record();
+        let live = self
+            .machines
+            .get(record.row)
+            .ok_or_else(|| Error::NotRunning { id: record.id.clone(), state: record.state() })?;
+        let typed = lock(&live.machine).type_in(bytes);
+        let typed = typed.map_err(vmm_failed(entry, "typing on the console of"))?;
+        self.saw(entry, Signal::Console);
+        Ok(typed)
     }
 
-    /// Returns the user id that the VMM of `record` runs as. One that it has from another time
-    /// is not used while they are switched off.
-    fn user_of(&self, record: &Record) -> Option<u32> {
-        record.user.filter(|_| self.settings.users.is_some())
-    }
-
-    /// Refuses a sandbox whose VMM cannot have its memory as `config` says.
-    fn check_fit(&self, vmm: &dyn Vmm, record: &Record) -> Result<(), Error> {
-        let spec = &record.spec;
-        match vmm.unfit(spec.memory_mode, spec.restore_mode, self.user_of(record)) {
-            Some(why) => Err(Error::NoVmm { id: record.id.clone(), why }),
-            None => Ok(()),
-        }
+    /// Returns the log of a sandbox's console.
+    #[must_use]
+    pub fn console(&self, record: &Record) -> ConsoleLog {
+        ConsoleLog::at(self.home(record).console_log())
     }
 
     /// Marks a place between two steps, where a test may crash the daemon.

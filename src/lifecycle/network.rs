@@ -89,7 +89,7 @@ impl Lifecycle {
         Some(Wanted {
             id: record.id.clone(),
             address: self.address(record)?,
-            tap_owner: self.user_of(record).unwrap_or_else(|| own_ids().0),
+            tap_owner: self.vmms.user_of(record).unwrap_or_else(|| own_ids().0),
             policy: record.spec.network_policy()?,
         })
     }

@@ -45,14 +45,14 @@ use super::{
     Entry, Error, Lifecycle, Outcome, Signal, chain,
     error::{host_failed, snapshot_failed, vmm_failed},
     evidence::Tokened,
-    exits::{LOST, end},
+    exits::LOST,
     files::Files,
-    machines::Live,
     memory_of,
     operation::Operation,
 };
 use crate::{
     lifecycle::Held,
+    machines::{Live, balloon::deflate, end},
     sandbox::{Cause, Record, RowId, SnapshotFacts, State, Step},
     snapshot::{self, Memory},
     sync::{Arc, Condvar, Mutex, lock, wait_while_within},
@@ -295,7 +295,7 @@ impl Lifecycle {
             // Whoever was cut off may have had no time to bring the name to the disk.
             sync_dir(home.dir()).map_err(host_failed(entry, "syncing the directory of"))?;
             if let Some(process) = process {
-                end(entry, &process)?;
+                end(entry.id(), &process)?;
             }
             self.release(entry)?;
             let failed = snapshot_failed(entry, "finishing the snapshot of");
@@ -317,7 +317,7 @@ impl Lifecycle {
             return self.lose(held, entry, &self.why_lost(entry));
         };
         let failed = snapshot_failed(entry, "undoing the snapshot of");
-        let memory = memory_of(self.vmm_of(&record)?.as_ref(), &record);
+        let memory = memory_of(self.vmms.of(&record)?.as_ref(), &record);
         home.recover_partials(memory).map_err(failed)?;
         self.take_over(entry, &process, cancel)?;
         self.step(held, entry, Step::Undo, |_| ())?;
@@ -337,7 +337,7 @@ impl Lifecycle {
         let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
         let generation = record.snapshot().map(|facts| facts.generation);
         let consumed = survey.committed.is_none();
-        let memory = || self.vmm_of(&record).map(|vmm| memory_of(vmm.as_ref(), &record));
+        let memory = || self.vmms.of(&record).map(|vmm| memory_of(vmm.as_ref(), &record));
         if consumed {
             // Before the guest runs the disk has to have it that its snapshot is used up.
             sync_dir(home.dir()).map_err(host_failed(entry, "syncing the directory of"))?;
@@ -356,7 +356,7 @@ impl Lifecycle {
                 self.drop_copy_later(&record, memory()?);
                 return Ok(());
             }
-            Some(process) => drop(end(entry, &process)?),
+            Some(process) => drop(end(entry.id(), &process)?),
             None => {}
         }
         self.release(entry)?;
@@ -421,7 +421,7 @@ impl Lifecycle {
                 Err(error) if is_recorded => return Err(error),
                 Ok(false) | Err(_) => {}
             }
-            end(entry, &process)?;
+            end(entry.id(), &process)?;
         } else if entry.record().process().is_some() {
             return self.lose(held, entry, &self.why_lost(entry)); // It may have run.
         }
@@ -447,7 +447,7 @@ impl Lifecycle {
         }
         drop(machine);
         // A daemon may have died between having asked for memory and giving it back.
-        self.deflate(entry, &live);
+        deflate(&entry.record(), &live);
         Ok(live)
     }
 
@@ -466,7 +466,7 @@ impl Lifecycle {
         let life = self.home(&record).live_dir(record.generation);
         // It has its files.
         let plan = self.plan(&record, &life, &Files::default(), None, cancel)?;
-        let vmm = self.vmm_of(&record)?;
+        let vmm = self.vmms.of(&record)?;
         let machine =
             vmm.adopt(&plan, Arc::clone(process)).map_err(vmm_failed(entry, "adopting"))?;
         self.admission.book_adopted(record.row, record.spec.memory_bytes);

@@ -1,7 +1,7 @@
 //! Letting a guest run that was woken, and what it means when its VMM does not say that it does.
 
-use super::{Entry, Error, Lifecycle, error::vmm_failed, machines::Live};
-use crate::{snapshot::Memory, sync::lock, sys::cancel::Cancel, vmm};
+use super::{Entry, Error, Lifecycle, error::vmm_failed};
+use crate::{machines::Live, snapshot::Memory, sync::lock, sys::cancel::Cancel, vmm};
 
 impl Lifecycle {
     /// Lets a guest run whose snapshot `generation` is consumed.

@@ -5,8 +5,9 @@
 //! instruction. They are given back when it sleeps. Where the file system cannot do that
 //! (tmpfs, btrfs) the room that all who are awake may still want is counted.
 
-use super::{Entry, Error, Lifecycle, chain, error::snapshot_failed, machines::Live, memory_of};
+use super::{Entry, Error, Lifecycle, chain, error::snapshot_failed, memory_of};
 use crate::{
+    machines::Live,
     sandbox::{Record, RowId, State, Step},
     snapshot::{self, Home, Memory},
     sync::Arc,
@@ -81,7 +82,8 @@ impl Lifecycle {
     fn keep_room_of(&self, entry: &Entry, live: &Arc<Live>) {
         let record = entry.record();
         let is_mapped = self
-            .vmm_of(&record)
+            .vmms
+            .of(&record)
             .is_ok_and(|vmm| memory_of(vmm.as_ref(), &record) == Memory::Mapped);
         let bytes = record.spec.memory_bytes;
         if record.state() != State::Running
@@ -114,7 +116,7 @@ impl Lifecycle {
         let others = self.admission.awake().into_iter().filter(|(other, _)| *other != row);
         let wants = others.filter_map(|(other, bytes)| {
             let record = self.by_row(other)?.record();
-            let memory = memory_of(self.vmm_of(&record).ok()?.as_ref(), &record);
+            let memory = memory_of(self.vmms.of(&record).ok()?.as_ref(), &record);
             let taken = || memory_taken(&self.home(&record));
             (memory == Memory::Mapped).then(|| bytes.saturating_sub(taken()))
         });

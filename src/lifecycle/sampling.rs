@@ -5,10 +5,10 @@ use std::{collections::HashMap, io, time::Duration};
 use super::{
     Entry, Error, Lifecycle, Signal, chain,
     error::net_failed,
-    machines::Live,
     usage::{Busyness, Reading, Sample},
 };
 use crate::{
+    machines::Live,
     net::{self, Known, TAP},
     sandbox::{NetMode, Record, RowId, SandboxId, SignalSet, State},
     sync::{Arc, lock},
@@ -34,13 +34,13 @@ impl Lifecycle {
             let entry = self.by_row(row)?;
             let record = entry.record();
             let (now, sleeps_at) = (self.now(), record.sleep_at(entry.last_activity()));
-            let running = record.state() == State::Running;
-            let due = running && lock(&live.usage).is_due(now, record.idle_after, sleeps_at);
-            due.then_some((entry, record, live))
+            let usage = self.usages.get(row).filter(|_| record.state == State::Running)?;
+            let due = lock(&usage).is_due(now, record.idle_after, sleeps_at);
+            due.then_some((entry, record, live, usage))
         };
         let due: Vec<_> = lives.into_iter().filter_map(is_due).collect();
-        let network = self.network_bytes(due.iter().map(|(_, record, _)| record.as_ref()));
-        for (entry, record, live) in due {
+        let network = self.network_bytes(due.iter().map(|(_, record, ..)| record.as_ref()));
+        for (entry, record, live, usage) in due {
             let at = self.now();
             let cpu = live.process.cpu_time();
             if live.process.exited().is_some() {
@@ -53,7 +53,7 @@ impl Lifecycle {
                 network_bytes: network.get(&record.id).copied().unwrap_or(Reading::Absent),
             };
             let (before, above, after) = {
-                let mut usage = lock(&live.usage);
+                let mut usage = lock(&usage);
                 let before = usage.busyness.unknown;
                 let above = usage.take(sample, &self.activity_of(&record));
                 (before, above, usage.busyness.unknown)
@@ -71,13 +71,13 @@ impl Lifecycle {
     /// Returns when a guest was last looked at.
     #[cfg(test)]
     pub(crate) fn samples_of(&self, entry: &Entry) -> Option<crate::sandbox::Timestamp> {
-        self.machines.get(entry.row()).and_then(|live| lock(&live.usage).last)
+        self.usages.get(entry.row()).and_then(|usage| lock(&usage).last)
     }
 
     /// Returns how busy a guest is; nothing where none runs.
     #[must_use]
     pub fn busyness(&self, row: RowId) -> Busyness {
-        self.machines.get(row).map(|live| lock(&live.usage).busyness).unwrap_or_default()
+        self.usages.get(row).map(|usage| lock(&usage).busyness).unwrap_or_default()
     }
 
     /// Returns the guest's CPU time, of a sandbox that is awake.
@@ -151,9 +151,9 @@ impl Lifecycle {
         };
         let limits = self.activity_of(&entry.record());
         let is_above = self
-            .machines
+            .usages
             .get(entry.row())
-            .is_some_and(|live| lock(&live.usage).is_network_above(self.now(), passed, &limits));
+            .is_some_and(|usage| lock(&usage).is_network_above(self.now(), passed, &limits));
         if is_above {
             self.saw(entry, Signal::Network);
         }
@@ -182,8 +182,8 @@ impl Lifecycle {
 
     /// What the VMM did for a sleep that came to nothing is not the guest's doing.
     pub(super) fn sample_anew(&self, entry: &Entry) {
-        if let Some(live) = self.machines.get(entry.row()) {
-            lock(&live.usage).begin_anew();
+        if let Some(usage) = self.usages.get(entry.row()) {
+            lock(&usage).begin_anew();
         }
     }
 }

@@ -4,9 +4,7 @@ use std::{cell::RefCell, rc::Rc};
 
 use super::{
     Arrow, Entry, Error, Lifecycle, Outcome, Why,
-    admission::Slot,
     error::{host_failed, snapshot_failed, vmm_failed},
-    machines::Live,
     memory_of,
     operation::Operation,
     undo::Undo,
@@ -15,6 +13,10 @@ use super::{
 use crate::{
     index::Commit,
     lifecycle::Held,
+    machines::{
+        Live, Slot,
+        balloon::{deflate, inflate},
+    },
     sandbox::{Disk, Record, RowId, SnapshotFacts, State, Step},
     snapshot::{
         self, Committed, DiskFacts, HardwareFacts, HostFacts, ManifestFacts, Memory,
@@ -90,16 +92,16 @@ impl Lifecycle {
         operation: &Operation<'_>,
         why: Why,
     ) -> Result<Outcome, Error> {
-        let took = Stopwatch::start();
-        let record = entry.record();
+        let (took, record) = (Stopwatch::start(), entry.record());
         let slot = self.admission.sleep(&record.id)?;
         let live =
             self.machines.get(record.row).ok_or_else(|| Error::Gone { id: record.id.clone() })?;
         let no_space = snapshot_failed(entry, "finding space for the snapshot of");
         let bytes = lock(&live.machine).save_bytes() + SLEEP_RESERVE_BYTES;
         self.home(&record).check_space(bytes).map_err(no_space)?;
-        let vmm = self.vmm_of(&record)?;
-        let identity = runs_by(entry, vmm.as_ref(), &live)?;
+        let vmm = self.vmms.of(&record)?;
+        let identity =
+            live.identity(vmm.as_ref()).map_err(vmm_failed(entry, "asking what runs"))?;
         let unwakeable = why_unwakeable(vmm.as_ref(), &identity);
         lock(&live.unwakeable).clone_from(&unwakeable);
         match unwakeable {
@@ -118,7 +120,7 @@ impl Lifecycle {
         let mut undo = Undo::new();
         let wanted = self.last_look(entry, &record, operation, &live, why, &mut undo);
         if !matches!(wanted, Ok(true)) {
-            self.deflate(entry, &live);
+            deflate(&entry.record(), &live);
             self.sample_anew(entry);
             self.step(held, entry, Step::Undo, |_| ())
                 .inspect_err(|_| self.settle_later(entry.row()))?;
@@ -162,7 +164,7 @@ impl Lifecycle {
         });
         match recorded {
             Ok((record, _proven)) => {
-                self.cooling.add(record.row, committed.generation, record.since);
+                self.page_cache.drop_later(record.row, committed.generation, record.since);
                 self.leave_asleep(entry);
             }
             Err(error) => self.record_later(entry, "a sleep", &error),
@@ -188,10 +190,10 @@ impl Lifecycle {
         }
         let inflated = Arc::clone(live);
         undo.push("giving its memory back", move || {
-            self.deflate(entry, &inflated);
+            deflate(&entry.record(), &inflated);
             Ok(())
         });
-        self.inflate(entry, operation, live);
+        inflate(record, live, &operation.cancel);
         self.reach(Arrow::SleepInflated);
         self.is_wanted(entry, record, why)
     }
@@ -207,7 +209,7 @@ impl Lifecycle {
         undo: &mut Undo<'_>,
     ) -> Result<Committed, Error> {
         let record = entry.record();
-        let memory = memory_of(self.vmm_of(&record)?.as_ref(), &record);
+        let memory = memory_of(self.vmms.of(&record)?.as_ref(), &record);
         let home = self.home(&record);
         // A file system that does not answer keeps the guest from nothing.
         let disks = self.disk_facts(entry, &operation.cancel)?;
@@ -380,14 +382,4 @@ fn why_unwakeable(vmm: &dyn Vmm, runs: &VmmIdentity) -> Option<String> {
          {mended}",
         runs.name
     ))
-}
-
-/// Returns what the VMM is that runs a guest. It is asked once, as it does not change.
-fn runs_by(entry: &Entry, vmm: &dyn Vmm, live: &Live) -> Result<Arc<VmmIdentity>, Error> {
-    if let Some(identity) = live.identity.get() {
-        return Ok(Arc::clone(identity));
-    }
-    let asked = vmm.identity_of(&live.process);
-    let identity = asked.map_err(vmm_failed(entry, "asking what runs"))?;
-    Ok(Arc::clone(live.identity.get_or_init(|| identity)))
 }

@@ -1,6 +1,6 @@
 //! What to take back when an operation fails: a list of acts, undone in reverse.
 
-use super::{Error, error::chain};
+use super::{Error, chain};
 
 /// One act that can be taken back.
 type Act<'a> = Box<dyn FnOnce() -> Result<(), Box<dyn std::error::Error>> + 'a>;

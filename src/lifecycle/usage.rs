@@ -1,9 +1,12 @@
 //! What a guest uses of the host: samples of what the kernel counts, and the rates and signals
 //! that follow from two of them.
 
-use std::{io, time::Duration};
+use std::{collections::HashMap, io, time::Duration};
 
-use crate::sandbox::{Activity, Period, Signal, SignalSet, Timestamp};
+use crate::{
+    sandbox::{Activity, Period, RowId, Signal, SignalSet, Timestamp},
+    sync::{Arc, Mutex, lock},
+};
 
 /// Two samples closer than this say nothing: CPU time is counted in steps of 10 ms.
 const WINDOW_MIN: Duration = Duration::from_millis(500);
@@ -94,7 +97,31 @@ impl Default for Busyness {
     }
 }
 
-/// What is known of a guest's use of the host while it lives.
+/// What every guest that runs uses of the host, by the row of its sandbox.
+#[derive(Debug, Default)]
+pub(super) struct Usages {
+    /// Each of them is a leaf lock, and so is the table.
+    by_row: Mutex<HashMap<RowId, Arc<Mutex<Usage>>>>,
+}
+
+impl Usages {
+    /// Starts with a guest of which nothing is known yet.
+    pub(super) fn begin(&self, row: RowId) {
+        lock(&self.by_row).insert(row, Arc::default());
+    }
+
+    /// Returns what is known of a guest.
+    pub(super) fn get(&self, row: RowId) -> Option<Arc<Mutex<Usage>>> {
+        lock(&self.by_row).get(&row).map(Arc::clone)
+    }
+
+    /// Forgets a guest that has ended.
+    pub(super) fn end(&self, row: RowId) {
+        lock(&self.by_row).remove(&row);
+    }
+}
+
+/// What is known of a guest's use of the host while it runs.
 #[derive(Debug, Default)]
 pub(super) struct Usage {
     pub(super) last: Option<Timestamp>,

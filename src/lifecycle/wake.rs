@@ -6,16 +6,15 @@ use super::{
     Arrow, Entry, Error, Lifecycle, Outcome, Signal,
     disks::take_back_disks,
     error::{host_failed, snapshot_failed, vmm_failed},
-    exits::end,
     files::Files,
     images::check_formats,
-    machines::Live,
     memory_of,
     operation::Operation,
     undo::Undo,
 };
 use crate::{
     lifecycle::Held,
+    machines::{Live, balloon::deflate, end},
     sandbox::{NetMode, Record, Spec, State, Step},
     snapshot::{self, Memory, Snapshot},
     sync::{Arc, lock},
@@ -131,13 +130,14 @@ impl Lifecycle {
             .snapshot()
             .ok_or_else(|| failed(snapshot::Error::Absent { dir: home.dir().to_owned() }))?;
         let snapshot = home.open(&record.id, facts.generation).map_err(failed)?;
-        let vmm = self.vmm_that_made(&record, &snapshot.manifest().vmm)?;
+        let made = &snapshot.manifest().vmm;
+        let vmm = self.vmms.that_made(&record, &made.name, &made.version)?;
         let identity = vmm.identity().map_err(vmm_failed(entry, "asking what would wake"))?;
         self.check_origin(&record, &snapshot, &identity)?;
         let memory = memory_of(vmm.as_ref(), &record);
         self.check_room(entry, memory, facts.bytes)?;
         self.give_user(held, entry, vmm.as_ref())?;
-        self.check_fit(vmm.as_ref(), &entry.record())?;
+        self.vmms.check_fit(vmm.as_ref(), &entry.record())?;
         let files = self.open_to_wake(&record, &operation.cancel)?;
 
         // A crash after this line is found at start-up.
@@ -184,7 +184,7 @@ impl Lifecycle {
         let woken = Arc::clone(&live);
         undo.push("taking the snapshot back", move || {
             // What has not run by now must not begin to.
-            end(entry, &woken.process)?;
+            end(entry.id(), &woken.process)?;
             let ran = memory == Memory::Copied && !lock(&woken.machine).never_ran();
             if ran {
                 return Err(Error::MayHaveRun { id: entry.id().clone() }.into());
@@ -195,7 +195,7 @@ impl Lifecycle {
 
         self.deliver(entry)?;
         self.let_run(entry, &live, memory, facts.generation)?;
-        self.deflate(entry, &live);
+        deflate(&entry.record(), &live);
         self.reach(Arrow::WakeResumed);
         Ok(memory)
     }
@@ -227,7 +227,7 @@ impl Lifecycle {
             });
             let machine = machine.map_err(vmm_failed(entry, "restoring"))?;
             if let Err(error) = checked {
-                end(entry, machine.process())?;
+                end(entry.id(), machine.process())?;
                 return Err(damaged(error));
             }
             Ok(machine)
@@ -297,19 +297,11 @@ impl Lifecycle {
         self.check_nothing_sleeps(entry)?;
         let record = entry.record();
         let home = self.home(&record);
-        let vmm = self.vmm_to_boot(&record)?;
-        if record.spec.vsock && !vmm.has_vsock() {
-            let (id, name) = (record.id.clone(), vmm.name());
-            let why = format!(
-                "it has `vsock = true`, which needs Cloud Hypervisor, and here it would be {name}; \
-                 install it, or write `vsock = false`"
-            );
-            return Err(Error::NoVmm { id, why });
-        }
+        let vmm = self.vmms.to_boot(&record)?;
         let identity = vmm.identity().map_err(vmm_failed(entry, "asking what would boot"))?;
         let memory = memory_of(vmm.as_ref(), &record);
         self.give_user(held, entry, vmm.as_ref())?;
-        self.check_fit(vmm.as_ref(), &entry.record())?;
+        self.vmms.check_fit(vmm.as_ref(), &entry.record())?;
         take_back_disks(&home, &record).map_err(host_failed(entry, "taking back a disk of"))?;
         let files = self.open_to_boot(&record, &home, &operation.cancel)?;
         check_formats(&record, &home, &files)?;
@@ -391,7 +383,7 @@ impl Lifecycle {
         Ok(Plan {
             id: record.id.clone(),
             token: self.token(record.row),
-            user: self.user_of(record),
+            user: self.vmms.user_of(record),
             vcpus: record.spec.vcpus,
             memory_bytes: record.spec.memory_bytes,
             memory_mode: record.spec.memory_mode,
@@ -417,11 +409,9 @@ impl Lifecycle {
         entry: &Entry,
         machine: Box<dyn Machine>,
     ) -> Result<Arc<Live>, Error> {
-        let process = Arc::clone(machine.process());
-        self.machines.enter(entry.row(), machine).map_err(|source| {
-            process.kill();
-            Error::Host { doing: "watching the VMM of", id: entry.id().clone(), source }
-        })
+        self.usages.begin(entry.row());
+        let added = self.machines.add(entry.row(), machine);
+        added.map_err(host_failed(entry, "watching the VMM of"))
     }
 
     /// Ends the VMM, and gives back what only it needed.

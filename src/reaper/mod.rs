@@ -280,22 +280,7 @@ impl Shared {
         let started = self.lifecycle.pool().run(move || {
             // Also where one of them panics.
             let _done = ChoresDone(chores);
-            lifecycle.trim_consoles();
-            lifecycle.cool();
-            lifecycle.keep_room();
-            lifecycle.keep_reserve();
-            if let Err(error) = lifecycle.flush_activity() {
-                tracing::error!(error = chain(&error), "writing activity to the index");
-            }
-            if let Err(error) = lifecycle.forget_holds() {
-                tracing::error!(error = chain(&error), "forgetting holds that have ended");
-            }
-            if let Err(error) = lifecycle.confirm_clock() {
-                tracing::warn!(
-                    error = chain(&error),
-                    "keeping that the wall clock is synchronised"
-                );
-            }
+            lifecycle.do_chores();
         });
         if let Err(error) = started {
             *lock(&self.chores.under_way) = false;

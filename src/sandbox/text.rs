@@ -41,6 +41,20 @@ pub fn one_line(text: &str) -> String {
     shorten(line)
 }
 
+/// Returns the whole chain of an error as one line, the outermost first. It is bounded, and
+/// safe to be shown: VMMs, owners and file systems have a word in it.
+#[must_use]
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut line = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    one_line(&line)
+}
+
 /// Cuts the middle of a line that is too long.
 fn shorten(line: String) -> String {
     if line.len() <= LINE_MAX_BYTES {

@@ -3,13 +3,16 @@
 use std::{
     fs::{self, OpenOptions},
     io,
-    os::unix::{ffi::OsStrExt as _, fs::OpenOptionsExt as _},
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{MetadataExt as _, OpenOptionsExt as _},
+    },
     path::{Path, PathBuf},
 };
 
 use super::{Error, MEMORY, Memory};
 use crate::{
-    sandbox::{RowId, SandboxId},
+    sandbox::{Disk, RowId, SandboxId},
     sys::files,
 };
 
@@ -183,6 +186,34 @@ impl Home {
             Ok(bytes)
         };
         given_back().map_err(Error::io(|| format!("giving back room of {}", dir.display())))
+    }
+
+    /// Returns how many bytes of the memory of the snapshot `generation` are in the page cache,
+    /// where the kernel tells.
+    #[must_use]
+    pub fn page_cache_bytes(&self, generation: u64) -> Option<u64> {
+        let memory = files::open_regular(&self.snapshot_dir(generation).join(MEMORY)).ok()?;
+        files::cached_bytes(&memory)
+    }
+
+    /// Asks the kernel to drop the memory of the snapshot `generation` from the page cache.
+    ///
+    /// # Errors
+    /// What the system says. A snapshot without memory is none.
+    pub fn drop_page_cache(&self, generation: u64) -> Result<(), Error> {
+        let path = self.snapshot_dir(generation).join(MEMORY);
+        let Ok(memory) = files::open_regular(&path) else { return Ok(()) };
+        let dropping = || format!("dropping the page cache of {}", path.display());
+        files::drop_cache(&memory).map_err(Error::io(dropping))
+    }
+
+    /// Returns the bytes on disk of the sandbox's own copies of `disks`.
+    #[must_use]
+    pub fn disk_bytes(&self, disks: &[Disk]) -> u64 {
+        let own = disks.iter().enumerate().filter(|(_, disk)| !disk.readonly);
+        own.filter_map(|(number, _)| fs::symlink_metadata(self.disk(number)).ok())
+            .map(|metadata| metadata.blocks() * 512)
+            .sum()
     }
 
     /// Takes back each sleep that was cut before its commit point while the VMM is alive:

@@ -93,7 +93,7 @@ impl Tree {
     /// Opens the console of a sandbox.
     pub(super) fn open_console(&self, row: RowId) -> Console {
         let entry = self.lifecycle.by_row(row);
-        let start = entry.map_or(0, |entry| self.lifecycle.console(&entry.record()).start);
+        let start = entry.map_or(0, |entry| self.lifecycle.console(&entry.record()).extent().start);
         self.consoles.open(row, start)
     }
 
@@ -106,11 +106,12 @@ impl Tree {
         size: usize,
     ) -> Result<Vec<u8>, Errno> {
         let mut cursor = lock(&console.cursor);
-        let kept = self.lifecycle.console(&entry.record()).start;
+        let log = self.lifecycle.console(&entry.record());
+        let kept = log.extent().start;
         cursor.go(offset, console.start, kept);
         let said = cursor.gap.len().min(size);
         let mut bytes: Vec<u8> = cursor.gap.drain(..said).collect();
-        let read = self.lifecycle.read_console(entry, cursor.at, size - said);
+        let read = log.read(cursor.at, size - said);
         let read = read.map_err(|error| {
             tracing::warn!(id = %entry.id(), %error, "reading a console");
             Errno::Io
@@ -131,13 +132,13 @@ impl Tree {
     /// Says whether there is more of a console than was read.
     pub(super) fn console_has_more(&self, entry: &Entry, console: &Console) -> bool {
         let cursor = lock(&console.cursor);
-        !cursor.gap.is_empty() || self.lifecycle.console(&entry.record()).len > cursor.at
+        !cursor.gap.is_empty() || self.lifecycle.console(&entry.record()).extent().len > cursor.at
     }
 
     /// The size of the console's log, without what was cut off from its front, and when
     /// it last grew.
     pub(super) fn console_facts(&self, record: &Arc<Record>) -> (u64, SystemTime) {
-        let log = self.lifecycle.console(record);
+        let log = self.lifecycle.console(record).extent();
         let start = self.consoles.start(record.row, log.start);
         let mtime = log.mtime.unwrap_or_else(|| self.system_time(record.since));
         (log.len.saturating_sub(start), mtime)

@@ -110,15 +110,15 @@ pub(super) fn of_command(bad: &BadCommand) -> Errno {
 /// Returns the errno that answers a failed operation.
 #[must_use]
 pub(super) fn of(error: &lifecycle::Error) -> Errno {
-    use lifecycle::Error as E;
+    use lifecycle::{Error as E, MachineError as M};
     match error {
-        E::Gone { .. } => Errno::NoDev,
+        E::Gone { .. } | E::Machine(M::CalledOff { .. }) => Errno::NoDev,
         E::Locked { .. } | E::Active { .. } => Errno::Again,
         E::Exists { .. } => Errno::Exist,
         E::Pinned { .. } => Errno::Perm,
         E::ChangedHands { .. } => Errno::Acces,
-        E::NotStopped { .. } | E::NoSlot { .. } | E::Held { .. } => Errno::Busy,
-        E::NoMemory { .. } => Errno::NoMem,
+        E::NotStopped { .. } | E::Machine(M::NoSlot { .. }) | E::Held { .. } => Errno::Busy,
+        E::Machine(M::NoMemory { .. }) => Errno::NoMem,
         E::TooMany { .. } | E::TooManyHolds { .. } | E::NoUser { .. } | E::NoAddress { .. } => {
             Errno::Dquot
         }
@@ -131,7 +131,7 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         | E::NotRunning { .. }
         | E::NotAllowed { .. } => Errno::Inval,
         E::ShuttingDown => Errno::Shutdown,
-        E::NoVmm { .. }
+        E::Machine(M::NoVmm { .. })
         | E::Foreign { .. }
         | E::MayHaveRun { .. }
         | E::Unwakeable { .. }
@@ -145,7 +145,7 @@ pub(super) fn of(error: &lifecycle::Error) -> Errno {
         | E::Host { .. }
         | E::NotWriters { .. }
         | E::Unopened { .. }
-        | E::Undead { .. }
+        | E::Machine(M::KillTimeout { .. })
         | E::Undo { .. } => match error.fault() {
             Fault::NoSpace => Errno::NoSpc,
             Fault::Quota => Errno::Dquot,

@@ -13,7 +13,7 @@ use std::{collections::HashMap, path::PathBuf, time::Duration};
 use super::{File, Node, Tree, view};
 use crate::{
     lifecycle::{Counters, Entry, Error},
-    sandbox::Timestamp,
+    sandbox::{State, Timestamp},
     sync::{Mutex, lock},
 };
 
@@ -100,8 +100,14 @@ impl Tree {
     pub(super) fn glance(&self, entry: &Entry, file: File) -> Result<Glance, Error> {
         let record = entry.record();
         let facts = if file == File::Status {
-            let disk_bytes = self.lifecycle.disk_bytes(&record);
-            SlowFacts::Disks { disk_bytes, cached_bytes: self.lifecycle.cached_bytes(&record) }
+            let home = self.lifecycle.home(&record);
+            let cached_bytes = match record.snapshot() {
+                Some(facts) if record.state == State::Snapshotted => {
+                    home.page_cache_bytes(facts.generation)
+                }
+                Some(_) | None => Some(0),
+            };
+            SlowFacts::Disks { disk_bytes: home.disk_bytes(&record.spec.disks), cached_bytes }
         } else if file == File::Counters {
             let counted = self.lifecycle.network_counters(entry)?;
             SlowFacts::Counters(counted.unwrap_or_default())

@@ -7,7 +7,7 @@ use crate::{
 
 /// What each room may import. The pure types, the locks and the system are below all that
 /// is not listed without them.
-const ROOMS: [(&str, &[&str]); 18] = [
+const ROOMS: [(&str, &[&str]); 19] = [
     ("main", &["cli", "daemon", "doctor"]),
     ("cli", &["config", "sys"]),
     (
@@ -33,7 +33,14 @@ const ROOMS: [(&str, &[&str]); 18] = [
     ("fuse", &["events", "sandbox", "sync", "sys", "tree"]),
     ("tree", &["lifecycle", "sandbox", "sync", "sys"]),
     ("reaper", &["lifecycle", "sandbox", "sync", "sys"]),
-    ("lifecycle", &["index", "lock", "net", "events", "sandbox", "snapshot", "sync", "sys", "vmm"]),
+    (
+        "lifecycle",
+        &[
+            "events", "index", "lock", "machines", "net", "sandbox", "snapshot", "sync", "sys",
+            "vmm",
+        ],
+    ),
+    ("machines", &["events", "sandbox", "sync", "sys", "vmm"]),
     ("index", &["lock", "sandbox", "sync", "sys"]),
     ("snapshot", &["sandbox", "sync", "sys"]),
     ("vmm", &["sandbox", "sync", "sys"]),

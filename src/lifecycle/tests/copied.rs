@@ -2,6 +2,7 @@
 //! which is the same whether or not the guest has run since.
 
 use super::*;
+use crate::lifecycle::MachineError;
 use crate::snapshot::MEMORY as COPY;
 
 fn asleep() -> Host {
@@ -161,9 +162,9 @@ fn a_sleeper_is_woken_by_the_vmm_that_made_its_snapshot_and_no_other() {
     let home = host.daemon.home(&record);
     let generation = record.snapshot().unwrap().generation;
     let mut made = home.open(&record.id, generation).unwrap().manifest().vmm.clone();
-    assert!(host.daemon.vmm_that_made(&record, &made).is_ok());
+    assert!(host.daemon.vmms.that_made(&record, &made.name, &made.version).is_ok());
     made.name = "cloud-hypervisor".to_owned();
-    let error = host.daemon.vmm_that_made(&record, &made).unwrap_err();
-    assert!(matches!(error, Error::NoVmm { .. }));
+    let error = host.daemon.vmms.that_made(&record, &made.name, &made.version).unwrap_err();
+    assert!(matches!(error, MachineError::NoVmm { .. }));
     assert!(error.to_string().contains("made by cloud-hypervisor 1.0"), "{error}");
 }

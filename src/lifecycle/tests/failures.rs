@@ -9,6 +9,7 @@ use std::{
 
 use super::*;
 use crate::sandbox::Cause;
+use crate::{lifecycle::chores::trim_consoles, machines::ConsoleExtent};
 
 fn running() -> Host {
     let host = Host::new();
@@ -81,10 +82,11 @@ fn a_console_does_not_wait_for_a_fifo_nor_follow_a_link() {
     for put in put {
         std::fs::remove_file(&log).ok();
         put();
-        assert_eq!(host.daemon.console(&entry.record()), crate::lifecycle::ConsoleLog::default());
-        let error = host.daemon.read_console(&entry, 0, 100).unwrap_err();
+        let console = host.daemon.console(&entry.record());
+        assert_eq!(console.extent(), ConsoleExtent::default());
+        let error = console.read(0, 100).unwrap_err();
         assert!(error.to_string().contains("not a regular file"), "{error}");
-        host.daemon.trim_consoles();
+        trim_consoles(&host.daemon);
     }
     assert_eq!(std::fs::read(&secret).unwrap(), b"secret");
 }

@@ -1,6 +1,7 @@
 //! The main roads, when nothing goes wrong.
 
 use super::*;
+use crate::lifecycle::{MachineError, page_cache::drop_page_cache};
 use crate::sandbox::Cause;
 
 #[test]
@@ -167,13 +168,16 @@ fn waking_stops_at_the_memory_budget_and_sleeping_gives_back() {
     host.create("a");
     host.create("b");
     host.wake("a").unwrap();
-    assert!(matches!(host.wake("b"), Err(Error::NoMemory { left_mib: 4, .. })));
+    assert!(matches!(
+        host.wake("b"),
+        Err(Error::Machine(MachineError::NoMemory { left_mib: 4, .. }))
+    ));
     assert_eq!(host.state("b"), State::Stopped);
     assert!(host.error("b").contains("the budget ([limits] memory)"), "{}", host.error("b"));
     host.sleep("a").unwrap();
     host.wake("b").unwrap();
     assert_eq!(host.error("b"), "ok");
-    assert!(matches!(host.wake("a"), Err(Error::NoMemory { .. })));
+    assert!(matches!(host.wake("a"), Err(Error::Machine(MachineError::NoMemory { .. }))));
     assert_eq!(host.state("a"), State::Snapshotted);
 }
 
@@ -230,13 +234,16 @@ fn the_page_cache_of_a_sleeper_is_kept_for_a_while_and_then_given_back() {
     host.create("a");
     host.wake("a").unwrap();
     host.sleep("a").unwrap();
-    let cached = || host.daemon.cached_bytes(&host.entry("a").record());
+    let cached = || {
+        let record = host.entry("a").record();
+        host.daemon.home(&record).page_cache_bytes(record.snapshot().unwrap().generation)
+    };
     host.clock.advance(Duration::from_secs(599));
-    host.daemon.cool();
+    drop_page_cache(&host.daemon);
     let Some(before) = cached() else { return }; // This kernel does not tell.
     assert!(before > 0);
     host.clock.advance(Duration::from_secs(1));
-    host.daemon.cool();
+    drop_page_cache(&host.daemon);
     assert_eq!(cached(), Some(0));
     host.check("a");
 }

@@ -1,6 +1,7 @@
 //! The socket by which the host reaches a guest.
 
 use super::*;
+use crate::lifecycle::MachineError;
 
 /// Has the machine of a sandbox have a vsock or none.
 fn connect(host: &Host, id: &str, vsock: bool) {
@@ -13,7 +14,7 @@ fn a_vmm_that_has_no_vsock_is_told_before_anything_is_done() {
     let host = Host::new();
     host.create("a");
     connect(&host, "a", true);
-    assert!(matches!(host.wake("a"), Err(Error::NoVmm { .. })));
+    assert!(matches!(host.wake("a"), Err(Error::Machine(MachineError::NoVmm { .. }))));
     let says = "`vsock = true`, which needs Cloud Hypervisor, and here it would be fake";
     assert!(host.error("a").contains(says), "{}", host.error("a"));
     assert_eq!((host.state("a"), host.vmm.count(Call::Boot)), (State::Stopped, 0));

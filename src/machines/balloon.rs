@@ -4,16 +4,20 @@
 //! read from files, and free memory in pieces too small to be reported. A balloon that grows
 //! takes both, and what it has is a hole in the snapshot.
 //!
-//! No more than an attempt: a guest without a driver, or one that gives nothing, goes to
-//! sleep with what it has. Its driver gives memory back by itself where a guest runs short
-//! (`deflate_on_oom`), so that nothing of it is killed for our sake.
+//! It is only an attempt: a guest without a driver, or one that gives nothing, goes to sleep
+//! with what it has. The driver gives memory back by itself where the guest runs short
+//! (`deflate_on_oom`), so no process of the guest is killed because of it.
 
 use std::time::Duration;
 
-use super::{Entry, Lifecycle, chain, machines::Live, operation::Operation};
+use super::Live;
 use crate::{
+    sandbox::{Record, text::chain},
     sync::lock,
-    sys::clock::{self, Deadline, Stopwatch},
+    sys::{
+        cancel::Cancel,
+        clock::{self, Deadline, Stopwatch},
+    },
     vmm,
 };
 
@@ -32,63 +36,56 @@ const STILL_LIMIT: Duration = Duration::from_millis(500);
 /// How often to look at it. A look takes a twentieth of this.
 const LOOK: Duration = Duration::from_millis(10);
 
-impl Lifecycle {
-    /// Has the guest give up what it can spare, and waits until it gives no more. Whatever
-    /// comes of it, the sleep goes on.
-    pub(super) fn inflate(&self, entry: &Entry, operation: &Operation<'_>, live: &Live) {
-        let wanted = spare_bytes(entry.record().spec.memory_bytes);
-        if wanted == 0 {
-            return;
-        }
-        let took = Stopwatch::start();
-        // It is let go of between the two, as a look takes it anew each time.
-        let asked = lock(&live.machine).set_balloon(wanted);
-        let inflated = asked.and_then(|()| wait_for_balloon(operation, live, wanted));
-        match inflated {
-            Ok(bytes) => {
-                let millis = took.elapsed().as_millis();
-                tracing::debug!(id = %entry.id(), bytes, wanted, millis, "the guest gave memory");
-            }
-            Err(error) => {
-                let error = chain(&error);
-                tracing::warn!(id = %entry.id(), error, "asking the guest for memory");
-            }
-        }
+/// Has the guest give up the memory that it can spare, and waits until it gives no more. The
+/// sleep goes on whatever the result.
+pub(crate) fn inflate(record: &Record, live: &Live, cancel: &Cancel) {
+    let wanted = spare_bytes(record.spec.memory_bytes);
+    if wanted == 0 {
+        return;
     }
-
-    /// Lets the guest have all of its memory. It runs already, so this fails nothing.
-    pub(super) fn deflate(&self, entry: &Entry, live: &Live) {
-        if !entry.record().spec.inflate_before_sleep {
-            return;
+    let took = Stopwatch::start();
+    // Not locked between the two, as each look locks it.
+    let asked = lock(&live.machine).set_balloon(wanted);
+    match asked.and_then(|()| wait_for_balloon(live, wanted, cancel)) {
+        Ok(bytes) => {
+            let millis = took.elapsed().as_millis();
+            tracing::debug!(id = %record.id, bytes, wanted, millis, "the guest gave memory");
         }
-        if let Err(error) = lock(&live.machine).set_balloon(0) {
-            let error = chain(&error);
-            tracing::warn!(id = %entry.id(), error, "giving the guest its memory back");
+        Err(error) => {
+            tracing::warn!(id = %record.id, error = chain(&error), "asking the guest for memory");
         }
     }
 }
 
-/// Returns how much of so much memory is asked for.
+/// Gives the guest all of its memory back, if it was asked for some. Nothing fails by this, as
+/// the guest already runs.
+pub(crate) fn deflate(record: &Record, live: &Live) {
+    if !record.spec.inflate_before_sleep {
+        return;
+    }
+    if let Err(error) = lock(&live.machine).set_balloon(0) {
+        let error = chain(&error);
+        tracing::warn!(id = %record.id, error, "giving the guest its memory back");
+    }
+}
+
+/// Returns how much memory a guest with so much is asked for.
 fn spare_bytes(memory_bytes: u64) -> u64 {
     memory_bytes.saturating_sub(FLOOR_BYTES + memory_bytes / FLOOR_PART)
 }
 
 /// Waits until the balloon has `wanted`, or stands still; returns what it has then.
-fn wait_for_balloon(
-    operation: &Operation<'_>,
-    live: &Live,
-    wanted: u64,
-) -> Result<u64, vmm::Error> {
+fn wait_for_balloon(live: &Live, wanted: u64, cancel: &Cancel) -> Result<u64, vmm::Error> {
     let deadline = Deadline::after(INFLATE_LIMIT);
     let (mut has, mut still) = (0, Deadline::after(STILL_LIMIT));
     loop {
-        // It is locked anew for each look, so that who types on the console is not held up.
+        // The machine is locked for each look only, so that typing on the console need not wait.
         let now = lock(&live.machine).balloon_bytes()?;
         if now != has {
             (has, still) = (now, Deadline::after(STILL_LIMIT));
         }
         let over = has >= wanted || still.passed() || deadline.passed();
-        if over || operation.cancel.check().is_err() {
+        if over || cancel.check().is_err() {
             return Ok(has);
         }
         clock::pause_for(LOOK);

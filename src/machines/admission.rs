@@ -1,4 +1,4 @@
-//! Who may start: bounded concurrency of sleeps and of wakes, and the memory budget.
+//! Which operations may start: bounded concurrency of sleeps and of wakes, and the memory budget.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -18,7 +18,7 @@ const SLOT_WAIT: Duration = Duration::from_secs(60);
 /// How long one waits that is to copy disks: a copy of 100 GiB to a disk that writes 200 MB/s
 /// takes nine minutes.
 const COPY_WAIT: Duration = Duration::from_secs(600);
-/// How soon who waits to copy notices that it is called off.
+/// How often a wait to copy checks whether it was cancelled.
 const CANCEL_LOOK: Duration = Duration::from_millis(200);
 
 /// How long a VMM may take to answer before its place is another's too. A pause takes
@@ -29,7 +29,7 @@ const ANSWER_LOOK: Duration = Duration::from_millis(250);
 
 /// The gate that every sleep, wake and boot passes before it touches anything.
 #[derive(Debug)]
-pub(super) struct Admission {
+pub(crate) struct Admission {
     sleeps: Slots,
     wakes: Slots,
     copies: Slots,
@@ -69,7 +69,7 @@ impl Taken {
 /// A place in one of the queues; free again when dropped.
 #[derive(Debug)]
 #[must_use = "the place is free again as soon as it is dropped"]
-pub(super) struct Slot {
+pub(crate) struct Slot {
     admission: Arc<Admission>,
     of: fn(&Admission) -> &Slots,
     number: u64,
@@ -77,7 +77,7 @@ pub(super) struct Slot {
 
 impl Slot {
     /// Notes that its VMM answers, so that the place counts for as long as it is taken.
-    pub(super) fn answered(&self) {
+    pub(crate) fn answered(&self) {
         let slots = (self.of)(&self.admission);
         if let Some(since) = lock(&slots.taken).places.get_mut(&self.number) {
             *since = None;
@@ -87,7 +87,7 @@ impl Slot {
 
 impl Admission {
     /// Makes a gate for so many at a time and so much memory in all.
-    pub(super) fn new(sleeps: usize, wakes: usize, budget_bytes: Option<u64>) -> Arc<Self> {
+    pub(crate) fn new(sleeps: usize, wakes: usize, budget_bytes: Option<u64>) -> Arc<Self> {
         let slots =
             |what, count| Slots { what, count, taken: Mutex::default(), freed: Condvar::new() };
         Arc::new(Self {
@@ -104,7 +104,7 @@ impl Admission {
     ///
     /// # Errors
     /// `NoSlot` when none is free for too long.
-    pub(super) fn sleep(self: &Arc<Self>, id: &SandboxId) -> Result<Slot, Error> {
+    pub(crate) fn sleep(self: &Arc<Self>, id: &SandboxId) -> Result<Slot, Error> {
         self.take(id, SLOT_WAIT, Some(Stopwatch::start), |admission| &admission.sleeps)
     }
 
@@ -112,18 +112,18 @@ impl Admission {
     ///
     /// # Errors
     /// `NoSlot` when none is free for too long.
-    pub(super) fn wake(self: &Arc<Self>, id: &SandboxId) -> Result<Slot, Error> {
+    pub(crate) fn wake(self: &Arc<Self>, id: &SandboxId) -> Result<Slot, Error> {
         self.take(id, SLOT_WAIT, None, |admission| &admission.wakes)
     }
 
     /// Waits for a place among those that copy disks, of which there are as many as of wakes.
     ///
     /// # Errors
-    /// `NoSlot` when none is free for too long, `Gone` when it is called off.
-    pub(super) fn copy(self: &Arc<Self>, id: &SandboxId, cancel: &Cancel) -> Result<Slot, Error> {
+    /// `NoSlot` when none is free for too long, `CalledOff` when it is cancelled.
+    pub(crate) fn copy(self: &Arc<Self>, id: &SandboxId, cancel: &Cancel) -> Result<Slot, Error> {
         let deadline = Deadline::after(COPY_WAIT);
         loop {
-            cancel.check().map_err(|_| Error::Gone { id: id.clone() })?;
+            cancel.check().map_err(|_| Error::CalledOff { id: id.clone() })?;
             match self.take(id, CANCEL_LOOK, None, |admission| &admission.copies) {
                 Err(Error::NoSlot { what, id, .. }) if deadline.passed() => {
                     return Err(Error::NoSlot { what, id, limit: COPY_WAIT });
@@ -149,7 +149,7 @@ impl Admission {
     ///
     /// # Errors
     /// `NoMemory` where that would exceed the budget.
-    pub(super) fn book(&self, row: RowId, id: &SandboxId, bytes: u64) -> Result<(), Error> {
+    pub(crate) fn book(&self, row: RowId, id: &SandboxId, bytes: u64) -> Result<(), Error> {
         let mut awake = lock(&self.awake);
         let used: u64 = awake.iter().filter(|(other, _)| **other != row).map(|(_, b)| b).sum();
         if let Some(budget) = self.budget_bytes {
@@ -167,22 +167,22 @@ impl Admission {
     }
 
     /// Books the memory of a sandbox that was awake before this daemon was.
-    pub(super) fn book_adopted(&self, row: RowId, bytes: u64) {
+    pub(crate) fn book_adopted(&self, row: RowId, bytes: u64) {
         lock(&self.awake).insert(row, bytes);
     }
 
     /// Gives back the memory of a sandbox that is no longer awake.
-    pub(super) fn give_back(&self, row: RowId) {
+    pub(crate) fn give_back(&self, row: RowId) {
         lock(&self.awake).remove(&row);
     }
 
     /// Returns the memory that each awake sandbox was admitted with.
-    pub(super) fn awake(&self) -> Vec<(RowId, u64)> {
+    pub(crate) fn awake(&self) -> Vec<(RowId, u64)> {
         lock(&self.awake).iter().map(|(row, bytes)| (*row, *bytes)).collect()
     }
 
     /// Returns the memory booked and the budget, in bytes.
-    pub(super) fn memory(&self) -> (u64, Option<u64>) {
+    pub(crate) fn memory(&self) -> (u64, Option<u64>) {
         (lock(&self.awake).values().sum(), self.budget_bytes)
     }
 }
