@@ -579,8 +579,10 @@ impl Lifecycle {
             .machines
             .get(record.row)
             .ok_or_else(|| Error::NotRunning { id: record.id.clone(), state: record.state() })?;
-        let typed = lock(&live.machine).type_in(bytes);
-        let typed = typed.map_err(vmm_failed(entry, "typing on the console of"))?;
+        let mut machine = lock(&live.machine);
+        let typed =
+            machine.type_in(bytes).map_err(vmm_failed(entry, "typing on the console of"))?;
+        // Before the guest can be paused, else a sleep would not know of it.
         self.saw(entry, Signal::Console);
         Ok(typed)
     }

@@ -134,50 +134,61 @@ impl Lifecycle {
         Ok(Some(net::Activity { inward: counters.active_in, outward: counters.active_out }))
     }
 
-    /// Says whether a sandbox is known to have been idle since the last sample, too.
-    pub(super) fn is_idle_by_now(&self, entry: &Entry) -> bool {
+    /// Returns what was counted of a sandbox's use up to now. What passed its firewall since the
+    /// last sample becomes activity first, if it is above the threshold.
+    ///
+    /// # Errors
+    /// Where the kernel does not say what passed.
+    pub(super) fn count_use(&self, entry: &Entry) -> Result<Counted, Error> {
+        let network = self.network_use(entry)?;
+        if let Some(passed) = network {
+            let limits = self.activity_of(&entry.record());
+            let is_above = self.usages.get(entry.row()).is_some_and(|usage| {
+                lock(&usage).is_network_above(self.now(), passed.bytes(), &limits)
+            });
+            if is_above {
+                self.saw(entry, Signal::Network);
+            }
+        }
+        Ok(Counted { activity: entry.activity_count(), network })
+    }
+
+    /// As `count_use`, of a sandbox that the reaper is to put to sleep. `None`: a signal that
+    /// counts could not be read, so it is not known to be idle.
+    pub(super) fn count_known_use(&self, entry: &Entry) -> Option<Counted> {
         let unknown = self.unknown_signals(entry);
         if !unknown.is_empty() {
             tracing::debug!(id = %entry.id(), %unknown, "not known to be idle");
-            return false;
+            return None;
         }
-        let passed = match self.network_use(entry) {
-            Ok(Some(passed)) => passed.bytes(),
-            Ok(None) => return true,
-            Err(error) => {
-                tracing::warn!(id = %entry.id(), error = chain(&error), "not known to be idle");
-                return false;
-            }
-        };
-        let limits = self.activity_of(&entry.record());
-        let is_above = self
-            .usages
-            .get(entry.row())
-            .is_some_and(|usage| lock(&usage).is_network_above(self.now(), passed, &limits));
-        if is_above {
-            self.saw(entry, Signal::Network);
-        }
-        !is_above
+        self.count_use(entry)
+            .inspect_err(|error| {
+                tracing::warn!(id = %entry.id(), error = chain(error), "not known to be idle");
+            })
+            .ok()
     }
 
-    /// Pauses a guest by `pause`. If anything that counts passed its firewall meanwhile, its
-    /// guest may have taken it without having answered, and the sleep is not to go on.
+    /// Pauses a guest by `pause`. If it was used since `counted`, it may have taken something
+    /// without having answered, and the sleep is not to go on.
     ///
     /// # Errors
-    /// `Active` if something passed; and where the guest cannot be paused, or the kernel does
-    /// not say what passed.
+    /// `Active` if it was used; and where the guest cannot be paused, or the kernel does not say
+    /// what passed.
     pub(super) fn pause_unless_used(
         &self,
         entry: &Entry,
+        counted: Counted,
         pause: impl FnOnce() -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let before = self.network_use(entry)?;
         pause()?;
-        if self.network_use(entry)? == before {
+        if self.network_use(entry)? != counted.network {
+            self.saw(entry, Signal::Network);
+        }
+        let count = entry.activity_count();
+        if count == counted.activity {
             return Ok(());
         }
-        self.saw(entry, Signal::Network);
-        Err(Error::Active { id: entry.id().clone(), count: entry.activity_count() })
+        Err(Error::Active { id: entry.id().clone(), count })
     }
 
     /// What the VMM did for a sleep that came to nothing is not the guest's doing.
@@ -186,6 +197,16 @@ impl Lifecycle {
             lock(&usage).begin_anew();
         }
     }
+}
+
+/// What was counted of a sandbox's use up to one moment, by which a sleep is decided. It is
+/// compared once the guest is paused, so that nothing is missed between the two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Counted {
+    /// The count of its activity.
+    pub(super) activity: u64,
+    /// What passed its firewall, if that counts.
+    network: Option<net::Activity>,
 }
 
 /// Returns what a guest's disks have read and written; `None` where it has none.

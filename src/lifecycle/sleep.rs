@@ -7,6 +7,7 @@ use super::{
     error::{host_failed, snapshot_failed, vmm_failed},
     memory_of,
     operation::Operation,
+    sampling::Counted,
     undo::Undo,
     wake::{machine_of, named},
 };
@@ -31,6 +32,15 @@ use crate::{
     vmm::{Vmm, VmmIdentity},
 };
 
+/// How a sleep is wanted, by a look at the sandbox's activity.
+#[derive(Debug, Clone, Copy)]
+enum Wanted {
+    /// Whatever its guest does.
+    InAnyCase,
+    /// Unless the sandbox was used since that look, until its guest is paused.
+    UnlessUsedSince(Counted),
+}
+
 impl Lifecycle {
     /// Makes a sandbox `snapshotted`.
     ///
@@ -44,8 +54,10 @@ impl Lifecycle {
             let wanted = self.is_wanted(entry, &record, why)?;
             match record.state() {
                 State::Snapshotted => Ok(Outcome::Already),
-                State::Running if !wanted => Ok(Outcome::Spared),
-                State::Running => self.save(held, entry, operation, why),
+                State::Running => match wanted {
+                    None => Ok(Outcome::Spared),
+                    Some(wanted) => self.save(held, entry, operation, why, wanted),
+                },
                 state @ (State::Stopped
                 | State::Booting
                 | State::Snapshotting
@@ -53,7 +65,7 @@ impl Lifecycle {
                 | State::Deleting) => match state.after(Step::Sleep) {
                     Err(_) if why == Why::Idle => Ok(Outcome::Spared),
                     Err(refused) => Err(Error::Refused(refused)),
-                    Ok(_) => self.save(held, entry, operation, why),
+                    Ok(_) => Err(Error::Gone { id: record.id.clone() }),
                 },
             }
         })
@@ -67,20 +79,32 @@ impl Lifecycle {
         lock(&live.unwakeable).clone()
     }
 
-    /// Says whether the reason to sleep holds, by the activity of this moment.
-    fn is_wanted(&self, entry: &Entry, record: &Record, why: Why) -> Result<bool, Error> {
-        if why != Why::Idle && record.state() == State::Running {
+    /// Returns how the sleep is wanted, by the activity of this moment. `None`: it is not.
+    fn is_wanted(&self, entry: &Entry, record: &Record, why: Why) -> Result<Option<Wanted>, Error> {
+        let runs = record.state() == State::Running;
+        if why != Why::Idle && runs {
             self.unless_held(entry, || Ok(()))?;
         }
-        let count = entry.activity_count();
         match why {
-            Why::Idle if self.is_held(entry.row()) => Ok(false),
-            Why::Asked => Ok(true),
-            Why::AskedAt(wanted) if wanted == count => Ok(true),
-            Why::AskedAt(_) => Err(Error::Active { id: entry.id().clone(), count }),
+            Why::Asked => Ok(Some(Wanted::InAnyCase)),
+            Why::AskedAt(wanted) => {
+                // What does not run is not used.
+                let counted = if runs { Some(self.count_use(entry)?) } else { None };
+                let count = counted.map_or_else(|| entry.activity_count(), |it| it.activity);
+                if count != wanted {
+                    return Err(Error::Active { id: entry.id().clone(), count });
+                }
+                Ok(counted.map(Wanted::UnlessUsedSince))
+            }
+            Why::Idle if self.is_held(entry.row()) => Ok(None),
             Why::Idle => {
+                let before = entry.activity_count();
                 let due = record.sleep_at(entry.last_activity());
-                Ok(due.is_some_and(|due| due <= self.now()) && self.is_idle_by_now(entry))
+                if due.is_none_or(|due| due > self.now()) {
+                    return Ok(None);
+                }
+                let counted = self.count_known_use(entry).filter(|it| it.activity == before);
+                Ok(counted.map(Wanted::UnlessUsedSince))
             }
         }
     }
@@ -91,6 +115,7 @@ impl Lifecycle {
         entry: &Arc<Entry>,
         operation: &Operation<'_>,
         why: Why,
+        wanted: Wanted,
     ) -> Result<Outcome, Error> {
         let (took, record) = (Stopwatch::start(), entry.record());
         let slot = self.admission.sleep(&record.id)?;
@@ -118,17 +143,17 @@ impl Lifecycle {
         let _connected =
             live.connect().map_err(vmm_failed(entry, "pausing")).inspect_err(failed)?;
         let mut undo = Undo::new();
-        let wanted = self.last_look(entry, &record, operation, &live, why, &mut undo);
-        if !matches!(wanted, Ok(true)) {
+        let (first, begun) = (wanted, (record.as_ref(), why));
+        let wanted = self.last_look(entry, begun, operation, &live, first, &mut undo);
+        let Ok(Some(wanted)) = wanted else {
             deflate(&entry.record(), &live);
             self.sample_anew(entry);
             self.step(held, entry, Step::Undo, |_| ())
                 .inspect_err(|_| self.settle_later(entry.row()))?;
             return wanted.map(|_| Outcome::Spared);
-        }
-        let begun = (intent, why, &slot);
-        let saved = self.save_acts(entry, operation, &live, &identity, begun, &mut undo);
-        let committed = match saved {
+        };
+        let begun = (intent, wanted, &slot);
+        let committed = match self.save_acts(entry, operation, &live, &identity, begun, &mut undo) {
             Ok(committed) => committed,
             Err(cause) => {
                 // Of a VMM that died there is nothing to take back; `lose` clears up after it.
@@ -172,21 +197,24 @@ impl Lifecycle {
         Ok(Outcome::Done)
     }
 
-    /// Says whether the sleep is still wanted, which whoever touched the sandbox while it was
+    /// Returns how the sleep is still wanted, which whoever touched the sandbox while it was
     /// still seen running decides; and likewise in the seconds that its guest may take to
-    /// give up memory, if it is asked to. `record` is of before the intent.
+    /// give up memory, if it is asked to. `record` is of before the intent, and `first` too.
     fn last_look<'a>(
         &'a self,
         entry: &'a Entry,
-        record: &Record,
+        (record, why): (&Record, Why),
         operation: &Operation<'_>,
         live: &Arc<Live>,
-        why: Why,
+        first: Wanted,
         undo: &mut Undo<'a>,
-    ) -> Result<bool, Error> {
-        let wanted = self.is_wanted(entry, record, why)?;
-        if !wanted || !record.spec.inflate_before_sleep {
-            return Ok(wanted);
+    ) -> Result<Option<Wanted>, Error> {
+        if self.is_wanted(entry, record, why)?.is_none() {
+            return Ok(None);
+        }
+        if !record.spec.inflate_before_sleep {
+            // Who saw that it is about to sleep may have called it since.
+            return Ok(Some(first));
         }
         let inflated = Arc::clone(live);
         undo.push("giving its memory back", move || {
@@ -195,6 +223,7 @@ impl Lifecycle {
         });
         inflate(record, live, &operation.cancel);
         self.reach(Arrow::SleepInflated);
+        // In so long a time even an idle guest has traffic below the threshold.
         self.is_wanted(entry, record, why)
     }
 
@@ -205,7 +234,7 @@ impl Lifecycle {
         operation: &Operation<'_>,
         live: &Arc<Live>,
         identity: &VmmIdentity,
-        (intent, why, slot): (Commit, Why, &Slot),
+        (intent, wanted, slot): (Commit, Wanted, &Slot),
         undo: &mut Undo<'_>,
     ) -> Result<Committed, Error> {
         let record = entry.record();
@@ -218,9 +247,9 @@ impl Lifecycle {
         let paused = Arc::clone(live);
         undo.push("resuming", move || Ok(lock(&paused.machine).resume()?));
         let pause = || lock(&live.machine).pause().map_err(vmm_failed(entry, "pausing"));
-        match why {
-            Why::Asked => pause()?,
-            Why::AskedAt(_) | Why::Idle => self.pause_unless_used(entry, pause)?,
+        match wanted {
+            Wanted::InAnyCase => pause()?,
+            Wanted::UnlessUsedSince(counted) => self.pause_unless_used(entry, counted, pause)?,
         }
         slot.answered();
         self.reach(Arrow::SleepPaused);

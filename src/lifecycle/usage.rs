@@ -194,12 +194,12 @@ impl Usage {
         })
     }
 
-    /// Forgets the last sample: what was used since was not the guest's doing.
+    /// Forgets what the VMM used up to the last sample: what it used since was not the guest's
+    /// doing. What passed the network was.
     pub(super) fn begin_anew(&mut self) {
         self.last = None;
         self.cpu = Counter::default();
         self.disk_bytes = Counter::default();
-        self.network_bytes = Counter::default();
     }
 }
 
@@ -318,6 +318,18 @@ mod tests {
         usage.begin_anew();
         assert_eq!(usage.take(sample(1000, 900, Some(1 << 30)), &limits()), []);
         assert_eq!(usage.take(sample(2000, 900, Some(1 << 30)), &limits()), []);
+    }
+
+    #[test]
+    fn what_passed_the_network_before_a_new_beginning_counts() {
+        let mut usage = Usage::default();
+        let limits = Activity { network_bytes_per_second: 100, ..limits() };
+        let with =
+            |millis, bytes| Sample { network_bytes: Reading::Is(bytes), ..sample(millis, 0, None) };
+        usage.take(with(0, 0), &limits);
+        usage.begin_anew();
+        assert!(usage.is_network_above(Timestamp::from_millis(1000), 101, &limits));
+        assert_eq!(usage.take(with(1000, 101), &limits), [Signal::Network]);
     }
 
     #[test]

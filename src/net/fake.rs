@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
+    fmt, io,
     net::Ipv4Addr,
     os::fd::OwnedFd,
     path::PathBuf,
@@ -43,6 +43,33 @@ pub(crate) enum Fault {
     Forwarding,
 }
 
+/// What is to happen after so many readings of counters.
+#[derive(Default)]
+struct AfterReads(Mutex<Option<(usize, Act)>>);
+
+type Act = Box<dyn FnOnce() + Send>;
+
+impl AfterReads {
+    fn count(&self) {
+        let mut planned = lock(&self.0);
+        let due = planned.as_mut().is_some_and(|(left, _)| {
+            *left -= 1;
+            *left == 0
+        });
+        let act = due.then(|| planned.take()).flatten();
+        drop(planned);
+        if let Some((_, act)) = act {
+            act();
+        }
+    }
+}
+
+impl fmt::Debug for AfterReads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AfterReads").finish_non_exhaustive()
+    }
+}
+
 /// Networks that are only remembered.
 ///
 /// # Locking
@@ -57,6 +84,7 @@ pub(crate) struct FakeNetwork {
     refused: Mutex<Vec<SandboxAddress>>,
     activity: Mutex<BTreeMap<SandboxId, Activity>>,
     between_reads: Mutex<BTreeMap<SandboxId, Count>>,
+    after_reads: AfterReads,
     unreadable: Mutex<BTreeSet<SandboxId>>,
     /// Whoever has it keeps all waiting who ask for counters.
     counting: Mutex<()>,
@@ -112,6 +140,11 @@ impl FakeNetwork {
         lock(&self.between_reads).insert(id.clone(), more);
     }
 
+    /// Has `act` happen just after the counters of any sandbox were read `reads` times more.
+    pub(crate) fn act_after_reads(&self, reads: usize, act: impl FnOnce() + Send + 'static) {
+        *lock(&self.after_reads.0) = Some((reads, Box::new(act)));
+    }
+
     /// Has nobody know what passes of a sandbox's network, or anybody again.
     pub(crate) fn set_unreadable(&self, id: &SandboxId, unreadable: bool) {
         let mut all = lock(&self.unreadable);
@@ -132,6 +165,8 @@ impl FakeNetwork {
         let read = *counted;
         counted.inward.packets += more.packets;
         counted.inward.bytes += more.bytes;
+        drop(activity);
+        self.after_reads.count();
         Ok(read)
     }
 

@@ -13,6 +13,7 @@ use crate::{
 };
 
 mod balloon;
+mod called;
 mod copied;
 mod crashes;
 mod deletion;
