@@ -1,7 +1,6 @@
-//! What the command line and the environment ask for.
+//! Parses the command line and the environment.
 //!
-//! The only room that knows clap, and the only one that reads the environment. It does
-//! nothing by itself: it says what is to be done.
+//! The only room that uses clap or reads the environment.
 
 use std::{env, ffi::OsString, path::PathBuf};
 
@@ -13,63 +12,61 @@ use crate::{
     sys::{mount::Device, opener::Rights},
 };
 
-/// What the program is to do.
+/// What the program does.
 #[derive(Debug)]
 pub enum Task {
-    /// Run the daemon until it is told to stop.
+    /// Run the daemon.
     Run {
-        /// Its settings.
+        /// Its configuration.
         config: Config,
-        /// What it is to say.
+        /// What it logs.
         log: Log,
     },
-    /// Tell inotify of the daemon's changes.
+    /// Trigger inotify events for the daemon.
     Announce {
         /// Where the tree is mounted.
         mount: PathBuf,
-        /// The number of its device.
+        /// Its device number.
         device: Device,
     },
-    /// Open the files that somebody named.
+    /// Open files for the daemon.
     Open {
-        /// With whose rights.
+        /// The user whose rights apply.
         rights: Rights,
     },
-    /// Look at the host.
+    /// Examine the host.
     Doctor {
-        /// The settings of the daemon that would run here.
+        /// The configuration of the daemon that would run here.
         config: Config,
     },
 }
 
-/// What the daemon says of its work.
+/// What the daemon logs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Log {
-    /// The least weighty messages to write.
+    /// The lowest level that is logged.
     pub level: LevelFilter,
-    /// Device and inode of the journal's socket, `DEVICE:INODE`, where the service manager
-    /// connected some of our outputs to it (systemd.exec(5), `$JOURNAL_STREAM`).
+    /// `$JOURNAL_STREAM` (systemd.exec(5)): device and inode of the journal's socket.
     pub journal: Option<String>,
 }
 
-/// Why there is nothing to do, or nothing that can be done.
+/// Why there is no task.
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
-    /// The command line makes no sense, or it asks for help or for the version.
+    /// The command line is invalid, or asks for help or the version.
     #[error(transparent)]
     Usage(clap::Error),
-    /// The settings are not accepted.
+    /// The configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
 }
 
 impl CliError {
-    /// Writes a help or usage text to where it belongs, and says whether this was one.
+    /// Prints a help or usage text; returns whether there was one.
     pub fn print_usage(&self) -> bool {
         let Self::Usage(usage) = self else {
             return false;
         };
-        // Where the output is closed nobody is left to tell.
         usage.print().ok();
         true
     }
@@ -84,14 +81,14 @@ impl CliError {
     }
 }
 
-/// The exit code for what the user has to mend before trying again.
+/// The exit code for an invalid command line or configuration.
 const USAGE_EXIT: u8 = 2;
 
 #[derive(Parser)]
 #[command(
     name = "dozed",
     version,
-    about = "Puts idle microVMs to sleep and wakes them again, through a filesystem",
+    about = "Puts idle microVMs to sleep and wakes them again, controlled through a file system",
     subcommand_required = true,
     arg_required_else_help = true
 )]
@@ -106,17 +103,17 @@ enum Command {
     Run {
         #[command(flatten)]
         config: ConfigArgument,
-        /// The least weighty messages to write
+        /// The lowest level of messages to log
         #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = level_parser())]
         log: LevelFilter,
     },
-    /// Tell inotify of changes; the daemon starts this itself
+    /// Trigger inotify events; the daemon starts this itself
     #[command(hide = true)]
     Announce { mount: PathBuf, device: Device },
-    /// Open files that somebody named; the daemon starts this itself
+    /// Open files; the daemon starts this itself
     #[command(hide = true)]
     Open { rights: Rights },
-    /// Say what this host can do, and how to mend the rest
+    /// Check what this host supports, and say how to fix the rest
     Doctor {
         #[command(flatten)]
         config: ConfigArgument,
@@ -125,18 +122,17 @@ enum Command {
 
 #[derive(Args)]
 struct ConfigArgument {
-    /// The settings [default: /etc/dozed.toml if there is one]
+    /// The configuration [default: /etc/dozed.toml if it exists]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
 
-/// Returns what the program was asked to do.
+/// Returns the task that the command line asks for.
 ///
 /// # Errors
-/// `Usage` where the command line makes no sense or asks for a text, `Config` where the
-/// settings are not accepted.
+/// `Usage` when it is invalid or asks for a text, `Config` when the configuration is invalid.
 pub fn task() -> Result<Task, CliError> {
-    #[allow(clippy::disallowed_methods, reason = "this is the room that the ban points to")]
+    #[allow(clippy::disallowed_methods, reason = "this is the room that may read the environment")]
     let journal = env::var("JOURNAL_STREAM").ok();
     read(env::args_os(), journal)
 }
@@ -167,7 +163,7 @@ impl ConfigArgument {
 
 fn level_parser() -> impl TypedValueParser<Value = LevelFilter> {
     PossibleValuesParser::new(["error", "warn", "info", "debug", "trace"])
-        .map(|word| word.parse().expect("each of these words is a level of tracing"))
+        .map(|word| word.parse().expect("each word is a level of tracing"))
 }
 
 #[cfg(test)]

@@ -1,14 +1,12 @@
-//! The composition root: what is opened in which order, and closed in reverse.
+//! The composition root: starts the parts in order, and stops them in reverse.
 //!
 //! ```text
 //! lock the store → index → clock → lifecycle → reconcile, 3 s → mount → reaper → ready
-//! signal: no new operations → reaper ends → those under way end → unmount → index
+//! signal: no new operations → reaper ends → current operations end → unmount → index
 //! ```
 //!
-//! Each step of the end is bounded, and so is all of it together: whatever does not end is
-//! left behind, and the process ends.
-//!
-//! Guests are not touched by any of it: they outlive the daemon.
+//! The shutdown is bounded, step by step and as a whole: what does not end in time is left
+//! behind. Guests outlive the daemon.
 
 use std::{
     io::{self, Write},
@@ -47,38 +45,34 @@ use crate::{
     vmm::{Vmm, cloud_hypervisor::CloudHypervisor, qemu::Qemu},
 };
 
-/// How long operations that are under way at the end may still take. A sleep of a large
-/// guest on a slow disk takes a while; what is cut off is finished at the next start.
+/// How long a shutdown waits for current operations, such as the sleep of a large guest on a slow
+/// disk. The next start finishes those that take longer.
 const CLOSE_LIMIT: Duration = Duration::from_secs(60);
-/// How long the tree is not served because VMMs have yet to be taken over. One that runs answers
-/// in some milliseconds, also on a busy host in less than this.
+/// How long the mount waits for VMMs to be adopted. A healthy one answers within milliseconds.
 const SETTLE_LIMIT: Duration = Duration::from_secs(3);
-/// How long the whole end may take. systemd kills us after 90 s (`TimeoutStopSec` of our unit).
+/// How long the shutdown may take. systemd kills the daemon after 90 s (`TimeoutStopSec`).
 const END_LIMIT: Duration = Duration::from_secs(80);
-/// How long the reaper may take to end. What it has begun has had [`CLOSE_LIMIT`] by then.
 const REAPER_END_LIMIT: Duration = Duration::from_secs(2);
-/// How often we look whether somebody has unmounted the tree, or the index has failed.
+/// How often the daemon checks whether the tree was unmounted or the index failed.
 const SERVING_LOOK: Duration = Duration::from_secs(1);
-/// The subcommand by which we start ourselves as the announcer.
+/// Hidden subcommands, by which the daemon starts its helpers.
 const ANNOUNCE: &str = "announce";
-
-/// The subcommand by which we start ourselves to open files.
 const OPEN: &str = "open";
 
-/// Why the daemon did not run, or did not end well.
+/// Why the daemon did not start, or failed.
 #[derive(Debug, thiserror::Error)]
 #[allow(clippy::error_impl_error, reason = "it is written `daemon::Error` wherever it is used")]
 pub enum Error {
-    /// Only root mounts, and sees every sandbox's processes.
+    /// The user is not root.
     #[error("only root can mount the tree of sandboxes; run dozed as root")]
     NotRoot,
-    /// The kernel's FUSE module, or its device in this container, is missing.
+    /// There is no FUSE device.
     #[error(
         "there is no /dev/fuse, so the tree cannot be mounted; run `modprobe fuse`, or pass the \
          device to the container"
     )]
     NoFuse,
-    /// Another daemon has the same directory.
+    /// Another daemon uses the same directory.
     #[error(
         "{} is in use by another dozed{}; each needs a `{key}` of its own",
         .dir.display(), .pid.map(|pid| format!(" (process {pid})")).unwrap_or_default()
@@ -88,10 +82,10 @@ pub enum Error {
         key: &'static str,
         /// The directory.
         dir: PathBuf,
-        /// The other daemon, where it says.
+        /// The other daemon, if known.
         pid: Option<u32>,
     },
-    /// Something else is mounted where the tree is to be.
+    /// Another file system is mounted on the mount point.
     #[error("{} has a {fs_type} file system mounted; choose another `mount`", .dir.display())]
     Mounted {
         /// The mount point.
@@ -99,7 +93,7 @@ pub enum Error {
         /// Such as `tmpfs`.
         fs_type: String,
     },
-    /// The mount point has files, which the tree would hide.
+    /// The mount point has files.
     #[error(
         "{} has files in it, which the tree would hide; choose another `mount`", .dir.display()
     )]
@@ -107,42 +101,50 @@ pub enum Error {
         /// The mount point.
         dir: PathBuf,
     },
-    /// The host did not let us.
+    /// A path that has to be a directory is not one.
+    #[error("{} is not a directory; choose another `{key}`", .path.display())]
+    NotADirectory {
+        /// The configuration's key.
+        key: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// A system call failed.
     #[error("{doing}")]
     Host {
         /// Such as `mounting /run/sandboxes`.
         doing: String,
-        /// What the system said.
+        /// Its error.
         source: io::Error,
     },
-    /// The index cannot be used.
+    /// The index cannot be opened.
     #[error("opening the index {}", .path.display())]
     Index {
-        /// Where it is.
+        /// Its file.
         path: PathBuf,
         /// What is wrong with it.
         source: index::Error,
     },
-    /// The store shows more than the index knows.
+    /// The store has sandboxes that are missing in the index.
     #[error(transparent)]
     Contradicted(#[from] Contradicted),
-    /// Another daemon on this host has the addresses that this one's sandboxes have.
-    #[error("taking the addresses of sandboxes")]
+    /// Another daemon on this host uses the same addresses.
+    #[error("reserving the addresses of sandboxes")]
     Range(#[source] net::Error),
-    /// The disk did not take what was written to the index.
+    /// Writing the index failed.
     #[error(
-        "the index {} cannot be written any more, so dozed ends: its next start goes on from what \
-         is on the disk; the guests run on",
+        "writing the index {} failed, so dozed exits; its next start continues with what is on the \
+         disk, and guests keep running",
         .path.display()
     )]
     IndexFailed {
-        /// Where it is.
+        /// Its file.
         path: PathBuf,
-        /// What the disk said.
+        /// The error.
         source: index::Error,
     },
-    /// Somebody took the tree away.
-    #[error("{} was unmounted by somebody else; the guests run on", .dir.display())]
+    /// The tree was unmounted.
+    #[error("{} was unmounted by somebody else; guests keep running", .dir.display())]
     Unmounted {
         /// The mount point.
         dir: PathBuf,
@@ -154,10 +156,10 @@ fn host(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Host { doing, source }
 }
 
-/// Runs the daemon until it is told to stop by SIGTERM or SIGINT.
+/// Runs the daemon until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// Where it cannot start, or the tree was unmounted under it.
+/// When it cannot start, the index fails, or the tree is unmounted.
 pub fn run(config: Config) -> Result<(), Error> {
     if !is_root() {
         return Err(Error::NotRoot);
@@ -166,16 +168,15 @@ pub fn run(config: Config) -> Result<(), Error> {
     if !Path::new("/dev/fuse").exists() {
         return Err(Error::NoFuse);
     }
-    // Memory of guests passes through us too.
-    forbid_core_files().map_err(host("forbidding core files"))?;
-    // Before much is open, as what is open may have these numbers.
-    reserve_places().map_err(host("reserving numbers for the files of VMMs"))?;
-    // From here on a signal is an orderly end, however early it comes.
-    let signals = listen().map_err(host("listening for signals"))?;
+    // A core file would contain memory of guests.
+    forbid_core_files().map_err(host("disabling core files"))?;
+    // Early, while these fd numbers are free.
+    reserve_places().map_err(host("reserving fd numbers for VMMs"))?;
+    let signals = listen().map_err(host("handling signals"))?;
     let _locks = take_directories(&config)?;
     check_mount_point(&config.mount)?;
 
-    // To open the index is to write to it.
+    // Opening the index writes to it.
     Reserve::new(&config.store).give_up_if_full();
     let index_path = config.store.join("index.db");
     check_index_file(&config.store, &index_path)?;
@@ -187,7 +188,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     let vmms = find_vmms(&config.vmm);
     let (ring, rings) = mpsc::channel();
     let listener = move |address, what| {
-        // With nobody left to hear it, the daemon is ending.
+        // The receiver is gone only at the shutdown.
         ring.send((address, what)).ok();
     };
     let network = RealNetwork::new(config.network.range, &config.runtime)
@@ -201,13 +202,14 @@ pub fn run(config: Config) -> Result<(), Error> {
         network: Arc::new(network),
         clock: Arc::clone(&clock) as Arc<dyn Clock>,
         pool: Arc::clone(&pool),
-        openers: Openers::new(own_program(OPEN)).map_err(host("preparing to open files"))?,
+        openers: Openers::new(own_program(OPEN))
+            .map_err(host("starting the process that opens files"))?,
     };
     let lifecycle = Lifecycle::new(parts, settings(&config))
         .map_err(host(format!("opening the store {}", config.store.display())))?;
     lifecycle.check_index()?;
-    lifecycle.attend_rings(rings).map_err(host("hearing of packets"))?;
-    // Before anything is taken for what a crash left.
+    lifecycle.attend_rings(rings).map_err(host("starting to wake sandboxes on packets"))?;
+    // Before `reconcile`, which removes links of this range that no sandbox has.
     lifecycle.claim_addresses().map_err(Error::Range)?;
     let found = lifecycle.reconcile(SETTLE_LIMIT);
     lifecycle.keep_reserve();
@@ -231,7 +233,7 @@ pub fn run(config: Config) -> Result<(), Error> {
             .map_err(host("starting the reaper"))?;
     lifecycle
         .attend_networks(config.reaper.tick)
-        .map_err(host("starting to look over networks"))?;
+        .map_err(host("starting the checks of networks"))?;
     tell_ready(&config);
 
     let serving = serve(&signals, lifecycle.index(), &mounted, &config.mount);
@@ -239,17 +241,17 @@ pub fn run(config: Config) -> Result<(), Error> {
     serving
 }
 
-/// Returns what this daemon is forbidden, and says so in the log.
+/// Returns and logs the privileges that networks need and this daemon lacks.
 fn missing_privileges() -> Vec<String> {
     let missing = net::missing_privileges();
     for what in &missing {
-        tracing::warn!("sandboxes get no network, as the daemon may not use {what}");
+        tracing::warn!("sandboxes get no network: the daemon lacks {what}");
     }
     missing
 }
 
-/// Has SIGTERM and SIGINT told. The second one ends the daemon at once: the next
-/// start finishes what was cut off.
+/// Returns a channel with the first SIGTERM or SIGINT. The second one ends the process at
+/// once; the next start finishes interrupted operations.
 fn listen() -> io::Result<mpsc::Receiver<i32>> {
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
     let (tell, told) = mpsc::channel();
@@ -258,19 +260,18 @@ fn listen() -> io::Result<mpsc::Receiver<i32>> {
             if count == 0 && tell.send(signal).is_ok() {
                 continue;
             }
-            tracing::warn!("a second signal: ending at once");
-            // The default action of either signal is what was asked for.
+            tracing::warn!("exiting at once on a second signal");
             drop(signal_hook::low_level::emulate_default_handler(signal));
         }
     })?;
     Ok(told)
 }
 
-/// Makes the directories of this daemon and takes them for itself.
+/// Creates and locks the directories of this daemon.
 fn take_directories(config: &Config) -> Result<Vec<LockFile>, Error> {
     let mut locks = Vec::new();
     for (key, dir) in [("store", &config.store), ("runtime", &config.runtime)] {
-        make_private_dir(dir).map_err(host(format!("making {}", dir.display())))?;
+        make_private_dir(dir).map_err(|source| unusable(key, dir, source))?;
         let path = dir.join("lock");
         match lock_file(&path).map_err(host(format!("locking {}", path.display())))? {
             Some(lock) => locks.push(lock),
@@ -283,56 +284,59 @@ fn take_directories(config: &Config) -> Result<Vec<LockFile>, Error> {
     Ok(locks)
 }
 
-/// Looks whether the tree can be mounted.
+fn unusable(key: &'static str, dir: &Path, source: io::Error) -> Error {
+    if matches!(source.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory) {
+        return Error::NotADirectory { key, path: dir.to_owned() };
+    }
+    Error::Host { doing: format!("creating {}, the `{key}`", dir.display()), source }
+}
+
 fn check_mount_point(dir: &Path) -> Result<(), Error> {
     fuse::check_mount_point(dir).map_err(|unfit| match unfit {
         Unfit::InUse => Error::InUse { key: "mount", dir: dir.to_owned(), pid: None },
         Unfit::Mounted(fs_type) => Error::Mounted { dir: dir.to_owned(), fs_type },
         Unfit::HasFiles => Error::NotEmpty { dir: dir.to_owned() },
-        Unfit::Io(source) => {
-            Error::Host { doing: format!("looking at the mount point {}", dir.display()), source }
-        }
+        Unfit::Io(source) => unusable("mount", dir, source),
     })
 }
 
-/// Returns the program that we are, also after another was put in its place, and what has it
-/// do one thing only.
+/// Returns this program, even if its file was replaced, with a subcommand.
 fn own_program(subcommand: &str) -> Program {
     Program { path: "/proc/self/exe".into(), args: vec![subcommand.into()] }
 }
 
-/// Runs a process that opens files for its daemon, until that needs no more.
+/// Runs the helper that opens files for the daemon.
 ///
 /// # Errors
-/// Where it was not started by a daemon.
+/// When a daemon did not start it.
 pub fn open(rights: &Rights) -> io::Result<()> {
     opener::serve(rights)
 }
 
-/// Runs the process that tells inotify of changes, until its daemon is gone.
+/// Runs the helper that triggers inotify events.
 ///
 /// # Errors
-/// Where it was not started by a daemon, or that does not know it.
+/// When a daemon did not start it.
 pub fn announce(mount: PathBuf, device: Device) -> io::Result<()> {
     events::announce(mount, device)
 }
 
-/// Tells of the rows of the index that make no sense. Their files and VMMs are left alone.
+/// Logs the rows of the index that cannot be decoded. Their files and VMMs are left alone.
 fn tell_malformed(index: &Index, store: &Path) {
     for row in index.malformed() {
         let id = row.id.as_ref().map(|id| format!(" ({id})")).unwrap_or_default();
         let (number, path) = (row.row, index.path().display());
         let dir = store.join("sandboxes").join(number.to_string());
         tracing::error!(
-            "row {number}{id} of the index {path} makes no sense and is left out: {}; its VMM and \
-             its files in {} stay as they are; mend the row and start dozed anew",
+            "row {number}{id} of the index {path} cannot be decoded and is skipped: {}; its VMM \
+             and its files in {} are kept; repair the row and restart dozed",
             row.why,
             dir.display()
         );
     }
 }
 
-/// Goes on with the time line of the index.
+/// Continues the time line that is stored in the index.
 fn start_clock(index: &Index) -> Result<Arc<HostClock>, Error> {
     let stored = index.meta(CLOCK_KEY).ok().flatten();
     let stored = stored.and_then(|text| ClockBasis::from_text(&text));
@@ -343,11 +347,11 @@ fn start_clock(index: &Index) -> Result<Arc<HostClock>, Error> {
 
 fn keep_clock(index: &Index, clock: &HostClock) {
     if let Err(error) = index.set_meta(CLOCK_KEY, &clock.basis().to_text()) {
-        tracing::warn!(error = chain(&error), "keeping the basis of the clock");
+        tracing::warn!(error = chain(&error), "storing the basis of the clock");
     }
 }
 
-/// Returns the VMMs of this host. Without any, sandboxes can be looked at and deleted.
+/// Returns the VMMs of this host. Without any, sandboxes can be read and deleted.
 fn find_vmms(config: &config::Vmm) -> Vec<Arc<dyn Vmm>> {
     let mut vmms: Vec<Arc<dyn Vmm>> = Vec::new();
     let cloud = config.cloud_hypervisor.clone();
@@ -358,14 +362,14 @@ fn find_vmms(config: &config::Vmm) -> Vec<Arc<dyn Vmm>> {
             }
             vmms.push(Arc::new(cloud));
         }
-        Err(error) => tracing::info!(error = chain(&error), "doing without cloud-hypervisor"),
+        Err(error) => tracing::info!(error = chain(&error), "Cloud Hypervisor is not available"),
     }
     match config.qemu.clone().map_or_else(Qemu::find, Qemu::at) {
         Ok(qemu) => vmms.push(Arc::new(qemu)),
-        Err(error) => tracing::info!(error = chain(&error), "doing without QEMU"),
+        Err(error) => tracing::info!(error = chain(&error), "QEMU is not available"),
     }
     if vmms.is_empty() {
-        tracing::warn!("no sandbox can run; see `dozed doctor`");
+        tracing::warn!("no sandbox can run without a VMM; see `dozed doctor`");
     }
     for vmm in &vmms {
         let version = vmm.identity().map(|is| is.version.clone()).unwrap_or_default();
@@ -376,8 +380,8 @@ fn find_vmms(config: &config::Vmm) -> Vec<Arc<dyn Vmm>> {
     vmms
 }
 
-/// Returns the one that `auto` means: Cloud Hypervisor where that runs guests. It cannot
-/// without hardware virtualisation; QEMU can.
+/// Returns the VMM that `auto` selects: Cloud Hypervisor where it can run guests, which needs
+/// hardware virtualisation.
 fn auto(vmms: &[Arc<dyn Vmm>]) -> VmmChoice {
     let has_cloud = vmms.iter().any(|vmm| vmm.choice() == VmmChoice::CloudHypervisor);
     if has_cloud && kvm::usable().is_ok() { VmmChoice::CloudHypervisor } else { VmmChoice::Qemu }
@@ -403,19 +407,18 @@ fn settings(config: &Config) -> Settings {
     }
 }
 
-/// Says on standard error, and to systemd where it waits for it, that the tree is there.
+/// Reports on standard error and to systemd that the tree is served.
 fn tell_ready(config: &Config) {
     let line = format!("serving {}", config.mount.display());
-    // Where standard error is closed nobody reads it.
     writeln!(io::stderr(), "dozed: {line}").ok();
     tracing::info!(store = %config.store.display(), "{line}");
     let states = [sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(&line)];
     if let Err(error) = sd_notify::notify(&states) {
-        tracing::warn!(%error, "telling systemd that we are ready");
+        tracing::warn!(%error, "notifying systemd");
     }
 }
 
-/// Waits for a signal, or until there is no point in going on.
+/// Waits for a signal, a failure of the index, or an unmount.
 fn serve(
     signals: &mpsc::Receiver<i32>,
     index: &Index,
@@ -440,12 +443,13 @@ fn serve(
     }
 }
 
-/// Runs the end of the daemon, for at most [`END_LIMIT`]. What has not ended by then ends with
-/// the process.
+/// Runs the shutdown, for at most [`END_LIMIT`].
 fn end(shut_down: impl FnOnce() + Send + 'static) {
     match std::thread::Builder::new().name("dozed-end".to_owned()).spawn(shut_down) {
-        Ok(ending) => drop(join_by(ending, &Deadline::after(END_LIMIT), "the end of the daemon")),
-        Err(error) => tracing::error!(%error, "ending without order; the next start finishes it"),
+        Ok(ending) => drop(join_by(ending, &Deadline::after(END_LIMIT), "the shutdown")),
+        Err(error) => {
+            tracing::error!(%error, "exiting without a shutdown; the next start finishes its work");
+        }
     }
 }
 
@@ -453,7 +457,7 @@ fn shut_down(lifecycle: &Lifecycle, reaper: Reaper, mounted: Mounted, clock: &Ho
     drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
     let left = lifecycle.close(CLOSE_LIMIT);
     if left > 0 {
-        tracing::warn!(left, "operations are still under way; the next start finishes them");
+        tracing::warn!(left, "operations are still running; the next start finishes them");
     }
     reaper.stop(REAPER_END_LIMIT);
     if let Err(error) = mounted.unmount() {
@@ -461,7 +465,7 @@ fn shut_down(lifecycle: &Lifecycle, reaper: Reaper, mounted: Mounted, clock: &Ho
     }
     lifecycle.retire_networks();
     if lifecycle.index().check().is_err() {
-        return; // It is told, and nothing can be written any more.
+        return; // `serve` reports it.
     }
     keep_clock(lifecycle.index(), clock);
     if let Err(error) = lifecycle.flush_activity() {

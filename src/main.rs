@@ -1,7 +1,7 @@
 //! The `dozed` program: arguments, logging, the daemon, and the exit code.
 //!
-//! 0 is success, 1 a failure that one line on standard error tells, and 2 a command line
-//! or configuration that has to be mended.
+//! 0 is success, 1 a failure, reported in one line on standard error, and 2 an invalid command
+//! line or configuration.
 
 use std::{
     error::Error,
@@ -27,7 +27,6 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-/// The exit code for what failed.
 const FAILURE_EXIT: u8 = 1;
 
 fn main() -> ExitCode {
@@ -61,7 +60,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Tells the error with all its causes in one line.
+/// Prints the error with all its causes in one line.
 fn fail(error: &dyn Error, code: u8) -> ExitCode {
     let mut line = format!("dozed: {error}");
     let mut cause = error.source();
@@ -69,13 +68,11 @@ fn fail(error: &dyn Error, code: u8) -> ExitCode {
         line = format!("{line}: {error}");
         cause = error.source();
     }
-    // Where standard error is closed the exit code has to do.
     writeln!(io::stderr(), "{line}").ok();
     ExitCode::from(code)
 }
 
-/// Sends messages to standard error, in the form that the journal takes if that is what it
-/// is connected to.
+/// Logs to standard error, in the format of the journal if that is the journal's socket.
 fn start_logging(log: &Log) {
     let format = tracing_subscriber::fmt()
         .with_max_level(log.level)
@@ -90,17 +87,14 @@ fn start_logging(log: &Log) {
     }
     panic::set_hook(Box::new(|panicked| {
         let thread = thread::current();
-        // It has two lines, and a message one.
+        // A panic has two lines, a log message one.
         let panicked = panicked.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-        error!(
-            thread = thread.name().unwrap_or("unnamed"),
-            "a promise of our own code was broken: {panicked}"
-        );
+        error!(thread = thread.name().unwrap_or("unnamed"), "this is a bug in dozed: {panicked}");
     }));
 }
 
-/// Messages for the journal, which has time, unit and process of each: their level as
-/// sd-daemon(3) has it, and all that they say in one line, as `journalctl` shows no fields.
+/// The format of the journal: the level as in sd-daemon(3), and fields in the text, because
+/// `journalctl` does not show them.
 struct JournalFormat(Format<Compact, ()>);
 
 impl Default for JournalFormat {
@@ -132,7 +126,7 @@ where
     }
 }
 
-/// Says whether standard error is the socket that `journal` describes.
+/// Returns whether standard error is the socket that `journal` describes.
 fn is_stderr(journal: Option<&str>) -> bool {
     let Some(journal) = journal else { return false };
     let metadata = || File::from(io::stderr().as_fd().try_clone_to_owned()?).metadata();
@@ -145,7 +139,6 @@ mod tests {
 
     use super::*;
 
-    /// What was written, for a test.
     #[derive(Debug, Clone, Default)]
     struct Written(Arc<Mutex<Vec<u8>>>);
 

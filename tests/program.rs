@@ -49,7 +49,7 @@ fn a_bad_configuration_is_one_line_with_its_place() {
         assert_eq!(
             text(&output.stderr),
             format!(
-                "dozed: {file}:2: unknown field `waks`, expected one of `sandboxes`, `wakes`, \
+                "dozed: {file}:2: unknown key `waks`, expected one of `sandboxes`, `wakes`, \
                  `sleeps`, `holds`, `memory`\n"
             )
         );
@@ -57,12 +57,13 @@ fn a_bad_configuration_is_one_line_with_its_place() {
 }
 
 #[test]
-fn a_missing_configuration_is_one_line_with_its_cause() {
+fn a_missing_configuration_is_one_line_that_says_what_to_do() {
     let output = dozed(&["run", "--config", "/no/such.toml"]);
     assert_eq!(output.status.code(), Some(2));
     assert_eq!(
         text(&output.stderr),
-        "dozed: /no/such.toml: reading the configuration: No such file or directory (os error 2)\n"
+        "dozed: /no/such.toml: there is no such file; name an existing one with --config, or \
+         leave out --config to use /etc/dozed.toml, or the defaults if that does not exist\n"
     );
 }
 

@@ -152,7 +152,17 @@ pub enum Verify {
 /// Why there are no settings.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read.
+    /// The file does not exist.
+    #[error(
+        "{}: there is no such file; name an existing one with --config, or leave out --config to \
+         use {CONFIG_FILE}, or the defaults if that does not exist",
+        .file.display()
+    )]
+    Missing {
+        /// The file.
+        file: PathBuf,
+    },
+    /// The file is there and cannot be read.
     #[error("{}: reading the configuration", .file.display())]
     Read {
         /// The file.
@@ -228,11 +238,17 @@ impl Config {
     /// Reads the settings from `file`. The files that they name have to be there.
     ///
     /// # Errors
-    /// `Read` where there is no such file, `Refused` for the first thing in it that is
-    /// not accepted.
+    /// `Missing` or `Read` where it cannot be read, `Refused` for the first thing in it that
+    /// is not accepted.
     pub fn load(file: &Path) -> Result<Self, ConfigError> {
-        let text = read_bounded(file)
-            .map_err(|source| ConfigError::Read { file: file.to_owned(), source })?;
+        let text = read_bounded(file).map_err(|source| {
+            let file = file.to_owned();
+            if source.kind() == io::ErrorKind::NotFound {
+                ConfigError::Missing { file }
+            } else {
+                ConfigError::Read { file, source }
+            }
+        })?;
         Self::parse(&text, &why_unusable).map_err(|SpecError { line, message }| {
             ConfigError::Refused { file: file.to_owned(), line, message }
         })
@@ -244,9 +260,7 @@ impl Config {
     /// As [`Config::load`].
     pub fn load_default() -> Result<Self, ConfigError> {
         match Self::load(Path::new(CONFIG_FILE)) {
-            Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                Ok(Self::default())
-            }
+            Err(ConfigError::Missing { .. }) => Ok(Self::default()),
             result => result,
         }
     }
@@ -351,7 +365,7 @@ impl VmmDocument {
                 return Ok(Some(path));
             }
             let path = path.display();
-            let message = format!("`{key}`: {path} is no program; write the path of one");
+            let message = format!("`{key}`: {path} is not a program; write the path of a program");
             Err(SpecError { line, message })
         };
         Ok(Vmm {

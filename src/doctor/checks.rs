@@ -13,20 +13,17 @@ use std::{
 use super::{Finding, Verdict};
 use crate::{
     config, net,
-    sandbox::network::AddressPlan,
+    sandbox::{Spec, network::AddressPlan},
     sys::{command, files, host, kvm, mount},
     vmm::{self, Vmm, cloud_hypervisor::CloudHypervisor},
 };
 
-/// A program that takes longer to tell its version is not well.
 const VERSION_LIMIT: Duration = Duration::from_secs(5);
-/// A daemon that takes longer to tell its status is not well either.
 const DAEMON_LIMIT: Duration = Duration::from_secs(5);
-/// The first kernel with all that we cannot do without: waiting for a pidfd.
+/// Waiting for a pidfd.
 const KERNEL_NEEDED: (u32, u32) = (5, 4);
-/// The first kernel that tells processes apart by the inode of their pidfds.
+/// Unique inodes of pidfds, by which processes are told apart.
 const KERNEL_WANTED: (u32, u32) = (6, 9);
-/// With less room than this the index and its journal are soon in danger too.
 const SPACE_WANTED_BYTES: u64 = 1 << 30;
 
 pub(super) fn kernel() -> Finding {
@@ -44,7 +41,7 @@ fn judge_kernel(release: &str) -> Finding {
     } else if version < KERNEL_WANTED {
         let (major, minor) = KERNEL_WANTED;
         let says = format!(
-            "Linux {release} tells processes apart by their start time only; \
+            "Linux {release} distinguishes processes only by their start time; \
              {major}.{minor} or later is better."
         );
         lacking(subject, says)
@@ -55,17 +52,17 @@ fn judge_kernel(release: &str) -> Finding {
 
 pub(super) fn user() -> Finding {
     if host::is_root() {
-        well("user", "We are root.")
+        well("user", "This is root.")
     } else {
-        failed("user", "We are not root; run this, and the daemon, as root.")
+        failed("user", "This is not root; run `dozed doctor` and `dozed run` as root.")
     }
 }
 
 pub(super) fn fuse() -> Finding {
     match open(Path::new("/dev/fuse")) {
-        Ok(()) => well("/dev/fuse", "It opens; root mounts without fusermount."),
+        Ok(()) => well("/dev/fuse", "It can be opened."),
         Err(error) => {
-            failed("/dev/fuse", format!("It does not open ({error}); try `modprobe fuse`."))
+            failed("/dev/fuse", format!("It cannot be opened ({error}); {}.", mend(&error, "fuse")))
         }
     }
 }
@@ -86,7 +83,7 @@ pub(super) fn cloud_hypervisor(config: &config::Vmm) -> Finding {
     let subject = "cloud-hypervisor";
     let says = match version(subject, config.cloud_hypervisor.as_deref()) {
         Ok(says) => says,
-        Err(why) => return well(subject, format!("{why}; QEMU does without it.")),
+        Err(why) => return well(subject, format!("{why}; QEMU is used instead.")),
     };
     match find_cloud_hypervisor(config) {
         Ok(cloud) => {
@@ -96,7 +93,7 @@ pub(super) fn cloud_hypervisor(config: &config::Vmm) -> Finding {
             judge_cloud_hypervisor(&says, kvm::usable(), &lacks)
         }
         Err(error) => {
-            lacking(subject, format!("{}; QEMU does without it.", capital(&error.to_string())))
+            lacking(subject, format!("{}; QEMU is used instead.", capital(&error.to_string())))
         }
     }
 }
@@ -108,27 +105,27 @@ fn find_cloud_hypervisor(config: &config::Vmm) -> Result<CloudHypervisor, vmm::E
 fn judge_cloud_hypervisor(says: &str, kvm: Result<(), String>, lacks: &[&str]) -> Finding {
     let subject = "cloud-hypervisor";
     let used = match kvm {
-        Ok(()) => "It is what `auto` means.",
-        Err(_) => "Without hardware virtualisation it is used only where `vmm` names it.",
+        Ok(()) => "`vmm = \"auto\"` selects it.",
+        Err(_) => "Without hardware virtualisation only `vmm = \"cloud-hypervisor\"` selects it.",
     };
     let says = format!("{says} {used}");
     if lacks.is_empty() {
         well(subject, says)
     } else {
-        lacking(subject, format!("{says} But {}.", lacks.join(". And ")))
+        lacking(subject, format!("{says} Its limitations: {}.", lacks.join("; ")))
     }
 }
 
-/// Returns a sentence with place and version of the program, or the start of one that
-/// says what is wrong with it.
+/// Returns a sentence with path and version of the program, or the start of one that says
+/// what is wrong with it.
 fn version(name: &str, configured: Option<&Path>) -> Result<String, String> {
     let program = configured
         .map(Path::to_owned)
         .or_else(|| command::find(name))
-        .ok_or_else(|| format!("There is no {name}"))?;
+        .ok_or_else(|| format!("{name} is not installed"))?;
     let place = program.display();
     let output = command::output(&program, &["--version"], VERSION_LIMIT)
-        .map_err(|error| format!("{place} does not tell its version ({error})"))?;
+        .map_err(|error| format!("{place} does not print its version ({error})"))?;
     let first = output.stdout.lines().next().unwrap_or_default().trim();
     if output.status.success() && !first.is_empty() {
         Ok(format!("{place} is {first}."))
@@ -160,14 +157,16 @@ pub(super) fn store(store: &Path) -> Finding {
 fn judge_store(store: &Path, fs_type: &OsStr, writable: io::Result<()>) -> Finding {
     let kind = fs_type.display();
     let place = store.display();
-    let mend = "set `store` to a local disk";
+    let mend = "set `store` to a directory on a local disk";
     if mount::is_network_fs(fs_type) {
-        failed("store", format!("{place} is on {kind}, a network's; {mend}."))
+        failed("store", format!("{place} is on {kind}, a network file system; {mend}."))
     } else if let Err(error) = writable {
-        failed("store", format!("{place} cannot be written ({error}); {mend}."))
+        let mend = if is_denied(&error) { RUN_AS_ROOT } else { mend };
+        failed("store", format!("{place} is not writable ({error}); {mend}."))
     } else if fs_type == "tmpfs" || fs_type == "ramfs" {
-        let says =
-            format!("{place} is on {kind}, so sleepers take RAM and a reboot loses them; {mend}.");
+        let says = format!(
+            "{place} is on {kind}, so sleeping sandboxes use RAM and are lost at a reboot; {mend}."
+        );
         lacking("store", says)
     } else {
         well("store", format!("{place} is on {kind}."))
@@ -178,7 +177,7 @@ pub(super) fn space(store: &Path, memory_bytes: u64) -> Finding {
     match files::free_bytes(&nearest(store)) {
         Ok(free) => judge_space(free, memory_bytes),
         Err(error) => {
-            lacking("space", format!("How much is free is not told ({error}); see to the disk."))
+            lacking("space", format!("Free space could not be read ({error}); check the disk."))
         }
     }
 }
@@ -188,82 +187,78 @@ fn judge_space(free_bytes: u64, memory_bytes: u64) -> Finding {
     let memory = memory_bytes >> 20;
     if free_bytes < memory_bytes.max(SPACE_WANTED_BYTES) {
         let says = format!(
-            "{free} MiB are free, and one sleeper takes up to {memory} MiB; \
-             free some, or set `store` to a larger disk."
+            "{free} MiB are free, and a sleeping sandbox takes up to {memory} MiB; \
+             free some, or set `store` to a directory on a larger disk."
         );
         lacking("space", says)
     } else {
-        well("space", format!("{free} MiB are free; one sleeper takes up to {memory} MiB."))
+        well("space", format!("{free} MiB are free; a sleeping sandbox takes up to {memory} MiB."))
     }
 }
 
 pub(super) fn reflink(store: &Path) -> Finding {
     if files::reflink_works(&nearest(store)) {
-        well("reflink", "Disks are copied by sharing their blocks.")
+        well("reflink", "Copies of disks share their blocks.")
     } else {
         lacking(
             "reflink",
-            "Disks are copied byte by byte at the first wake; put the store on XFS or Btrfs.",
+            "Disks are copied in full at the first wake; with the store on XFS or Btrfs, copies \
+             share their blocks.",
         )
     }
 }
 
-pub(super) fn cgroups() -> Finding {
-    let mounted = mount::mounts_of_type("cgroup2").unwrap_or_default();
-    let Some(at) = mounted.first() else {
-        return judge_cgroups(None, "");
-    };
-    let controllers = fs::read_to_string(at.join("cgroup.controllers")).unwrap_or_default();
-    judge_cgroups(Some(at), &controllers)
-}
-
-fn judge_cgroups(mounted: Option<&PathBuf>, controllers: &str) -> Finding {
-    let mend = "boot with `systemd.unified_cgroup_hierarchy=1`";
-    let Some(at) = mounted else {
-        return lacking("cgroups", format!("There is no cgroup v2; {mend}."));
-    };
-    let at = at.display();
-    let here: Vec<&str> = controllers.split_whitespace().collect();
-    let absent: Vec<&str> =
-        ["cpu", "memory"].into_iter().filter(|name| !here.contains(name)).collect();
-    if absent.is_empty() {
-        well("cgroups", format!("v2 is at {at}, with cpu and memory."))
-    } else {
-        let absent = absent.join(" and ");
-        let says = format!("v2 is at {at} but cannot limit {absent} of sandboxes; {mend}.");
-        lacking("cgroups", says)
+pub(super) fn template(template: &Spec) -> Finding {
+    match &template.kernel {
+        Some(kernel) => well("template", format!("New sandboxes boot {}.", kernel.display())),
+        None => lacking(
+            "template",
+            "It has no `kernel`, so each sandbox needs one in its `config`; set `kernel` in \
+             `[template]` of the configuration.",
+        ),
     }
 }
 
 pub(super) fn tun() -> Finding {
     match open(Path::new("/dev/net/tun")) {
-        Ok(()) => well("/dev/net/tun", "It opens."),
+        Ok(()) => well("/dev/net/tun", "It can be opened."),
         Err(error) => lacking(
             "/dev/net/tun",
-            format!("Sandboxes get no network ({error}); try `modprobe tun`."),
+            format!(
+                "It cannot be opened, so sandboxes get no network ({error}); {}.",
+                mend(&error, "tun")
+            ),
         ),
     }
 }
 
-/// What the daemon that runs, if one does, says that it lacks: its service manager may forbid
-/// it what we may do.
+/// Asks the running daemon, if there is one, which privileges it lacks: its service manager may
+/// have taken them away.
 pub(super) fn daemon(mount: &Path) -> Option<Finding> {
     let path = mount.join("dozed.status");
-    // Its file system may be there and not answer.
+    // A hung daemon does not answer.
     let (tell, told) = mpsc::channel();
     let reading = thread::Builder::new().name("dozed-status".to_owned()).spawn(move || {
-        // Nobody waits any more where this fails.
         tell.send(fs::read_to_string(path)).ok();
     });
     let status = reading.ok().and_then(|_| told.recv_timeout(DAEMON_LIMIT).ok());
     match status {
-        Some(status) => judge_daemon(&status.ok()?),
+        Some(Ok(status)) => judge_daemon(&status),
+        Some(Err(error)) => no_daemon(mount, &error),
         None => {
             let seconds = DAEMON_LIMIT.as_secs();
-            let says = format!("It does not answer within {seconds} s; see its log.");
+            let says = format!("It did not answer within {seconds} s; see its log.");
             Some(lacking("daemon", says))
         }
     }
+}
+
+/// Tells a daemon that was killed from one that was never started.
+fn no_daemon(mount: &Path, error: &io::Error) -> Option<Finding> {
+    let place = mount.display();
+    (error.kind() == io::ErrorKind::NotConnected).then(|| {
+        lacking("daemon", format!("The daemon that mounted {place} is gone; start dozed again."))
+    })
 }
 
 fn judge_daemon(status: &str) -> Option<Finding> {
@@ -271,18 +266,17 @@ fn judge_daemon(status: &str) -> Option<Finding> {
         |key: &str| status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
     let (pid, lacks) = (value("pid")?, value("lacks")?);
     Some(if lacks == "none" {
-        well("daemon", format!("It runs (process {pid}), and may do all that it needs."))
+        well("daemon", format!("It runs (process {pid}) and has all privileges that it needs."))
     } else {
-        let mend = "give its unit all lines of the dozed.service that comes with it";
+        let mend = "use the dozed.service that comes with this version, or copy its lines";
         let says = format!(
-            "It runs (process {pid}), but sandboxes get no network, as it may not use {lacks}; \
-             {mend}."
+            "It runs (process {pid}), but lacks {lacks}, so sandboxes get no network; {mend}."
         );
         lacking("daemon", says)
     })
 }
 
-/// What the networks of sandboxes need. Without a network sandboxes run all the same.
+/// Checks what networks of sandboxes need; sandboxes without one run in any case.
 pub(super) fn networks(range: &AddressPlan) -> impl Iterator<Item = Finding> {
     net::survey(range).into_iter().map(|found| {
         let verdict = if found.is_well { Verdict::Well } else { Verdict::Lacking };
@@ -290,9 +284,24 @@ pub(super) fn networks(range: &AddressPlan) -> impl Iterator<Item = Finding> {
     })
 }
 
-/// Returns `path` or the nearest directory above it that is there.
+/// Returns `path` or its nearest existing ancestor.
 fn nearest(path: &Path) -> PathBuf {
     path.ancestors().find_map(|path| path.canonicalize().ok()).unwrap_or_else(|| "/".into())
+}
+
+const RUN_AS_ROOT: &str = "run this as root";
+
+fn is_denied(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied && !host::is_root()
+}
+
+/// Says what to do about a device that cannot be opened.
+fn mend(error: &io::Error, module: &str) -> String {
+    if is_denied(error) {
+        RUN_AS_ROOT.to_owned()
+    } else {
+        format!("run `modprobe {module}`, or pass the device to the container")
+    }
 }
 
 fn open(device: &Path) -> io::Result<()> {
@@ -341,19 +350,6 @@ mod tests {
     }
 
     #[test]
-    fn each_missing_controller_is_named() {
-        let at = PathBuf::from("/sys/fs/cgroup/unified");
-        let bare = judge_cgroups(Some(&at), "hugetlb\n");
-        assert_eq!(bare.verdict, Verdict::Lacking);
-        assert!(bare.says.contains("limit cpu and memory"), "{bare}");
-        let half = judge_cgroups(Some(&at), "cpuset cpu io");
-        assert!(half.says.contains("limit memory of"), "{half}");
-        let full = judge_cgroups(Some(&at), "cpuset cpu io memory pids");
-        assert_eq!(full.verdict, Verdict::Well);
-        assert_eq!(judge_cgroups(None, "").verdict, Verdict::Lacking);
-    }
-
-    #[test]
     fn room_for_less_than_one_sleeper_is_a_warning() {
         assert_eq!(judge_space(4 << 30, 8 << 30).verdict, Verdict::Lacking);
         assert_eq!(judge_space(1 << 20, 256 << 20).verdict, Verdict::Lacking);
@@ -379,13 +375,33 @@ mod tests {
         assert_eq!(forbidden.verdict, Verdict::Lacking);
         assert!(forbidden.says.contains("process 7") && forbidden.says.contains("AF_NETLINK (no)"));
         assert_eq!(judge_daemon(""), None, "an older one does not say");
+    }
+
+    #[test]
+    fn the_doctor_tells_of_a_mount_whose_daemon_is_gone() {
         assert_eq!(daemon(Path::new("/no/such/mount")), None);
+        let gone = no_daemon(Path::new("/m"), &io::ErrorKind::NotConnected.into()).unwrap();
+        assert_eq!(gone.verdict, Verdict::Lacking);
+        assert!(gone.says.contains("mounted /m is gone; start dozed"), "{gone}");
+    }
+
+    #[test]
+    fn a_device_that_is_missing_is_not_a_matter_of_rights() {
+        let missing = mend(&io::ErrorKind::NotFound.into(), "fuse");
+        assert!(missing.starts_with("run `modprobe fuse`"), "{missing}");
+    }
+
+    #[test]
+    fn a_template_without_a_kernel_is_a_warning() {
+        let with = Spec { kernel: Some("/k".into()), ..Spec::default() };
+        assert_eq!(template(&with).verdict, Verdict::Well);
+        assert_eq!(template(&Spec::default()).verdict, Verdict::Lacking);
     }
 
     #[test]
     fn a_program_that_is_missing_is_named() {
         let why = version("no-such-program", None).unwrap_err();
-        assert_eq!(why, "There is no no-such-program");
+        assert_eq!(why, "no-such-program is not installed");
     }
 
     #[test]
@@ -395,10 +411,10 @@ mod tests {
         };
         let used = judge(Ok(()), &[]);
         assert_eq!(used.verdict, Verdict::Well);
-        assert_eq!(used.says, "/bin/ch is v53.0. It is what `auto` means.");
-        assert!(judge(Err("no".to_owned()), &[]).says.contains("only where `vmm` names it"));
+        assert_eq!(used.says, "/bin/ch is v53.0. `vmm = \"auto\"` selects it.");
+        assert!(judge(Err("no".to_owned()), &[]).says.contains("only `vmm = \"cloud-h"));
         let old = judge(Ok(()), &["it is slow", "it is old"]);
         assert_eq!(old.verdict, Verdict::Lacking);
-        assert!(old.says.ends_with("But it is slow. And it is old."), "{old}");
+        assert!(old.says.ends_with("Its limitations: it is slow; it is old."), "{old}");
     }
 }

@@ -1,7 +1,6 @@
-//! Looks at the host and says what `dozed` can do here, and how to mend what it cannot.
+//! Examines the host and reports what dozed supports here, and how to fix the rest.
 //!
-//! It only looks: nothing is started, mounted or left behind, and it works without a
-//! running daemon. Each check is one line of the report, in [`checks`].
+//! It changes nothing and needs no running daemon. Each check is one line of the report.
 
 use std::fmt;
 
@@ -9,7 +8,7 @@ use crate::config::Config;
 
 mod checks;
 
-/// What a host was found to be good for.
+/// The findings about a host.
 #[derive(Debug, Clone)]
 pub struct Report {
     findings: Vec<Finding>,
@@ -20,14 +19,13 @@ pub struct Report {
 struct Finding {
     verdict: Verdict,
     subject: &'static str,
-    /// One sentence, and how to mend it where it is not well.
+    /// One sentence; where something is missing, with what to do.
     says: String,
 }
 
-/// How well it is with one subject.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
-    /// All is well.
+    /// Nothing is missing.
     Well,
     /// Sandboxes run, but something is missing.
     Lacking,
@@ -35,7 +33,7 @@ enum Verdict {
     Failed,
 }
 
-/// Looks at this host with the eyes of a daemon that has these settings.
+/// Examines this host for a daemon with this configuration.
 #[must_use]
 pub fn examine(config: &Config) -> Report {
     let networks = checks::networks(&config.network.range);
@@ -50,7 +48,7 @@ pub fn examine(config: &Config) -> Report {
             checks::store(&config.store),
             checks::space(&config.store, config.template.memory_bytes),
             checks::reflink(&config.store),
-            checks::cgroups(),
+            checks::template(&config.template),
             checks::tun(),
         ]
         .into_iter()
@@ -78,9 +76,9 @@ impl fmt::Display for Report {
             writeln!(f, "{finding}")?;
         }
         let summary = if self.any(Verdict::Failed) {
-            "Sandboxes cannot run here until each FAIL is mended."
+            "Sandboxes cannot run here until each FAIL is fixed."
         } else if self.any(Verdict::Lacking) {
-            "Sandboxes can run here, with what the warnings say."
+            "Sandboxes can run here. Each warning says what works less well."
         } else {
             "Sandboxes can run here."
         };
@@ -122,7 +120,7 @@ mod tests {
             "ok    fuse              so it is\n\
              FAIL  fuse              so it is\n\
              warn  fuse              so it is\n\n\
-             Sandboxes cannot run here until each FAIL is mended.\n"
+             Sandboxes cannot run here until each FAIL is fixed.\n"
         );
     }
 
@@ -132,7 +130,7 @@ mod tests {
         let config = Config { store: dir.path().join("not/yet"), ..Config::default() };
         let report = examine(&config);
         let lines = report.to_string();
-        for subject in ["kernel", "/dev/fuse", "qemu", "virtualisation", "reflink", "nf_tables"] {
+        for subject in ["kernel", "/dev/fuse", "qemu", "virtualisation", "template", "nf_tables"] {
             assert!(lines.contains(subject), "{subject}: {lines}");
         }
         for finding in &report.findings {

@@ -65,9 +65,8 @@ pub fn check_mount_point(dir: &Path) -> Result<(), Unfit> {
         let named: Vec<_> = dirs.iter().take(NAMED_MAX).map(|dir| dir.display()).collect();
         tracing::warn!(
             count = dirs.len(),
-            "the mount point {} has empty directories, which are hidden while the tree is \
-             mounted and are no sandboxes, such as {named:?}; whoever made them did so while no \
-             daemon ran",
+            "the mount point {} has empty directories, such as {named:?}; they were made while no \
+             daemon ran, are not sandboxes, and are hidden while the tree is mounted",
             path.display()
         );
     }
@@ -85,7 +84,7 @@ pub(super) fn mount_tree(tree: &Unmounted, path: &Path) -> io::Result<()> {
     if dead == 0 {
         return tree.mount(path);
     }
-    tracing::info!(mount = %path.display(), "taking away the mount of a daemon that is gone");
+    tracing::info!(mount = %path.display(), "removing the mount of a daemon that is gone");
     if let Err(error) = tree.mount_beneath(path) {
         // Before Linux 6.5 clients get to the directory below for a moment.
         tracing::debug!(%error, "mounting beneath what is there");

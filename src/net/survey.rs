@@ -86,14 +86,14 @@ fn firewall_parts() -> Finding {
     let subject = "nf_tables";
     match netns::in_a_new_one(|_| missing_parts()) {
         Ok(Ok(missing)) if missing.is_empty() => {
-            well(subject, "The kernel has all parts of it that firewalls are made of.")
+            well(subject, "The kernel has everything that the firewalls of sandboxes use.")
         }
         Ok(Ok(missing)) => {
             let list = missing.join(" ");
             lacking(
                 subject,
                 format!(
-                    "Sandboxes get no network, as the kernel lacks {list}; `modprobe -a {list}`."
+                    "Sandboxes get no network: the kernel lacks {list}; run `modprobe -a {list}`."
                 ),
             )
         }
@@ -103,7 +103,7 @@ fn firewall_parts() -> Finding {
         ),
         Err(error) => lacking(
             subject,
-            format!("What the kernel has of it is not told ({error}); run this as root."),
+            format!("The kernel's support could not be checked ({error}); run this as root."),
         ),
     }
 }
@@ -161,11 +161,14 @@ fn forwarding() -> Finding {
         Ok(()) => well(subject, "The host forwards IPv4 packets."),
         Err(Error::Lacking { remedy, .. }) => lacking(
             subject,
-            format!("Sandboxes reach neither the internet nor what is `allowed`; {remedy}."),
+            format!(
+                "The host does not forward IPv4 packets, so sandboxes reach neither the internet \
+                 nor `allowed` networks; {remedy}."
+            ),
         ),
         Err(error) => lacking(
             subject,
-            format!("It is not told whether the host forwards ({}).", told(&error)),
+            format!("Whether the host forwards packets could not be checked ({}).", told(&error)),
         ),
     }
 }
@@ -175,7 +178,7 @@ fn range(plan: &AddressPlan) -> Finding {
         Ok(routes) => judge_range(plan, &routes),
         Err(error) => lacking(
             "range",
-            format!("Who else has addresses of it is not told ({}).", told(&error)),
+            format!("Other uses of the range could not be checked ({}).", told(&error)),
         ),
     }
 }
@@ -184,21 +187,19 @@ fn range(plan: &AddressPlan) -> Finding {
 fn made(plan: &AddressPlan) -> Finding {
     let subject = "host's part";
     match host::missing(plan) {
-        Ok(None) => well(subject, "No daemon has made anything for networks here."),
+        Ok(None) => well(subject, "No daemon has set up networks on this host yet."),
         Ok(Some(missing)) if missing.is_empty() => {
-            well(subject, "What the daemon made for networks is there.")
+            well(subject, "Everything that the daemon set up for networks is in place.")
         }
         Ok(Some(missing)) => lacking(
             subject,
             format!(
-                "Of what a daemon made for networks is missing: {}; one that runs puts it back at \
-                 its next look, and the next start does.",
+                "Missing from what a daemon set up for networks: {}; a running daemon restores it \
+                 at its next check, otherwise start dozed.",
                 missing.join(", ")
             ),
         ),
-        Err(error) => {
-            lacking(subject, format!("What there is of it is not told ({}).", told(&error)))
-        }
+        Err(error) => lacking(subject, format!("It could not be checked ({}).", told(&error))),
     }
 }
 
@@ -211,15 +212,15 @@ fn judge_range(plan: &AddressPlan, routes: &[Found]) -> Finding {
         !is_ours && route.network.prefix_len() > 0 && overlap(range, route.network)
     });
     let Some(other) = of_others.min_by_key(|route| route.network.prefix_len()) else {
-        return well("range", format!("Nobody else has addresses of {range}."));
+        return well("range", format!("Nothing else uses addresses of {range}."));
     };
     let network = other.network;
-    let place = other.device.as_ref().map(|name| format!(" by {name}")).unwrap_or_default();
+    let place = other.device.as_ref().map(|name| format!(" through {name}")).unwrap_or_default();
     lacking(
         "range",
         format!(
-            "{range} is not only the sandboxes': the host reaches {network}{place}; set `range` of \
-             `[network]` to a network that nobody has."
+            "Something else uses {range}: the host has a route to {network}{place}; set `range` of \
+             `[network]` to an unused network."
         ),
     )
 }
@@ -234,7 +235,7 @@ fn other_firewalls(plan: &AddressPlan) -> Finding {
         Err(error) => {
             return lacking(
                 "other firewalls",
-                format!("What they forward is not told ({}).", told(&error)),
+                format!("They could not be checked ({}).", told(&error)),
             );
         }
     };
@@ -249,11 +250,11 @@ fn judge_firewalls(plan: &AddressPlan, chains: &[Refusing], old: &str) -> Findin
         return lacking(subject, told.join(" "));
     }
     if old.lines().any(|table| table == "filter") {
-        let says = "There is one of iptables-legacy, and what it forwards is not seen; look \
-                    whether its FORWARD drops what sandboxes send.";
+        let says = "There is one of iptables-legacy, which this does not check; look whether its \
+                    chain FORWARD drops packets of sandboxes.";
         return lacking(subject, says);
     }
-    well(subject, "None drops what is forwarded.")
+    well(subject, "None drops forwarded packets.")
 }
 
 /// Says what a chain refuses, and how it is told to let that pass.
@@ -263,9 +264,9 @@ fn refusal(found: &Refusing) -> String {
     let words: Vec<_> = what
         .iter()
         .map(|traffic| match traffic {
-            Traffic::Sent => "what sandboxes send",
+            Traffic::Sent => "packets from sandboxes",
             Traffic::Answers => "answers to sandboxes",
-            Traffic::Held => "what is held for a wake",
+            Traffic::Held => "packets queued for a wake",
         })
         .collect();
     let what = match words.split_last() {
@@ -295,7 +296,7 @@ fn remedy(found: &Refusing) -> String {
     } else {
         let rule = |links: &str| format!("`nft insert rule {table} {chain} {links} 'dz*' accept`");
         let (inward, outward) = (rule("iifname"), rule("oifname"));
-        format!("{inward} and {outward}, and both in the file that it is loaded from")
+        format!("{inward} and {outward}, and add both to the file that the table is loaded from")
     }
 }
 
@@ -309,26 +310,24 @@ fn judge_connections(max: &io::Result<u64>) -> Finding {
         Ok(max) if *max < CONNTRACK_WANTED => lacking(
             subject,
             format!(
-                "The host keeps track of {max}, and a guest may have 4096; set \
+                "The host tracks at most {max}, and each guest may have 4096; set \
                  net.netfilter.nf_conntrack_max = 262144 with sysctl."
             ),
         ),
-        Ok(max) => well(subject, format!("The host keeps track of {max}.")),
+        Ok(max) => well(subject, format!("The host tracks up to {max}.")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            well(subject, "The host keeps track of none before the first sandbox has a network.")
+            well(subject, "The host tracks none before the first sandbox has a network.")
         }
-        Err(error) => {
-            lacking(subject, format!("How many are kept track of is not told ({error})."))
-        }
+        Err(error) => lacking(subject, format!("The limit could not be read ({error}).")),
     }
 }
 
 fn neighbours() -> Finding {
     let subject = "neighbours";
-    // Those of sandboxes are permanent, and permanent ones are not counted (Linux 5.0).
-    let kept = "Those of sandboxes are permanent, and do not count";
+    // Linux does not count permanent entries since 5.0.
+    let kept = "Entries of sandboxes are permanent, so they do not count";
     match number_in(Path::new(NEIGHBOURS_MAX)) {
-        Ok(max) => well(subject, format!("{kept} among the {max} that there may be.")),
+        Ok(max) => well(subject, format!("{kept} towards the limit of {max}.")),
         // The limit is that of all namespaces, and only the first one shows it.
         Err(_) => well(subject, format!("{kept}.")),
     }
@@ -361,7 +360,9 @@ mod tests {
         for network in ["10.213.7.0/24", "10.0.0.0/8", "10.213.0.9/32"] {
             let found = judge(&[found(network, "wg0", false)]);
             assert!(!found.is_well);
-            let says = format!("the host reaches {network} by wg0; set `range` of `[network]`");
+            let says = format!(
+                "the host has a route to {network} through wg0; set `range` of `[network]`"
+            );
             assert!(found.says.contains(&says), "{}", found.says);
         }
     }
@@ -389,8 +390,8 @@ mod tests {
         ] {
             let found = judge(&[refusing(table, chain, others)]);
             let drops = format!(
-                "Chain {chain} of table {table} drops by its policy what sandboxes send, \
-                 answers to sandboxes and what is held for a wake; "
+                "Chain {chain} of table {table} drops by its policy packets from sandboxes, \
+                 answers to sandboxes and packets queued for a wake; "
             );
             assert!(!found.is_well && found.says.contains(&drops), "{found:?}");
             assert!(found.says.contains(says), "{found:?}");
@@ -401,7 +402,7 @@ mod tests {
         one.by_policy = false;
         let found = judge(&[one, refusing("inet x", "y", &[])]);
         assert!(
-            found.says.contains("refuses by a rule what is held for a wake; `ipt"),
+            found.says.contains("refuses by a rule packets queued for a wake; `ipt"),
             "{found:?}"
         );
         assert!(found.says.contains(". Chain y of table inet x"), "{found:?}");

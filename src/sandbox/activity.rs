@@ -133,8 +133,8 @@ impl<'de> Deserialize<'de> for SignalSet {
         let quoted = Signal::CHOICE.map(|signal| format!("\"{}\"", signal.word())).join(", ");
         let refused = |given: &toml::Value| {
             D::Error::custom(format!(
-                "{given} is not accepted; write a list of some of {quoted}; what else counts \
-                 always does"
+                "{given} is not accepted; write a list with any of {quoted}; boots, wakes \
+                 and holds always count"
             ))
         };
         let signal = |given: &toml::Value| {
@@ -322,9 +322,9 @@ mod tests {
             ("cpu_percent = 6401", "`6401` is not accepted; write a whole number from 0 to 6400"),
             ("cpu_percent = -1", "write a whole number from 0"),
             ("disk_bytes_per_second = \"1KiB\"", "write a whole number from 0"),
-            ("signals = \"cpu\"", "\"cpu\" is not accepted; write a list of some of \"control\""),
-            ("signals = [\"cpu\", \"ram\"]", "\"ram\" is not accepted; write a list of some of"),
-            ("signals = [\"hold\"]", "\"network\"; what else counts always does"),
+            ("signals = \"cpu\"", "\"cpu\" is not accepted; write a list with any of \"control\""),
+            ("signals = [\"cpu\", \"ram\"]", "\"ram\" is not accepted; write a list with any of"),
+            ("signals = [\"hold\"]", "\"network\"; boots, wakes and holds always count"),
             ("awake_min = \"never\"", "\"never\" is not accepted; write it as \"10s\" or \"5m\""),
             ("awake_min = \"0s\"", "or \"off\""),
             ("awake_min = 10", "10 is not accepted"),

@@ -13,7 +13,7 @@ pub enum Period {
 
 /// Why some text is no period.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is no period: write `90s`, `5m`, `2h`, `7d` or `never`")]
+#[error("`{text}` is not a duration; write `90s`, `5m`, `2h`, `7d` or `never`")]
 pub struct PeriodError {
     text: String,
 }

@@ -30,7 +30,7 @@ pub enum UsersError {
     #[error("user ids below {UID_MIN} are the system's")]
     System,
     /// It has an id that means something else.
-    #[error("{id} is no id for a user; write a range without it")]
+    #[error("{id} cannot be a user id; write a range without it")]
     Special {
         /// The id.
         id: u32,
@@ -122,9 +122,9 @@ mod tests {
             ("3000-2000", "its last user id is below its first"),
             ("0-2000", "user ids below 1000 are the system's"),
             ("999-2000", "user ids below 1000 are the system's"),
-            ("2000-65534", "65534 is no id for a user"),
-            ("65535-70000", "65535 is no id for a user"),
-            ("70000-4294967295", "4294967295 is no id for a user"),
+            ("2000-65534", "65534 cannot be a user id"),
+            ("65535-70000", "65535 cannot be a user id"),
+            ("70000-4294967295", "4294967295 cannot be a user id"),
         ] {
             let error = text.parse::<Users>().unwrap_err().to_string();
             assert!(error.contains(says), "{text}: {error}");

@@ -184,7 +184,7 @@ impl Manifest {
             return Err(damaged("has format 0, which never was".to_owned()));
         }
         let manifest: Self = serde_json::from_str(text)
-            .map_err(|error| damaged(format!("makes no sense: {error}")))?;
+            .map_err(|error| damaged(format!("cannot be decoded: {error}")))?;
         manifest.check_files().map_err(damaged)?;
         Ok(manifest)
     }
@@ -334,7 +334,7 @@ pub(super) mod tests {
             ("dozed-snapshot", "tarball", "says `tarball`, not `dozed-snapshot`"),
             ("\"magic\"", "\"tragic\"", "none of ours: missing field `magic`"),
             ("\"format\": 1", "\"format\": 0", "format 0, which never was"),
-            ("\"row\": 7", "\"row\": -7", "makes no sense"),
+            ("\"row\": 7", "\"row\": -7", "cannot be decoded"),
             ("\"web-1\"", "\"Web 1\"", "`id`: an id is lower-case"),
             ("\"vmstate\"", "\"../vmstate\"", "lists a file `../vmstate`"),
             ("\"vmstate\"", "\"manifest\"", "lists a file `manifest`"),

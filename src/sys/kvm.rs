@@ -30,15 +30,15 @@ fn judge(opened: io::Result<()>, cpuinfo: &str) -> Result<(), String> {
     match opened {
         Ok(()) if extended => Ok(()),
         Ok(()) => {
-            Err("/dev/kvm opens, but the CPU shows neither vmx nor svm: ordinary guests hang on \
-             such a KVM, so QEMU's software emulation is used"
+            Err("/dev/kvm exists, but the CPU has neither vmx nor svm; ordinary guests hang on \
+             such a KVM, so QEMU emulates in software"
                 .to_owned())
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err("there is no /dev/kvm, so QEMU's software emulation is used".to_owned())
+            Err("there is no /dev/kvm, so QEMU emulates in software".to_owned())
         }
         Err(error) => {
-            Err(format!("/dev/kvm does not open ({error}), so QEMU's software emulation is used"))
+            Err(format!("/dev/kvm cannot be opened ({error}), so QEMU emulates in software"))
         }
     }
 }

@@ -32,13 +32,13 @@ pub enum BadCommand {
     #[error("what is written is not UTF-8 text")]
     NotText,
     /// No word that we know.
-    #[error("`{word}` is no verb; write `sleep` or `wake`")]
+    #[error("`{word}` is not a verb; write `sleep` or `wake`")]
     UnknownVerb {
         /// The start of what was written.
         word: String,
     },
     /// `sleep` with something that is no count.
-    #[error("`{word}` is no count; write `sleep`, or `sleep N` with N from `activity`")]
+    #[error("`{word}` is not a count; write `sleep`, or `sleep N` with N from `activity`")]
     BadCount {
         /// What followed the verb.
         word: String,

@@ -368,7 +368,7 @@ pub enum Error {
         said: String,
     },
     /// The VMM said something that we do not understand.
-    #[error("the VMM's answer to {command} makes no sense: {said}")]
+    #[error("unexpected answer of the VMM to {command}: {said}")]
     Nonsense {
         /// The command in the VMM's language.
         command: String,

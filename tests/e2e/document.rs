@@ -77,7 +77,7 @@ fn editors_write_a_config_and_put_back_what_they_could_not_write() {
     assert_eq!(host.read("web-1/config"), before);
     // What is not accepted is told by the editor, which then writes the old text back.
     let spoilt = host.bash(&format!("{vim} -c '%s/vcpus/vcpsu/' -c 'w' -c 'q!' web-1/config"));
-    assert!(host.error("web-1").contains("unknown field `vcpsu`") || spoilt.status.success());
+    assert!(host.error("web-1").contains("unknown key `vcpsu`") || spoilt.status.success());
     assert_eq!(host.read("web-1/config"), before);
     let spoilt = host.bash("ed -s web-1/config <<< $'g/vcpus/s//vcpsu/\\nw\\nQ'");
     assert!(!spoilt.status.success(), "{spoilt:?}");

@@ -160,7 +160,7 @@ fn a_row_that_makes_no_sense_is_left_out_and_the_others_are_served() {
     assert!(home.exists());
     let log = host.log();
     let says = "row 1 (spoilt) of the index";
-    assert!(log.contains(says) && log.contains("makes no sense and is left out"), "{log}");
+    assert!(log.contains(says) && log.contains("cannot be decoded and is skipped"), "{log}");
     host.kill_daemon();
     let change = |sql: &str| {
         Connection::open(host.store().join("index.db")).unwrap().execute_batch(sql).unwrap();
@@ -202,7 +202,7 @@ fn an_index_that_cannot_be_synced_ends_the_daemon_with_a_sentence_and_no_guest()
     assert_eq!(host.ended().code(), Some(1));
     strace.wait().unwrap();
     let log = host.log().split_off(said);
-    let says = "cannot be written any more, so dozed ends: its next start goes on";
+    let says = "failed, so dozed exits; its next start continues";
     assert!(log.contains(says) && log.contains("Input/output error"), "{log}");
     assert!(!log.contains("uncategorized"), "{log}");
     assert!(log.matches(" ERROR ").count() <= 3, "{log}");

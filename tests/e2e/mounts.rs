@@ -118,7 +118,7 @@ fn a_tree_that_only_another_namespace_still_has_is_not_served() {
     let bound = BindMount::of(host.mount());
     dozed::sys::mount::detach(host.mount()).unwrap();
     assert_eq!(host.ended().code(), Some(1));
-    assert!(host.log().contains("was unmounted by somebody else; the guests run on"));
+    assert!(host.log().contains("was unmounted by somebody else; guests keep running"));
     drop(bound);
     host.restart();
 }
@@ -144,6 +144,21 @@ fn directories_made_while_no_daemon_ran_do_not_keep_one_from_starting() {
     fs::remove_dir_all(&stray).unwrap();
     host.restart();
     assert_eq!(host.list(), ["web-1"]);
+}
+
+#[test]
+fn a_directory_of_the_configuration_that_is_a_file_is_named_with_its_key() {
+    let mut host = Setup::bare().start();
+    host.terminate();
+    let mount = host.mount().to_owned();
+    fs::remove_dir(&mount).unwrap();
+    fs::write(&mount, "").unwrap();
+    let output = host.second_start();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said.ends_with("is not a directory; choose another `mount`\n"), "{said}");
+    fs::remove_file(&mount).unwrap();
+    host.restart();
 }
 
 #[test]

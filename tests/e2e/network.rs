@@ -380,7 +380,7 @@ fn a_second_daemon_with_the_same_addresses_is_refused_and_cuts_nobody_off() {
             let said = String::from_utf8(output.stderr).unwrap();
             let pid = host.daemon_pid();
             let want = format!(
-                "dozed: taking the addresses of sandboxes: {range} is in use by another dozed \
+                "dozed: reserving the addresses of sandboxes: {range} is in use by another dozed \
                  (process {pid}, range 10.213.0.0/16); each needs a `range` of its own in \
                  `[network]`\n"
             );

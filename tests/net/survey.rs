@@ -36,9 +36,12 @@ fn what_is_missing_is_told_with_what_to_do() {
         lacks("forwarding", "set net.ipv4.ip_forward = 1 with sysctl");
         // An address of another link, and a way of others to all of the range and more.
         ip("addr add 10.213.7.1/24 dev up0");
-        lacks("range", "the host reaches 10.213.7.0/24 by up0; set `range` of `[network]`");
+        lacks(
+            "range",
+            "the host has a route to 10.213.7.0/24 through up0; set `range` of `[network]`",
+        );
         ip("route add 10.0.0.0/8 via 93.184.216.2");
-        lacks("range", "10.0.0.0/8 by up0");
+        lacks("range", "10.0.0.0/8 through up0");
         nft("add table ip6 filter");
         nft("add chain ip6 filter FORWARD { type filter hook forward priority 0; policy drop; }");
         assert!(found(host, "other firewalls").is_well, "there is no IPv6 in sandboxes");
@@ -53,8 +56,11 @@ fn what_is_missing_of_what_a_daemon_made_is_told() {
         drop(host.sandbox("a", 0));
         assert!(found(host, "host's part").is_well);
         for (take, says) in [
-            ("link set dozed0ad50000 down", "the host's device, in use and with its address; one"),
-            ("link del dozed0ad50000", "the host's device, in use and with its address; one"),
+            (
+                "link set dozed0ad50000 down",
+                "the host's device, in use and with its address; a running",
+            ),
+            ("link del dozed0ad50000", "the host's device, in use and with its address; a running"),
         ] {
             ip(take);
             let finding = found(host, "host's part");

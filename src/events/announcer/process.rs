@@ -74,7 +74,7 @@ fn receive(socket: &MessageSocket) -> io::Result<Option<Order>> {
         return Ok(None);
     }
     let order = str::from_utf8(&buffer[..length]).ok().and_then(Order::parse);
-    order.map(Some).ok_or_else(|| io::Error::other("an order makes no sense"))
+    order.map(Some).ok_or_else(|| io::Error::other("a request cannot be decoded"))
 }
 
 impl Shared {

@@ -51,7 +51,8 @@ impl Ignored {
                 }
             } else {
                 return refused(
-                    "is no address, network or port; write such as `10.0.0.9` or `tcp/9100`",
+                    "is not an address, a network or a port; write for example `10.0.0.9` or \
+                     `tcp/9100`",
                 );
             }
         }
@@ -102,11 +103,14 @@ mod tests {
     fn what_is_neither_is_refused_in_a_sentence() {
         let many = format!("ignore = [{}]", "'tcp/1', ".repeat(ENTRIES_MAX + 1));
         for (text, says) in [
-            ("ignore = ['keepalive']", "`ignore` `keepalive` is no address, network or port;"),
+            (
+                "ignore = ['keepalive']",
+                "`ignore` `keepalive` is not an address, a network or a port;",
+            ),
             ("ignore = ['10.0.0.1/8']", "`10.0.0.1/8` has bits set after its prefix; write `10."),
             ("ignore = ['tcp/0']", "`tcp/0` has no port from 1 to 65535"),
-            ("ignore = ['010.0.0.0/8']", "is no address"),
-            ("ignore = ['::1']", "is no address"),
+            ("ignore = ['010.0.0.0/8']", "is not an address"),
+            ("ignore = ['::1']", "is not an address"),
             (many.as_str(), "has 33 entries, and at most 32"),
         ] {
             let error = toml::from_str::<Document>(text).unwrap_err().to_string();

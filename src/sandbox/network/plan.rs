@@ -54,7 +54,7 @@ pub struct SandboxAddress(Ipv4Addr);
 
 /// Why some text is no range for sandboxes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is no range for sandboxes: {why}; write one such as `10.213.0.0/16`")]
+#[error("`{text}` cannot be the range of sandboxes: {why}; write one such as `10.213.0.0/16`")]
 pub struct PlanError {
     text: String,
     why: String,
@@ -251,7 +251,7 @@ mod tests {
             ("8.8.0.0/16", "in none of 10.0.0.0/8"),
             ("172.0.0.0/8", "in none of"),
             ("fd00::/48", "not an IPv4 address"),
-            ("\n", "`?` is no range"),
+            ("\n", "`?` cannot be the range"),
         ] {
             let error = text.parse::<AddressPlan>().unwrap_err().to_string();
             assert!(error.contains(why), "{text:?}: {error}");

@@ -96,9 +96,9 @@ impl Nameservers {
                 entry.parse().map_err(|_| no_ipv4(entry, "a nameserver", "`9.9.9.9`"))?;
             match why_not_public(address) {
                 None => Ok(address),
-                Some(what) => Err(format!(
-                    "is no public address ({what}), and a sandbox's nameserver has to be one"
-                )),
+                Some(what) => {
+                    Err(format!("is not a public address ({what}); a nameserver must be public"))
+                }
             }
         })?;
         let mut once: Vec<Ipv4Addr> = Vec::new();
@@ -267,7 +267,7 @@ mod tests {
         let denied = |text: &str| Destinations::denied(text.lines()).map(drop);
         let allowed = |text: &str| Destinations::allowed(text.lines()).map(drop);
         for (result, says) in [
-            (nameservers("9.9.9.9\n\n127.0.0.53"), "line 3: `127.0.0.53` is no public address"),
+            (nameservers("9.9.9.9\n\n127.0.0.53"), "line 3: `127.0.0.53` is not a public address"),
             (nameservers("168.63.129.16"), "(a cloud's host)"),
             (nameservers("dns.example"), "line 1: `dns.example` is not a nameserver; write"),
             (nameservers("2606:4700::1111"), "is IPv6, which sandboxes do not have"),

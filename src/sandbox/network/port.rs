@@ -44,12 +44,12 @@ impl FromStr for Ports {
     /// # Errors
     /// What is wrong with it, as the end of a sentence that begins with it.
     fn from_str(text: &str) -> Result<Self, String> {
-        let such_as = "write such as `tcp/22` or `udp/5000-5010`";
+        let such_as = "write for example `tcp/22` or `udp/5000-5010`";
         let (name, range) = text.split_once('/').map_or((text, None), |(a, b)| (a, Some(b)));
         let transport = match name {
             "tcp" => Transport::Tcp,
             "udp" => Transport::Udp,
-            _ => return Err(format!("is neither of tcp nor of udp; {such_as}")),
+            _ => return Err(format!("begins with neither tcp nor udp; {such_as}")),
         };
         let Some(range) = range else { return Ok(Self::all(transport)) };
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -109,10 +109,10 @@ mod tests {
     #[test]
     fn what_is_no_port_is_refused_with_what_to_write() {
         for (text, says) in [
-            ("", "is neither of tcp nor of udp; write such as `tcp/22`"),
-            ("22", "is neither of tcp"),
-            ("TCP/22", "is neither of tcp"),
-            ("icmp", "is neither of tcp"),
+            ("", "begins with neither tcp nor udp; write for example `tcp/22`"),
+            ("22", "begins with neither tcp nor udp"),
+            ("TCP/22", "begins with neither tcp nor udp"),
+            ("icmp", "begins with neither tcp nor udp"),
             ("tcp/", "has no port from 1 to 65535"),
             ("tcp/0", "has no port"),
             ("tcp/+22", "has no port"),

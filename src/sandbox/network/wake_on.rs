@@ -48,7 +48,7 @@ impl WakePorts {
             let refused = |why: &str| format!("`{}` {why}", shown(entry));
             let ports: Ports = entry.parse().map_err(|why: String| refused(&why))?;
             if ports == Ports::all(Transport::Udp) {
-                return Err(refused("names no port; write such as `udp/53`"));
+                return Err(refused("names no port; write for example `udp/53`"));
             }
             Ok(ports)
         });
@@ -127,9 +127,9 @@ mod tests {
         for (text, says) in [
             ("wake_on = 'ring'", "expected `none` or `packet`"),
             ("wake_ports = []", "`wake_ports` names no port; leave it out for every port of TCP"),
-            ("wake_ports = ['udp']", "`udp` names no port; write such as `udp/53`"),
+            ("wake_ports = ['udp']", "`udp` names no port; write for example `udp/53`"),
             ("wake_ports = ['udp/1-65535']", "`udp/1-65535` names no port"),
-            ("wake_ports = ['tcp/1', '80']", "`wake_ports` `80` is neither of tcp nor of udp"),
+            ("wake_ports = ['tcp/1', '80']", "`wake_ports` `80` begins with neither tcp nor udp"),
             ("wake_ports = [22]", "expected a string"),
             (many.as_str(), "has 17 entries, and at most 16 are accepted"),
         ] {

@@ -15,6 +15,7 @@ use super::{
 
 #[cfg(test)]
 mod tests;
+mod toml_error;
 
 const MIB: u64 = 1 << 20;
 /// Less memory than this boots no guest that we know of.
@@ -564,14 +565,6 @@ impl SpecError {
             format!("`disks`: number {number} has no `path`; write the absolute path of an image");
         Self { line: None, message }
     }
-
-    /// Makes one sentence of what the TOML reader says.
-    #[must_use]
-    pub fn from_toml(error: &toml::de::Error, text: &str) -> Self {
-        let line = error.span().map(|span| line_of(text, span.start));
-        let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
-        Self { line, message }
-    }
 }
 
 /// Says whether what the TOML reader objects to is only that the text ends within a value.
@@ -620,7 +613,7 @@ pub(crate) fn memory_from_text<'de, D: Deserializer<'de>>(
     input: D,
 ) -> Result<Option<u64>, D::Error> {
     let text = String::deserialize(input)?;
-    let accepted = "write it with its unit, as \"256MiB\", \"256M\" or \"4GiB\"";
+    let accepted = "write it with a unit: \"256MiB\", \"256M\" or \"4GiB\"";
     // As QEMU, Docker and systemd have it, K, M, G and T alone are binary.
     let is_short = text.ends_with(['K', 'M', 'G', 'T', 'k', 'm', 'g', 't']);
     let whole = if is_short { format!("{text}iB") } else { text.clone() };
@@ -628,8 +621,9 @@ pub(crate) fn memory_from_text<'de, D: Deserializer<'de>>(
     if !whole.ends_with(['B', 'b']) {
         return Err(D::Error::custom(format!("`memory` = \"{text}\" has no unit; {accepted}")));
     }
-    let bytes = parse_size::parse_size(&whole)
-        .map_err(|_| D::Error::custom(format!("`memory` = \"{text}\" is no size; {accepted}")))?;
+    let bytes = parse_size::parse_size(&whole).map_err(|_| {
+        D::Error::custom(format!("`memory` = \"{text}\" is not a size; {accepted}"))
+    })?;
     if !bytes.is_multiple_of(MIB) {
         return Err(D::Error::custom(format!(
             "`memory` = \"{text}\" is not a whole number of MiB; {accepted}"

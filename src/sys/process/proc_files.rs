@@ -32,8 +32,9 @@ pub(super) struct Stat {
 
 pub(super) fn stat(pid: u32) -> io::Result<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    parse_stat(&text, rustix::param::clock_ticks_per_second())
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat makes no sense"))
+    parse_stat(&text, rustix::param::clock_ticks_per_second()).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat has an unexpected format")
+    })
 }
 
 fn parse_stat(text: &str, ticks_per_second: u64) -> Option<Stat> {
@@ -68,8 +69,9 @@ pub(super) fn io(pid: u32) -> io::Result<Io> {
 }
 
 fn read_io(dir: &Path) -> io::Result<Io> {
-    parse_io(&fs::read_to_string(dir.join("io"))?)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/io makes no sense"))
+    parse_io(&fs::read_to_string(dir.join("io"))?).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/io has an unexpected format")
+    })
 }
 
 /// Returns what those threads that live have read and written whose names begin with `prefix`.
@@ -135,7 +137,7 @@ pub(super) fn user(pid: u32) -> io::Result<u32> {
     // The owner of its directory is root's where others must not look into it.
     let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
     parse_user(&text).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/status makes no sense")
+        io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/status has an unexpected format")
     })
 }
 

@@ -239,7 +239,7 @@ const DELETE: &[Arrow] = &[Arrow::DeleteIntended, Arrow::DeleteKilled, Arrow::De
 /// Writes that are no command: the file, what is written, and a part of what `error` says
 /// then, or nothing where the write is none and so succeeds.
 pub(super) const NONSENSE: [(&str, &str, Option<&str>); 7] = [
-    ("state", "hibernate", Some("is no verb")),
+    ("state", "hibernate", Some("is not a verb")),
     ("state", "sleep\nwake\n", Some("one write is one command")),
     ("state", " \n", None),
     ("idle_after", "5 minutes", Some("`never`")),

@@ -113,7 +113,7 @@ fn a_line_that_can_never_be_right_fails_its_write_and_the_whole_document() {
     for (file, good, bad, says) in [
         (File::Denied, "10.0.0.0/8\n", "10.0.0.0/33\n", "line 2"),
         (File::Nameservers, "9.9.9.9\n", "nine\n", "line 2"),
-        (File::Config, "vcpus = 1\n", "vcpsu = 2\n", "line 2: unknown field `vcpsu`"),
+        (File::Config, "vcpus = 1\n", "vcpsu = 2\n", "line 2: unknown key `vcpsu`"),
         (File::Config, "vcpus = 1\n", "vcpus = 2\n", "line 2: duplicate key"),
         (File::Config, "vcpus = 1\n", "kernel = \"/no\"\n", "line 2: `kernel`: /no"),
         (File::Config, "vcpus = 1\n", "denied = [\"x\"]\n", "line 2: `denied`: `x`"),

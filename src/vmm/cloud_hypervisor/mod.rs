@@ -65,7 +65,7 @@ impl CloudHypervisor {
     pub fn find() -> Result<Self, Error> {
         let program = command::find(PROGRAM).ok_or_else(|| Error::Missing {
             program: PROGRAM.to_owned(),
-            why: "it is not there; install it, or set [vmm] cloud_hypervisor to where it is"
+            why: "it was not found; install it, or set [vmm] cloud_hypervisor to its path"
                 .to_owned(),
         })?;
         Self::at(program)

@@ -60,7 +60,9 @@ impl Qemu {
     pub fn find() -> Result<Self, Error> {
         let program = command::find(PROGRAM).ok_or_else(|| Error::Missing {
             program: PROGRAM.to_owned(),
-            why: "it is not there; install the package qemu-system-x86".to_owned(),
+            why: "it was not found; install the package qemu-system-x86, or set [vmm] qemu to its \
+                  path"
+                .to_owned(),
         })?;
         Self::at(program)
     }

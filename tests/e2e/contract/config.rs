@@ -11,7 +11,7 @@ fn a_document_that_is_wrong_changes_nothing_and_the_error_says_where() {
     host.mkdir("web-1").unwrap();
     let before = host.read("web-1/config");
     for (document, says) in [
-        ("vcpus = 1\nmemroy = \"24MiB\"\n", "line 2: unknown field `memroy`"),
+        ("vcpus = 1\nmemroy = \"24MiB\"\n", "line 2: unknown key `memroy`"),
         ("memory = \"24\"", "\"256MiB\""),
         ("vcpus = 0", "from 1 to 64"),
         ("vcpus = ", "line 1"),

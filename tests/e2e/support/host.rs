@@ -412,7 +412,7 @@ impl Host {
         }
         assert!(process::naming(self.place.path()).is_empty(), "a process is left");
         let log = self.log();
-        assert!(!log.contains("a promise of our own code was broken"), "the daemon panicked");
+        assert!(!log.contains("this is a bug in dozed"), "the daemon panicked");
     }
 
     /// Takes away what a failed test left, by force.

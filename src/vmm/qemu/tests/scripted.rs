@@ -281,7 +281,7 @@ fn a_state_of_another_form_is_no_snapshot_with_kvm_and_the_guest_runs_on() {
         let (_host, saved) = save_nothing(told, after.to_vec());
         assert_eq!(
             saved.unwrap_err().to_string(),
-            "the VMM's answer to migrate makes no sense: what it wrote of its CPUs is not as known \
+            "unexpected answer of the VMM to migrate: what it wrote of its CPUs is not as known \
              (no description at its end); use another version of QEMU, or \
              vmm = \"cloud-hypervisor\""
         );
