@@ -9,7 +9,9 @@ use std::{fs, sync::Arc, time::Duration};
 use dozed::{
     index::{Index, NewSandbox},
     lock::Locks,
-    sandbox::{Owner, Period, SandboxId, SnapshotFacts, Spec, Step, Timestamp, Users},
+    sandbox::{
+        Owner, Period, ProcessIdentity, SandboxId, SnapshotFacts, Spec, Step, Timestamp, Users,
+    },
 };
 use rusqlite::Connection;
 
@@ -48,12 +50,14 @@ fn put_one_to_sleep(index: &Index) {
     };
     let entry = index.create(&held, new, now).unwrap();
     index.give_user(&held, &entry, Users::default()).unwrap().unwrap();
-    for step in [Step::Boot, Step::Booted, Step::Sleep, Step::Slept] {
+    let process =
+        ProcessIdentity { pid: 1, boot_id: "boot".into(), pidfs_inode: None, start_ticks: 1 };
+    let snapshot = SnapshotFacts { generation: 1, bytes: 1 << 20, at: now };
+    for step in [Step::Boot, Step::Booted(process), Step::Sleep, Step::Slept(snapshot)] {
         index
-            .advance(&held, &entry, step, now, |record| {
+            .advance(&held, &entry, &step, now, |record| {
                 record.vmm = Some("qemu 7.2.22".into());
                 record.waking.cause = Some("write by pid 1234567 (python3) uid 1000".into());
-                record.snapshot = Some(SnapshotFacts { generation: 1, bytes: 1 << 20, at: now });
             })
             .unwrap();
     }

@@ -9,7 +9,8 @@ use dozed::{
     events::{ChangeFeed, Event, View, What},
     lifecycle::{Busyness, Gauges, Metrics, Signals},
     sandbox::{
-        Activity, Actor, Cause, Owner, Period, Record, RowId, Spec, State, Step, Timestamp, Waking,
+        Activity, Actor, Cause, Owner, Period, Phase, ProcessIdentity, Record, RowId,
+        SnapshotFacts, Spec, State, Step, Timestamp, Waking,
     },
     tree::{BadCommand, DaemonFacts, DaemonFile, Facts, File, Verb, verb},
 };
@@ -92,16 +93,36 @@ fn drawn_transitions() -> BTreeSet<(String, String)> {
 /// The picture has one arrow for a loss and one for a deletion, which begin in most states.
 #[test]
 fn the_picture_of_the_states_has_every_transition() {
-    let steps =
-        [Step::Boot, Step::Booted, Step::Sleep, Step::Slept, Step::Wake, Step::Woken, Step::Undo];
-    let pair = |from: State, to: State| (from.word().to_owned(), to.word().to_owned());
-    let mut there: BTreeSet<_> = State::ALL
+    let (process, snapshot) = (process(), snapshot());
+    let running = Phase::Running { process: process.clone() };
+    let phases = [
+        Phase::Stopped,
+        Phase::Booting { process: None },
+        running.clone(),
+        Phase::Snapshotting { process: process.clone() },
+        Phase::Snapshotted { snapshot },
+        Phase::Restoring { snapshot, process: None },
+        Phase::Deleting { process: None, snapshot: None },
+    ];
+    assert_eq!(phases.each_ref().map(Phase::state), State::ALL);
+    let steps = [
+        Step::Boot,
+        Step::Booted(process.clone()),
+        Step::Sleep,
+        Step::Slept(snapshot),
+        Step::Wake,
+        Step::Woken(process),
+        Step::Undo,
+    ];
+    let pair =
+        |from: &Phase, to: &Phase| (from.state().word().to_owned(), to.state().word().to_owned());
+    let mut there: BTreeSet<_> = phases
         .iter()
-        .flat_map(|from| steps.map(|step| (from, from.after(step))))
-        .filter_map(|(from, to)| Some(pair(*from, to.ok()?)))
+        .flat_map(|from| steps.iter().map(move |step| (from, from.after(step))))
+        .filter_map(|(from, to)| Some(pair(from, &to.ok()?)))
         .collect();
-    there.insert(pair(State::Running, State::Running.after(Step::Lost).unwrap()));
-    there.insert(pair(State::Stopped, State::Stopped.after(Step::Delete).unwrap()));
+    there.insert(pair(&running, &running.after(&Step::Lost).unwrap()));
+    there.insert(pair(&Phase::Stopped, &Phase::Stopped.after(&Step::Delete).unwrap()));
     assert_eq!(drawn_transitions(), there);
 }
 
@@ -197,8 +218,11 @@ fn each_key_of_the_tables_is_listed_in_order() {
 fn each_metric_is_listed() {
     let metrics = Metrics::default();
     let (before, after) = (record(), Record { last_sleep: Some(Duration::ZERO), ..record() });
-    for step in [Step::Slept, Step::Woken, Step::Booted, Step::Lost] {
-        metrics.stepped(step, &Cause::Idle, &before, &after);
+    let (process, snapshot) = (process(), snapshot());
+    for step in
+        [Step::Slept(snapshot), Step::Woken(process.clone()), Step::Booted(process), Step::Lost]
+    {
+        metrics.stepped(&step, &Cause::Idle, &before, &after);
     }
     metrics.failed("EIO");
     let text = metrics.expose(&Gauges {
@@ -311,12 +335,20 @@ fn each_cause_is_listed() {
     | Cause::Reconcile) = &there[0];
 }
 
+fn process() -> ProcessIdentity {
+    ProcessIdentity { pid: 1, boot_id: "boot".into(), pidfs_inode: None, start_ticks: 1 }
+}
+
+fn snapshot() -> SnapshotFacts {
+    SnapshotFacts { generation: 1, bytes: 0, at: Timestamp::default() }
+}
+
 fn record() -> Record {
     Record {
         row: RowId(1),
         id: "web-1".parse().unwrap(),
         owner: Owner { uid: 0, gid: 0 },
-        state: State::Stopped,
+        phase: Phase::Stopped,
         since: Timestamp::default(),
         created_at: Timestamp::default(),
         generation: 0,
@@ -328,8 +360,6 @@ fn record() -> Record {
         vmm: None,
         user: None,
         slot: None,
-        process: None,
-        snapshot: None,
         sleeps: 0,
         wakes: 0,
         last_sleep: None,

@@ -15,7 +15,7 @@ use std::sync::{Arc, atomic::Ordering};
 use rusqlite::Connection;
 
 use super::{
-    Commit, Entry, Error, Index, LOCKED_AGAIN, NewSandbox, Record, RowId, SandboxId, State, Step,
+    Commit, Entry, Error, Index, LOCKED_AGAIN, NewSandbox, Phase, Record, RowId, SandboxId, Step,
     Timestamp, Users, Waking, keys_of_row, row, schema, table::Table,
 };
 use crate::{
@@ -54,7 +54,7 @@ impl Index {
             row: RowId(0),
             id: id.clone(),
             owner: new.owner,
-            state: State::Stopped,
+            phase: Phase::Stopped,
             since: now,
             created_at: now,
             generation: 0,
@@ -66,8 +66,6 @@ impl Index {
             vmm: None,
             user: None,
             slot: None,
-            process: None,
-            snapshot: None,
             sleeps: 0,
             wakes: 0,
             last_sleep: None,
@@ -97,12 +95,12 @@ impl Index {
         &self,
         held: &Held,
         entry: &Entry,
-        step: Step,
+        step: &Step,
         now: Timestamp,
         change: impl FnOnce(&mut Record),
     ) -> Result<Arc<Record>, Error> {
-        let state = entry.record().state().after(step)?;
-        let (record, _synced) = self.update(held, entry, state, Wait::ForDisk, |record| {
+        let phase = entry.record().phase.after(step)?;
+        let (record, _synced) = self.update(held, entry, phase, Wait::ForDisk, |record| {
             record.since = now;
             change(record);
         })?;
@@ -120,12 +118,12 @@ impl Index {
         &self,
         held: &Held,
         entry: &Entry,
-        step: Step,
+        step: &Step,
         now: Timestamp,
         change: impl FnOnce(&mut Record),
     ) -> Result<(Arc<Record>, Commit), Error> {
-        let state = entry.record().state().after(step)?;
-        self.update(held, entry, state, Wait::ForNothing, |record| {
+        let phase = entry.record().phase.after(step)?;
+        self.update(held, entry, phase, Wait::ForNothing, |record| {
             record.since = now;
             change(record);
         })
@@ -145,7 +143,7 @@ impl Index {
         change: impl FnOnce(&mut Record),
     ) -> Result<Arc<Record>, Error> {
         let (record, _synced) =
-            self.update(held, entry, entry.record().state(), Wait::ForDisk, change)?;
+            self.update(held, entry, entry.record().phase.clone(), Wait::ForDisk, change)?;
         Ok(record)
     }
 
@@ -162,7 +160,7 @@ impl Index {
         entry: &Entry,
         change: impl FnOnce(&mut Record),
     ) -> Result<(Arc<Record>, Commit), Error> {
-        self.update(held, entry, entry.record().state(), Wait::ForNothing, change)
+        self.update(held, entry, entry.record().phase.clone(), Wait::ForNothing, change)
     }
 
     /// Waits until `commit`, and so whatever was changed before it, is on the disk.
@@ -235,8 +233,8 @@ impl Index {
         let Some(number) = reserve(&mut write(&self.table)) else {
             return Ok(None);
         };
-        let state = entry.record().state();
-        self.update(held, entry, state, Wait::ForDisk, |record| set(record, number))
+        let phase = entry.record().phase.clone();
+        self.update(held, entry, phase, Wait::ForDisk, |record| set(record, number))
             .map(|_synced| Some(number))
             .inspect_err(|_| release(&mut write(&self.table), number))
     }
@@ -377,13 +375,14 @@ impl Index {
         &self,
         held: &Held,
         entry: &Entry,
-        state: State,
+        phase: Phase,
         wait: Wait,
         change: impl FnOnce(&mut Record),
     ) -> Result<(Arc<Record>, Commit), Error> {
         assert_eq!(held.id(), entry.id(), "the lock is that of the sandbox");
         let old = entry.record();
-        let mut new = Record { state, ..Record::clone(&old) };
+        let state = phase.state();
+        let mut new = Record { phase, ..Record::clone(&old) };
         change(&mut new);
         let fixed = |record: &Record| (record.row, record.id.clone(), record.created_at);
         assert_eq!(fixed(&new), fixed(&old), "a change keeps what is fixed");

@@ -32,7 +32,7 @@ use rusqlite::Connection;
 
 use crate::{
     sandbox::{
-        Owner, Period, Record, RowId, SandboxId, Spec, State, Step, Timestamp, Users, Waking,
+        Owner, Period, Phase, Record, RowId, SandboxId, Spec, State, Step, Timestamp, Users, Waking,
     },
     sync::{Mutex, RwLock, lock, read},
 };

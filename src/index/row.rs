@@ -6,8 +6,8 @@ use rusqlite::{Connection, Row, params_from_iter, types::FromSql, types::Value};
 
 use super::{Error, spec::Specs};
 use crate::sandbox::{
-    Owner, Period, ProcessIdentity, Record, RowId, SandboxId, SnapshotFacts, Spec, State,
-    Timestamp, Waking, Writer,
+    Mismatched, Owner, Period, Phase, ProcessIdentity, Record, RowId, SandboxId, SnapshotFacts,
+    Spec, State, Timestamp, Waking, Writer,
 };
 
 /// The columns that change, in the order in which [`values`] and [`read`] have them.
@@ -245,6 +245,12 @@ impl From<rusqlite::Error> for Senseless {
     }
 }
 
+impl From<Mismatched> for Senseless {
+    fn from(error: Mismatched) -> Self {
+        Self(error.to_string())
+    }
+}
+
 impl From<String> for Senseless {
     fn from(why: String) -> Self {
         Self(why)
@@ -291,12 +297,14 @@ fn read(
 ) -> Result<(Record, Timestamp), Senseless> {
     let mut columns = Columns { row, next: 0 };
     let c = &mut columns;
+    let (row, id) = (RowId(c.number()?), id(&c.next::<String>()?)?);
+    let owner = Owner { uid: c.next()?, gid: c.next()? };
+    let state = state(&c.next::<String>()?)?;
     // The fields stand in the order of the columns, as that is the order of evaluation.
     let record = Record {
-        row: RowId(c.number()?),
-        id: id(&c.next::<String>()?)?,
-        owner: Owner { uid: c.next()?, gid: c.next()? },
-        state: state(&c.next::<String>()?)?,
+        row,
+        id,
+        owner,
         since: c.moment()?,
         created_at: c.moment()?,
         generation: c.number()?,
@@ -307,8 +315,7 @@ fn read(
         vmm: c.next()?,
         user: c.next()?,
         slot: c.next()?,
-        process: process(c)?,
-        snapshot: snapshot(c)?,
+        phase: Phase::of(state, process(c)?, snapshot(c)?)?,
         sleeps: c.number()?,
         wakes: c.number()?,
         last_sleep: c.number_or_none()?.map(Duration::from_nanos),

@@ -137,7 +137,7 @@ impl Lifecycle {
 
     /// Claims a deletion, records its intent, and does what makes it certain.
     fn begin_deletion(&self, entry: &Arc<Entry>, cause: &Cause) -> Result<(), Error> {
-        self.make_room_for(Step::Delete);
+        self.make_room_for(&Step::Delete);
         let claim = match self.try_claim(entry, cause)? {
             Claim::Pending => {
                 self.operations.wait_for_claim(entry.row(), CLAIM_LIMIT);

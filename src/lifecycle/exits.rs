@@ -83,8 +83,6 @@ impl Lifecycle {
         // Why it ended is news to whoever was last told why a command was refused.
         self.activities.forget_note(entry.row());
         self.step_because(cause, held, entry, Step::Lost, |record| {
-            record.process = None;
-            record.snapshot = None;
             record.error = Some(one_line(why).into());
         })?;
         self.machines.remove(entry.row());

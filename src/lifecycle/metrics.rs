@@ -87,22 +87,22 @@ impl Default for Metrics {
 
 impl Metrics {
     /// Counts a step that was taken.
-    pub fn stepped(&self, step: Step, cause: &Cause, before: &Record, after: &Record) {
+    pub fn stepped(&self, step: &Step, cause: &Cause, before: &Record, after: &Record) {
         let took = |then: Option<Duration>, now: Option<Duration>| now.filter(|_| now != then);
         match step {
-            Step::Slept => {
+            Step::Slept(_) => {
                 self.sleeps.with_label_values(&[cause.word()]).inc();
                 if let Some(took) = took(before.last_sleep, after.last_sleep) {
                     self.sleep_seconds.observe(took.as_secs_f64());
                 }
             }
-            Step::Woken => {
+            Step::Woken(_) => {
                 self.wakes.with_label_values(&[cause.word()]).inc();
                 if let Some(took) = took(before.last_wake, after.last_wake) {
                     self.wake_seconds.observe(took.as_secs_f64());
                 }
             }
-            Step::Booted => self.boots.with_label_values(&[cause.word()]).inc(),
+            Step::Booted(_) => self.boots.with_label_values(&[cause.word()]).inc(),
             Step::Lost => self.losses.with_label_values(&[cause.word()]).inc(),
             Step::Boot | Step::Sleep | Step::Wake | Step::Undo | Step::Delete => {}
         }

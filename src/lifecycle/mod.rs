@@ -460,15 +460,15 @@ impl Lifecycle {
         change: impl FnOnce(&mut Record),
     ) -> Result<Arc<Record>, Error> {
         let (before, now) = (entry.record(), self.now());
-        self.make_room_for(step);
+        self.make_room_for(&step);
         let record = self
             .index
-            .advance(held, entry, step, now, |record| {
-                self.note_waking(cause, step, &before, record);
+            .advance(held, entry, &step, now, |record| {
+                self.note_waking(cause, &step, &before, record);
                 change(record);
             })
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
-        self.told(step, cause, &before, &record);
+        self.told(&step, cause, &before, &record);
         Ok(record)
     }
 
@@ -482,33 +482,33 @@ impl Lifecycle {
         change: impl FnOnce(&mut Record),
     ) -> Result<(Arc<Record>, Commit), Error> {
         let (before, now) = (entry.record(), self.now());
-        self.make_room_for(step);
+        self.make_room_for(&step);
         let (record, commit) = self
             .index
-            .advance_unsynced(held, entry, step, now, |record| {
-                self.note_waking(held.cause(), step, &before, record);
+            .advance_unsynced(held, entry, &step, now, |record| {
+                self.note_waking(held.cause(), &step, &before, record);
                 change(record);
             })
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
-        self.told(step, held.cause(), &before, &record);
+        self.told(&step, held.cause(), &before, &record);
         Ok((record, commit))
     }
 
     /// Remembers of a step how the sandbox came to be awake, or no longer is.
-    fn note_waking(&self, cause: &Cause, step: Step, before: &Record, record: &mut Record) {
+    fn note_waking(&self, cause: &Cause, step: &Step, before: &Record, record: &mut Record) {
         let now = record.since;
         match step {
             Step::Sleep => record.waking.sleeps(cause, before.since, now),
-            Step::Woken => {
+            Step::Woken(_) => {
                 let asleep_since = before.snapshot().map_or(before.since, |snapshot| snapshot.at);
                 record.waking.woke(cause, asleep_since, now, self.today());
                 record.waking.stays_awake(now, self.activity_of(before).awake_min);
             }
-            Step::Booted => {
+            Step::Booted(_) => {
                 record.waking.booted(cause);
                 record.waking.stays_awake(now, self.activity_of(before).awake_min);
             }
-            Step::Boot | Step::Slept | Step::Wake | Step::Undo | Step::Lost | Step::Delete => {}
+            Step::Boot | Step::Slept(_) | Step::Wake | Step::Undo | Step::Lost | Step::Delete => {}
         }
     }
 
@@ -518,7 +518,7 @@ impl Lifecycle {
         day_of(self.clock.wall(self.now()).as_second())
     }
 
-    fn told(&self, step: Step, cause: &Cause, before: &Record, record: &Record) {
+    fn told(&self, step: &Step, cause: &Cause, before: &Record, record: &Record) {
         self.metrics.stepped(step, cause, before, record);
         self.publish_step(cause, before, record);
         if matches!(record.state(), State::Running | State::Snapshotted) {

@@ -41,12 +41,12 @@ pub(super) struct Deletion {
     pub(super) cause: Cause,
     /// Whether its intent is a mark in the index rather than a state.
     pub(super) is_marked: bool,
-    phase: Phase,
+    phase: DeletionPhase,
 }
 
 /// How far a deletion is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+enum DeletionPhase {
     /// Its intent is being recorded. The sandbox is still in sight.
     Claimed,
     /// Its intent is recorded, and a thread is at it.
@@ -78,7 +78,7 @@ impl Operations {
     /// Says whether the intent to delete this sandbox is recorded.
     pub(super) fn is_deleting(&self, row: RowId) -> bool {
         let table = lock(&self.table);
-        table.deletions.get(&row).is_some_and(|deletion| deletion.phase != Phase::Claimed)
+        table.deletions.get(&row).is_some_and(|deletion| deletion.phase != DeletionPhase::Claimed)
     }
 
     /// Says whether this sandbox is being deleted, or is about to be.
@@ -98,11 +98,12 @@ impl Operations {
             return Err(Error::ShuttingDown);
         }
         match table.deletions.get(&row).map(|deletion| deletion.phase) {
-            Some(Phase::Claimed) => return Ok(Claim::Pending),
-            Some(Phase::UnderWay | Phase::PutOff(_)) => return Ok(Claim::Gone),
+            Some(DeletionPhase::Claimed) => return Ok(Claim::Pending),
+            Some(DeletionPhase::UnderWay | DeletionPhase::PutOff(_)) => return Ok(Claim::Gone),
             None => {}
         }
-        let claimed = Deletion { cause: cause.clone(), is_marked: false, phase: Phase::Claimed };
+        let claimed =
+            Deletion { cause: cause.clone(), is_marked: false, phase: DeletionPhase::Claimed };
         table.deletions.insert(row, claimed);
         Ok(Claim::Taken)
     }
@@ -110,7 +111,10 @@ impl Operations {
     /// Waits until a claimed deletion is recorded or given up.
     pub(super) fn wait_for_claim(&self, row: RowId, limit: Duration) {
         let pending = |table: &mut Table| {
-            table.deletions.get(&row).is_some_and(|deletion| deletion.phase == Phase::Claimed)
+            table
+                .deletions
+                .get(&row)
+                .is_some_and(|deletion| deletion.phase == DeletionPhase::Claimed)
         };
         drop(wait_while_within(&self.ended, lock(&self.table), limit, pending));
     }
@@ -119,7 +123,7 @@ impl Operations {
     pub(super) fn mark_deleting(&self, row: RowId, is_marked: bool) {
         let mut table = lock(&self.table);
         if let Some(deletion) = table.deletions.get_mut(&row) {
-            (deletion.phase, deletion.is_marked) = (Phase::UnderWay, is_marked);
+            (deletion.phase, deletion.is_marked) = (DeletionPhase::UnderWay, is_marked);
         }
         if let Some(cancel) = table.under_way.get(&row) {
             cancel.call_off();
@@ -129,7 +133,7 @@ impl Operations {
 
     /// Enters a deletion that an earlier daemon recorded.
     pub(super) fn restore_deletion(&self, row: RowId, is_marked: bool, now: Timestamp) {
-        let phase = Phase::PutOff(now);
+        let phase = DeletionPhase::PutOff(now);
         let recorded = Deletion { cause: Cause::Reconcile, is_marked, phase };
         lock(&self.table).deletions.insert(row, recorded);
     }
@@ -142,7 +146,7 @@ impl Operations {
     /// Has a deletion that could not be finished tried again at `at`.
     pub(super) fn put_off_deletion(&self, row: RowId, at: Timestamp) {
         if let Some(deletion) = lock(&self.table).deletions.get_mut(&row) {
-            deletion.phase = Phase::PutOff(at);
+            deletion.phase = DeletionPhase::PutOff(at);
         }
         self.ended.notify_all();
     }
@@ -151,8 +155,8 @@ impl Operations {
     pub(super) fn next_deletion(&self) -> Option<Timestamp> {
         let table = lock(&self.table);
         let at = |deletion: &Deletion| match deletion.phase {
-            Phase::PutOff(at) => Some(at),
-            Phase::Claimed | Phase::UnderWay => None,
+            DeletionPhase::PutOff(at) => Some(at),
+            DeletionPhase::Claimed | DeletionPhase::UnderWay => None,
         };
         table.deletions.values().filter_map(at).min()
     }
@@ -165,8 +169,8 @@ impl Operations {
         }
         let mut due = Vec::new();
         for (row, deletion) in &mut table.deletions {
-            if matches!(deletion.phase, Phase::PutOff(at) if at <= now) {
-                deletion.phase = Phase::UnderWay;
+            if matches!(deletion.phase, DeletionPhase::PutOff(at) if at <= now) {
+                deletion.phase = DeletionPhase::UnderWay;
                 due.push(*row);
             }
         }
@@ -188,7 +192,7 @@ impl Operations {
     pub(super) fn begin(&self, entry: &Entry) -> Result<Operation<'_>, Error> {
         let mut table = lock(&self.table);
         let deletion = table.deletions.get(&entry.row());
-        if deletion.is_some_and(|deletion| deletion.phase != Phase::Claimed) {
+        if deletion.is_some_and(|deletion| deletion.phase != DeletionPhase::Claimed) {
             return Err(Error::Gone { id: entry.id().clone() });
         }
         if table.closing {
@@ -211,7 +215,7 @@ impl Operations {
 impl Table {
     /// Returns how many operations and deletions have a thread.
     fn busy(&self) -> usize {
-        let has_thread = |deletion: &&Deletion| !matches!(deletion.phase, Phase::PutOff(_));
+        let has_thread = |deletion: &&Deletion| !matches!(deletion.phase, DeletionPhase::PutOff(_));
         self.under_way.len() + self.deletions.values().filter(has_thread).count()
     }
 }

@@ -302,13 +302,11 @@ impl Lifecycle {
             home.end_life().map_err(failed)?;
             let bytes = home.snapshot_bytes(&record.id, generation).map_err(failed)?;
             let bytes = self.give_back_room(&record, generation).unwrap_or(bytes);
-            let at = self.now();
-            self.step(held, entry, Step::Slept, |record| {
+            let snapshot = SnapshotFacts { generation, bytes, at: self.now() };
+            self.step(held, entry, Step::Slept(snapshot), |record| {
                 record.generation += 1;
                 record.sleeps += 1;
-                record.process = None;
                 record.retry_at = None;
-                record.snapshot = Some(SnapshotFacts { generation, bytes, at });
             })?;
             self.leave_asleep(entry);
             return Ok(());
@@ -347,10 +345,10 @@ impl Lifecycle {
                 self.take_over(entry, &process, cancel)?;
                 // Else it would be idle since before it slept, and sleep again at once.
                 self.saw(entry, Signal::Wake);
-                self.step(held, entry, Step::Woken, |record| {
+                let process = process.identity().clone();
+                self.step(held, entry, Step::Woken(process), |record| {
                     record.generation += 1;
                     record.wakes += 1;
-                    record.snapshot = None;
                     record.retry_at = None;
                 })?;
                 self.drop_copy_later(&record, memory()?);
@@ -382,7 +380,7 @@ impl Lifecycle {
         if let Some(generation) = generation {
             self.give_back_room(&record, generation);
         }
-        self.step(held, entry, Step::Undo, |record| record.process = None)?;
+        self.step(held, entry, Step::Undo, |_| ())?;
         self.leave_asleep(entry);
         Ok(())
     }
@@ -412,10 +410,8 @@ impl Lifecycle {
             match runs {
                 Ok(true) => {
                     self.saw(entry, Signal::Boot);
-                    self.step(held, entry, Step::Booted, |record| {
-                        record.process = Some(process.identity().clone());
-                        record.retry_at = None;
-                    })?;
+                    let booted = Step::Booted(process.identity().clone());
+                    self.step(held, entry, booted, |record| record.retry_at = None)?;
                     return Ok(());
                 }
                 Err(error) if is_recorded => return Err(error),
@@ -429,7 +425,7 @@ impl Lifecycle {
         self.abandon_network(entry);
         let home = self.home(&entry.record());
         home.end_life().map_err(snapshot_failed(entry, "clearing up after"))?;
-        self.step(held, entry, Step::Undo, |record| record.process = None)?;
+        self.step(held, entry, Step::Undo, |_| ())?;
         Ok(())
     }
 

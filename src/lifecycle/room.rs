@@ -20,9 +20,14 @@ use crate::{
 impl Lifecycle {
     /// Sees to it that the end of an operation or of a sandbox can be recorded on a full disk.
     /// What begins something is refused there.
-    pub(super) fn make_room_for(&self, step: Step) {
+    pub(super) fn make_room_for(&self, step: &Step) {
         match step {
-            Step::Delete | Step::Lost | Step::Undo | Step::Slept | Step::Woken | Step::Booted => {
+            Step::Delete
+            | Step::Lost
+            | Step::Undo
+            | Step::Slept(_)
+            | Step::Woken(_)
+            | Step::Booted(_) => {
                 self.reserve.give_up_if_full();
             }
             Step::Boot | Step::Wake | Step::Sleep => {}

@@ -34,7 +34,7 @@ impl Lifecycle {
             let entry = self.by_row(row)?;
             let record = entry.record();
             let (now, sleeps_at) = (self.now(), record.sleep_at(entry.last_activity()));
-            let usage = self.usages.get(row).filter(|_| record.state == State::Running)?;
+            let usage = self.usages.get(row).filter(|_| record.state() == State::Running)?;
             let due = lock(&usage).is_due(now, record.idle_after, sleeps_at);
             due.then_some((entry, record, live, usage))
         };

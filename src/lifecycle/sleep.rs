@@ -58,11 +58,11 @@ impl Lifecycle {
                     None => Ok(Outcome::Spared),
                     Some(wanted) => self.save(held, entry, operation, why, wanted),
                 },
-                state @ (State::Stopped
+                State::Stopped
                 | State::Booting
                 | State::Snapshotting
                 | State::Restoring
-                | State::Deleting) => match state.after(Step::Sleep) {
+                | State::Deleting => match record.phase.after(&Step::Sleep) {
                     Err(_) if why == Why::Idle => Ok(Outcome::Spared),
                     Err(refused) => Err(Error::Refused(refused)),
                     Ok(_) => Err(Error::Gone { id: record.id.clone() }),
@@ -174,18 +174,17 @@ impl Lifecycle {
         let left = self.give_back_room(&record, committed.generation);
         self.reach(Arrow::SleepKilled);
         // After a power cut the record says at least `snapshotting`, and the manifest the rest.
-        let recorded = self.step_unsynced(held, entry, Step::Slept, |record| {
+        let snapshot = SnapshotFacts {
+            generation: committed.generation,
+            bytes: left.unwrap_or(committed.bytes),
+            at: self.now(),
+        };
+        let recorded = self.step_unsynced(held, entry, Step::Slept(snapshot), |record| {
             record.generation += 1;
             record.sleeps += 1;
-            record.process = None;
             record.vmm = Some(named(&identity));
             record.retry_at = None;
             record.last_sleep = Some(took.elapsed());
-            record.snapshot = Some(SnapshotFacts {
-                generation: committed.generation,
-                bytes: left.unwrap_or(committed.bytes),
-                at: self.now(),
-            });
         });
         match recorded {
             Ok((record, _proven)) => {

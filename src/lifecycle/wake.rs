@@ -15,7 +15,7 @@ use super::{
 use crate::{
     lifecycle::Held,
     machines::{Live, balloon::deflate, end},
-    sandbox::{NetMode, Record, Spec, State, Step},
+    sandbox::{NetMode, ProcessIdentity, Record, Spec, State, Step},
     snapshot::{self, Memory, Snapshot},
     sync::{Arc, lock},
     sys::{
@@ -45,12 +45,13 @@ impl Lifecycle {
                     .inspect_err(|_| self.refuse_packets(entry))
                     .map(|()| Outcome::Done),
                 State::Stopped => self.boot(held, entry, operation).map(|()| Outcome::Done),
-                state @ (State::Booting
-                | State::Snapshotting
-                | State::Restoring
-                | State::Deleting) => Err(state
-                    .after(Step::Wake)
-                    .map_or_else(Error::Refused, |_| Error::Gone { id: entry.id().clone() })),
+                State::Booting | State::Snapshotting | State::Restoring | State::Deleting => {
+                    Err(entry
+                        .record()
+                        .phase
+                        .after(&Step::Wake)
+                        .map_or_else(Error::Refused, |_| Error::Gone { id: entry.id().clone() }))
+                }
             }
         })
     }
@@ -64,16 +65,15 @@ impl Lifecycle {
         let took = Stopwatch::start();
         let record = entry.record();
         let _slot = self.admission.wake(&record.id)?;
-        let memory = self.start(held, entry, operation, |undo, intended| {
+        let (memory, process) = self.start(held, entry, operation, |undo, intended| {
             self.restore_acts(held, entry, operation, undo, intended)
         })?;
         self.saw(entry, Signal::Wake);
         // After a power cut the record says at least `restoring`, and the guest is lost
         // either way.
-        let recorded = self.step_unsynced(held, entry, Step::Woken, |record| {
+        let recorded = self.step_unsynced(held, entry, Step::Woken(process), |record| {
             record.generation += 1;
             record.wakes += 1;
-            record.snapshot = None;
             record.retry_at = None;
             record.last_wake = Some(took.elapsed());
         });
@@ -122,7 +122,7 @@ impl Lifecycle {
         operation: &'a Operation<'_>,
         undo: &mut Undo<'a>,
         intended: &mut bool,
-    ) -> Result<Memory, Error> {
+    ) -> Result<(Memory, ProcessIdentity), Error> {
         let record = entry.record();
         let home = self.home(&record);
         let failed = snapshot_failed(entry, "opening the snapshot of");
@@ -172,7 +172,7 @@ impl Lifecycle {
         let process = live.process.identity().clone();
         // No process outlasts a power cut.
         let (_, _moot) =
-            self.amend_unsynced(held, entry, |record| record.process = Some(process))?;
+            self.amend_unsynced(held, entry, |record| record.phase.set_process(process.clone()))?;
         self.reach(Arrow::WakeRecorded);
 
         let _connected = live.connect().map_err(vmm_failed(entry, "reaching"))?;
@@ -197,7 +197,7 @@ impl Lifecycle {
         self.let_run(entry, &live, memory, facts.generation)?;
         deflate(&entry.record(), &live);
         self.reach(Arrow::WakeResumed);
-        Ok(memory)
+        Ok((memory, process))
     }
 
     /// Loads the machine, while its memory is checked beside it.
@@ -275,11 +275,12 @@ impl Lifecycle {
         if entry.record().spec.kernel.is_none() {
             return Err(Error::NoKernel { id: entry.id().clone() });
         }
-        self.start(held, entry, operation, |undo, intended| {
+        let process = self.start(held, entry, operation, |undo, intended| {
             self.boot_acts(held, entry, operation, undo, intended)
         })?;
         self.saw(entry, Signal::Boot);
-        let recorded = self.step(held, entry, Step::Booted, |record| record.retry_at = None);
+        let recorded =
+            self.step(held, entry, Step::Booted(process), |record| record.retry_at = None);
         if let Err(error) = recorded {
             self.record_later(entry, "a boot", &error);
         }
@@ -293,7 +294,7 @@ impl Lifecycle {
         operation: &Operation<'_>,
         undo: &mut Undo<'a>,
         intended: &mut bool,
-    ) -> Result<(), Error> {
+    ) -> Result<ProcessIdentity, Error> {
         self.check_nothing_sleeps(entry)?;
         let record = entry.record();
         let home = self.home(&record);
@@ -331,14 +332,14 @@ impl Lifecycle {
         self.reach(Arrow::BootSpawned);
 
         let process = live.process.identity().clone();
-        self.amend(held, entry, |record| record.process = Some(process))?;
+        self.amend(held, entry, |record| record.phase.set_process(process.clone()))?;
         self.reach(Arrow::BootRecorded);
 
         let _connected = live.connect().map_err(vmm_failed(entry, "reaching"))?;
         may_have_run.set(true);
         lock(&live.machine).resume().map_err(vmm_failed(entry, "starting"))?;
         self.reach(Arrow::BootResumed);
-        Ok(())
+        Ok(process)
     }
 
     /// Gives a sandbox its user id, if its VMM is to run as one and it has none yet. It keeps
@@ -461,8 +462,7 @@ impl Lifecycle {
         let ended = if matches!(error, Error::Undo { .. }) {
             self.recover(held, entry, operation)
         } else {
-            self.step(held, entry, Step::Undo, |record| record.process = None)
-                .map(|_| self.leave_asleep(entry))
+            self.step(held, entry, Step::Undo, |_| ()).map(|_| self.leave_asleep(entry))
         };
         if let Err(error) = ended {
             tracing::error!(id = %entry.id(), error = super::chain(&error), "ending an operation");

@@ -2,7 +2,9 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::{Period, SandboxId, Spec, State, Timestamp, Waking};
+use super::{
+    Period, Phase, ProcessIdentity, SandboxId, SnapshotFacts, Spec, State, Timestamp, Waking,
+};
 
 /// The number of a sandbox's row. It is never used again, so it also names the
 /// sandbox's directory in the store and, as a part of it, its inode numbers.
@@ -81,35 +83,6 @@ impl std::str::FromStr for Writer {
     }
 }
 
-/// What tells one process from every other that has had its number.
-///
-/// Where the kernel has pidfs (Linux 6.9), the inode of a pidfd is unique for the
-/// time of a boot; otherwise the start time in clock ticks, which two processes may
-/// share, has to do, together with executable and command line.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct ProcessIdentity {
-    /// The process id in the daemon's pid namespace.
-    pub pid: u32,
-    /// `/proc/sys/kernel/random/boot_id` of the boot that it was started in.
-    pub boot_id: Box<str>,
-    /// The inode of its pidfd, where the kernel has pidfs.
-    pub pidfs_inode: Option<u64>,
-    /// Field 22 of `/proc/PID/stat`, in clock ticks since boot.
-    pub start_ticks: u64,
-}
-
-/// What the index remembers of the snapshot that a sandbox sleeps on. Its manifest
-/// is the truth.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SnapshotFacts {
-    /// The number that its directory is named by.
-    pub generation: u64,
-    /// The bytes that it takes on disk.
-    pub bytes: u64,
-    /// When it was committed.
-    pub at: Timestamp,
-}
-
 /// What is known of one sandbox, but for its activity, which changes too often.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
@@ -119,8 +92,8 @@ pub struct Record {
     pub id: SandboxId,
     /// Whose it is.
     pub owner: Owner,
-    /// Where it is in its life.
-    pub state: State,
+    /// Where it is in its lifecycle, and what exists only there.
+    pub phase: Phase,
     /// When it came into that state.
     pub since: Timestamp,
     /// When it was made.
@@ -143,10 +116,6 @@ pub struct Record {
     pub user: Option<u32>,
     /// The number of its address in the range, if it has one; no other sandbox has it.
     pub slot: Option<u32>,
-    /// The VMM's process, from just before its first instruction to its end.
-    pub process: Option<ProcessIdentity>,
-    /// The snapshot that it sleeps on.
-    pub snapshot: Option<SnapshotFacts>,
     /// The count of completed sleeps.
     pub sleeps: u64,
     /// The count of completed wakes from a snapshot.
@@ -167,19 +136,19 @@ impl Record {
     /// Returns its state.
     #[must_use]
     pub fn state(&self) -> State {
-        self.state
+        self.phase.state()
     }
 
     /// Returns the VMM's process, from just before its first instruction to its end.
     #[must_use]
     pub fn process(&self) -> Option<&ProcessIdentity> {
-        self.process.as_ref()
+        self.phase.process()
     }
 
-    /// Returns the snapshot that it sleeps on.
+    /// Returns the snapshot that it sleeps on or is being woken from.
     #[must_use]
     pub fn snapshot(&self) -> Option<SnapshotFacts> {
-        self.snapshot
+        self.phase.snapshot()
     }
 
     /// Returns when the reaper is to put it to sleep if nothing more happens, given its
@@ -248,11 +217,23 @@ mod tests {
     }
 
     fn record(state: State) -> Record {
+        let process =
+            ProcessIdentity { pid: 1, boot_id: "b".into(), pidfs_inode: None, start_ticks: 1 };
+        let snapshot = SnapshotFacts { generation: 1, bytes: 0, at: at(100) };
+        let phase = match state {
+            State::Stopped => Phase::Stopped,
+            State::Booting => Phase::Booting { process: Some(process) },
+            State::Running => Phase::Running { process },
+            State::Snapshotting => Phase::Snapshotting { process },
+            State::Snapshotted => Phase::Snapshotted { snapshot },
+            State::Restoring => Phase::Restoring { snapshot, process: Some(process) },
+            State::Deleting => Phase::Deleting { process: Some(process), snapshot: Some(snapshot) },
+        };
         Record {
             row: RowId(1),
             id: "web-1".parse().unwrap(),
             owner: Owner { uid: 0, gid: 0 },
-            state,
+            phase,
             since: at(0),
             created_at: at(0),
             generation: 0,
@@ -264,8 +245,6 @@ mod tests {
             vmm: None,
             user: None,
             slot: None,
-            process: None,
-            snapshot: Some(SnapshotFacts { generation: 1, bytes: 0, at: at(100) }),
             sleeps: 0,
             wakes: 0,
             last_sleep: None,

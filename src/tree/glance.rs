@@ -102,7 +102,7 @@ impl Tree {
         let facts = if file == File::Status {
             let home = self.lifecycle.home(&record);
             let cached_bytes = match record.snapshot() {
-                Some(facts) if record.state == State::Snapshotted => {
+                Some(facts) if record.state() == State::Snapshotted => {
                     home.page_cache_bytes(facts.generation)
                 }
                 Some(_) | None => Some(0),

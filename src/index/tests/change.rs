@@ -35,7 +35,7 @@ fn what_the_disk_does_not_take_in_time_is_in_neither_ram_nor_file() {
     };
     let users = "70000-70009".parse().unwrap();
     let errors = [
-        host.index.advance(&held, &entry, Step::Sleep, at(2), |_| ()).unwrap_err(),
+        host.index.advance(&held, &entry, &Step::Sleep, at(2), |_| ()).unwrap_err(),
         host.index.amend(&held, &entry, |record| record.pinned = true).unwrap_err(),
         host.index.give_slot(&held, &entry, 9).unwrap_err(),
         host.index.give_user(&held, &entry, users).unwrap_err(),
@@ -56,7 +56,7 @@ fn what_the_disk_does_not_take_in_time_is_in_neither_ram_nor_file() {
     host.index.log.disk(Disk::Works);
     host.index.check().unwrap();
     assert_eq!(host.index.give_slot(&held, &entry, 9).unwrap(), Some(0));
-    host.index.advance(&held, &entry, Step::Sleep, at(2), |_| ()).unwrap();
+    host.index.advance(&held, &entry, &Step::Sleep, at(2), |_| ()).unwrap();
     host.index.remove_meta("k").unwrap();
     drop(held);
     host.create("b", 3);
@@ -173,12 +173,12 @@ fn a_lock_of_another_process_that_does_not_end_is_an_error_that_changes_nothing(
     let other = Connection::open(host.path()).unwrap();
     other.execute_batch("BEGIN EXCLUSIVE").unwrap();
     let held = host.held("a");
-    let error = host.index.advance(&held, &entry, Step::Sleep, at(2), |_| ()).unwrap_err();
+    let error = host.index.advance(&held, &entry, &Step::Sleep, at(2), |_| ()).unwrap_err();
     assert!(matches!(error, Error::Sql { .. }), "{error}");
     assert_eq!(entry.record().state(), State::Running);
     assert_eq!(host.index.count_by_state()[2], (State::Running, 1));
     other.execute_batch("ROLLBACK").unwrap();
-    host.index.advance(&held, &entry, Step::Sleep, at(2), |_| ()).unwrap();
+    host.index.advance(&held, &entry, &Step::Sleep, at(2), |_| ()).unwrap();
 }
 
 #[test]

@@ -97,6 +97,18 @@ fn a_row_that_makes_no_sense_is_left_out_and_stays_as_it_is() {
         ("UPDATE sandbox SET spec = 'vcpus = 0' WHERE row = 1", "its spec: line 1: `vcpus`"),
         ("UPDATE sandbox SET pid = 7 WHERE row = 1", "half a process"),
         ("UPDATE sandbox SET snapshot_bytes = 7 WHERE row = 1", "half a snapshot"),
+        (
+            "UPDATE sandbox SET state = 'snapshotted' WHERE row = 1",
+            "it is snapshotted and has no process and no snapshot",
+        ),
+        (
+            "UPDATE sandbox SET state = 'running' WHERE row = 1",
+            "it is running and has no process and no snapshot",
+        ),
+        (
+            "UPDATE sandbox SET pid = 7, boot_id = 'b', start_ticks = 1 WHERE row = 1",
+            "it is stopped and has a process and no snapshot",
+        ),
     ] {
         let host = Host::new();
         host.create("web-1", 0);

@@ -57,6 +57,15 @@ fn any_spec() -> impl Strategy<Value = Arc<Spec>> {
     })
 }
 
+fn any_phase() -> impl Strategy<Value = Phase> {
+    let (process, snapshot) = (option::of(any_process()), option::of(any_snapshot()));
+    let state = proptest::sample::select(State::ALL.as_slice());
+    (state, process, snapshot)
+        .prop_filter_map("they do not go together", |(state, process, snapshot)| {
+            Phase::of(state, process, snapshot).ok()
+        })
+}
+
 prop_compose! {
     fn any_waking()(
         cause in option::of(any_text()),
@@ -77,13 +86,12 @@ prop_compose! {
     fn any_record()(
         id in "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",
         (uid, gid) in any::<(u32, u32)>(),
-        state in 0..State::ALL.len(),
+        phase in any_phase(),
         (since, created_at, retry_at) in (any_moment(), any_moment(), option::of(any_moment())),
         (spec, config_by) in (any_spec(), option::of(any_writer())),
         (idle_after, delete_after, pinned) in (any_period(), any_period(), any::<bool>()),
         (user, slot) in any::<(Option<u32>, Option<u32>)>(),
         (vmm, error) in (option::of(any_text()), option::of(any_text())),
-        (process, snapshot) in (option::of(any_process()), option::of(any_snapshot())),
         (last_sleep, last_wake) in (option::of(any_duration()), option::of(any_duration())),
         (generation, sleeps, wakes) in any::<(u64, u64, u64)>(),
         waking in any_waking(),
@@ -92,7 +100,7 @@ prop_compose! {
             row: RowId(0),
             id: id.parse().unwrap(),
             owner: Owner { uid, gid },
-            state: State::ALL[state],
+            phase,
             since,
             created_at,
             generation,
@@ -104,8 +112,6 @@ prop_compose! {
             vmm,
             user,
             slot,
-            process,
-            snapshot,
             sleeps,
             wakes,
             last_sleep,

@@ -8,7 +8,7 @@ use super::*;
 use crate::{
     index::change::FLUSH_MAX,
     lock::{Held, Locks},
-    sandbox::SnapshotFacts,
+    sandbox::{ProcessIdentity, SnapshotFacts},
 };
 
 mod change;
@@ -27,6 +27,10 @@ const OWNER: Owner = Owner { uid: 1000, gid: 100 };
 
 fn at(millis: i64) -> Timestamp {
     Timestamp::from_millis(millis)
+}
+
+fn process() -> ProcessIdentity {
+    ProcessIdentity { pid: 7, boot_id: "boot".into(), pidfs_inode: Some(9), start_ticks: 8 }
 }
 
 fn minutes(count: u64) -> Period {
@@ -73,25 +77,21 @@ impl Host {
     fn running(&self, id: &str, now: i64) -> Arc<Entry> {
         let entry = self.create(id, now);
         self.step(&entry, Step::Boot, now);
-        self.step(&entry, Step::Booted, now);
+        self.step(&entry, Step::Booted(process()), now);
         entry
     }
 
     fn asleep(&self, id: &str, now: i64) -> Arc<Entry> {
         let entry = self.running(id, now);
         self.step(&entry, Step::Sleep, now);
-        let held = self.held(id);
-        self.index
-            .advance(&held, &entry, Step::Slept, at(now), |record| {
-                record.snapshot = Some(SnapshotFacts { generation: 1, bytes: 4096, at: at(now) });
-            })
-            .unwrap();
+        let snapshot = SnapshotFacts { generation: 1, bytes: 4096, at: at(now) };
+        self.step(&entry, Step::Slept(snapshot), now);
         entry
     }
 
     fn step(&self, entry: &Entry, step: Step, now: i64) -> Arc<Record> {
         let held = self.locks.lock(entry.id());
-        self.index.advance(&held, entry, step, at(now), |_| {}).unwrap()
+        self.index.advance(&held, entry, &step, at(now), |_| {}).unwrap()
     }
 
     fn amend(&self, entry: &Entry, change: impl FnOnce(&mut Record)) {
@@ -179,14 +179,14 @@ fn a_step_changes_state_time_and_what_goes_with_it() {
     let before = entry.record();
     let record = host
         .index
-        .advance(&held, &entry, Step::Boot, at(5), |record| {
+        .advance(&held, &entry, &Step::Boot, at(5), |record| {
             record.vmm = Some("qemu 7.2.22".into());
         })
         .unwrap();
     assert_eq!((record.state(), record.since), (State::Booting, at(5)));
     assert_eq!(entry.record().vmm.as_deref(), Some("qemu 7.2.22"));
     assert_eq!(before.state(), State::Stopped, "a record in hand never changes");
-    let error = host.index.advance(&held, &entry, Step::Sleep, at(6), |_| {}).unwrap_err();
+    let error = host.index.advance(&held, &entry, &Step::Sleep, at(6), |_| {}).unwrap_err();
     assert!(matches!(error, Error::Refused(_)), "{error}");
     assert_eq!(entry.record(), record);
 }
@@ -226,7 +226,7 @@ fn an_update_that_finds_something_else_changes_nothing() {
         let lost = |result: Result<(), Error>| {
             assert!(matches!(result, Err(Error::Lost { .. })), "{meddling}: {result:?}");
         };
-        lost(host.index.advance(&held, &entry, Step::Boot, at(1), |_| {}).map(|_| ()));
+        lost(host.index.advance(&held, &entry, &Step::Boot, at(1), |_| {}).map(|_| ()));
         lost(host.index.amend(&held, &entry, |record| record.pinned = true).map(|_| ()));
         lost(host.index.remove(&held, &entry));
         assert_eq!(entry.record(), before);

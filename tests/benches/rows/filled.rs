@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 use dozed::{
     index::{Index, NewSandbox},
     lock::Locks,
-    sandbox::{Owner, Period, SandboxId, SnapshotFacts, Spec, Step, Timestamp},
+    sandbox::{Owner, Period, ProcessIdentity, SandboxId, SnapshotFacts, Spec, Step, Timestamp},
     sys::clock::Stopwatch,
 };
 use rusqlite::Connection;
@@ -29,8 +29,13 @@ const DAEMON_MOST_BYTES: u64 = 32 * MIB;
 /// Fills an index with `sleeping` and `running` sandboxes of which none is due.
 fn fill(path: &Path, sleeping: u64, running: u64) -> Result<()> {
     let index = Index::open(path)?;
-    make_one(&index, "sleeper", &[Step::Boot, Step::Booted, Step::Sleep, Step::Slept])?;
-    make_one(&index, "runner", &[Step::Boot, Step::Booted])?;
+    let process =
+        ProcessIdentity { pid: 1, boot_id: "boot".into(), pidfs_inode: None, start_ticks: 1 };
+    let snapshot = SnapshotFacts { generation: 1, bytes: MIB, at: MADE };
+    let run = [Step::Boot, Step::Booted(process)];
+    make_one(&index, "runner", &run)?;
+    let [boot, booted] = run;
+    make_one(&index, "sleeper", &[boot, booted, Step::Sleep, Step::Slept(snapshot)])?;
     index.close()?;
     let connection = Connection::open(path)?;
     for (id, count) in [("sleeper", sleeping), ("runner", running)] {
@@ -51,13 +56,8 @@ fn make_one(index: &Index, id: &str, steps: &[Step]) -> Result<()> {
     };
     let entry = index.create(&held, new, MADE)?;
     for step in steps {
-        index.advance(&held, &entry, *step, MADE, |record| {
+        index.advance(&held, &entry, step, MADE, |record| {
             record.vmm = Some("qemu 7.2.22".into());
-            record.snapshot = (*step == Step::Slept).then_some(SnapshotFacts {
-                generation: 1,
-                bytes: MIB,
-                at: MADE,
-            });
         })?;
     }
     Ok(())
