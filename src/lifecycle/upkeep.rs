@@ -17,13 +17,14 @@ use crate::{
     net::{self, Known},
     sandbox::{Cause, RowId, SandboxId, State},
     sync::{Arc, Mutex, lock},
-    sys::clock::pause_for,
+    sys::clock::{Stopwatch, pause_for},
 };
 
 /// How long after a change the look begins, so that one look is enough for all that one
 /// command changes, as `nft flush ruleset`.
 const SETTLE: Duration = Duration::from_millis(20);
-/// The shortest time between two looks, whatever changes: each takes a few milliseconds.
+/// The shortest time between two looks, whatever changes: each takes a few milliseconds. One
+/// that takes longer, as it renews the firewalls of many, is given as long a pause.
 const LOOK_MIN: Duration = Duration::from_millis(500);
 
 /// What is wrong with networks and was told. Bounded by the count of those that run.
@@ -69,17 +70,19 @@ impl Lifecycle {
             if let Some(lifecycle) = this.upgrade() {
                 lifecycle.renew_networks();
             }
+            let mut again_after = None;
             loop {
-                match told.recv_timeout(tick) {
+                match told.recv_timeout(again_after.map_or(tick, |again| tick.min(again))) {
                     Ok(()) => pause_for(SETTLE),
                     Err(mpsc::RecvTimeoutError::Timeout) => {}
                     Err(mpsc::RecvTimeoutError::Disconnected) => pause_for(tick),
                 }
                 told.try_iter().for_each(drop);
                 let Some(lifecycle) = this.upgrade() else { return };
-                lifecycle.look_over_networks();
+                let look = Stopwatch::start();
+                again_after = lifecycle.look_over_networks();
                 drop(lifecycle);
-                pause_for(LOOK_MIN);
+                pause_for(LOOK_MIN.max(look.elapsed()));
             }
         })?;
         Ok(())
@@ -94,8 +97,8 @@ impl Lifecycle {
     }
 
     /// Compares the networks of all that run with what was made, and puts back what is
-    /// missing.
-    pub fn look_over_networks(&self) {
+    /// missing. Returns when to do so again, if that is before the next tick.
+    pub fn look_over_networks(&self) -> Option<Duration> {
         let running = self.running_with_address();
         let known: Vec<Known> = running
             .iter()
@@ -124,6 +127,7 @@ impl Lifecycle {
                 self.put_network_back(&held, entry);
             }
         }
+        looked.again_after
     }
 
     /// Puts back what is missing of the network of a sandbox, if it runs.

@@ -19,7 +19,7 @@
 //! pinned in and by the mark inside, links by their group, which is the number of the
 //! range of addresses, and by the store that their alias names. Nothing else is ever touched.
 
-use std::{fmt, io, net::Ipv4Addr, os::fd::OwnedFd, path::PathBuf};
+use std::{fmt, io, net::Ipv4Addr, os::fd::OwnedFd, path::PathBuf, time::Duration};
 
 use crate::{
     sandbox::{
@@ -44,6 +44,7 @@ mod namespace;
 mod netlink;
 mod nftables;
 mod privileges;
+mod protected;
 mod range;
 mod real;
 mod route;
@@ -90,7 +91,8 @@ pub trait Network: fmt::Debug + Send + Sync {
 
     /// Compares what the host has for networks, and for those of `awake`, in which guests run,
     /// with what was made of it. What is missing of the host's is put back; whose own network
-    /// is not as it was made is returned, to be looked at by [`Self::put_back`].
+    /// is not as it was made, or has a firewall from before the host's addresses changed, is
+    /// returned, to be looked at by [`Self::put_back`].
     ///
     /// Its work is bounded by a few requests for each of `awake`; the inside of a few
     /// namespaces is looked at each time, by turns.
@@ -274,6 +276,9 @@ pub struct Looked {
     pub failed: Option<Error>,
     /// Whose own network may not be as it was made.
     pub suspects: Vec<SandboxId>,
+    /// When to look again at the latest, if that is before the next tick: some firewalls do
+    /// not have the host's addresses of today yet.
+    pub again_after: Option<Duration>,
 }
 
 /// Whoever is told of changes of the host.

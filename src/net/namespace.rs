@@ -23,6 +23,7 @@ use crate::{
         AddressPlan, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX, Ignored,
         SandboxAddress,
     },
+    sync::Arc,
     sys::{
         netns::{self, Inside, Namespace},
         tun,
@@ -42,25 +43,22 @@ pub(super) struct Design {
     pub(super) wanted: Wanted,
     pub(super) group: u32,
     pub(super) rules: Ruleset,
+    /// The host's addresses that the rules protect.
+    pub(super) protected: Arc<[Ipv4Addr]>,
 }
 
 impl Design {
     pub(super) fn new(
         plan: &AddressPlan,
-        host_addresses: &[Ipv4Addr],
+        protected: Arc<[Ipv4Addr]>,
         wanted: &Wanted,
         ignored: &Ignored,
     ) -> Self {
         Self {
             wanted: wanted.clone(),
             group: plan.link_group(),
-            rules: firewall::of_sandbox(
-                plan,
-                wanted.address,
-                host_addresses,
-                &wanted.policy,
-                ignored,
-            ),
+            rules: firewall::of_sandbox(plan, wanted.address, &protected, &wanted.policy, ignored),
+            protected,
         }
     }
 

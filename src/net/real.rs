@@ -19,6 +19,7 @@ use super::{
     link,
     namespace::{self, Design, Verdict},
     netlink::{Answers, Kernel},
+    protected::{InForce, Protected},
     range::{self, Owner, Range, Whose},
     route,
     watch::Watch,
@@ -33,8 +34,9 @@ use crate::{
     },
     sync::{Arc, Mutex, lock},
     sys::{
+        clock::Stopwatch,
         mount,
-        netns::{self, Identity, Namespace},
+        netns::{self, Namespace},
         netns_lock::NetnsLock,
     },
 };
@@ -59,18 +61,21 @@ struct Seen {
 /// it, and then `claim` may be locked. `doorbell` is held while the doorbell is hung up,
 /// and then `prepared` may be locked; whoever uses the doorbell holds neither.
 pub struct RealNetwork {
-    plan: AddressPlan,
+    pub(super) plan: AddressPlan,
     store: PathBuf,
     owner: OnceLock<Owner>,
     claim: Mutex<Option<NetnsLock>>,
     pub(super) pins: PathBuf,
-    ignored: Ignored,
+    pub(super) ignored: Ignored,
     lingering: Lingering,
     seen: Mutex<BTreeMap<SandboxId, Seen>>,
     /// What is in force for all; `None` before the first network is wanted.
     pub(super) prepared: Mutex<Option<Guard>>,
-    /// The firewalls that are in force as they are to be, by namespace and number. A leaf lock.
-    pub(super) generations: Mutex<BTreeMap<SandboxId, (Identity, u32)>>,
+    /// The host's addresses that no guest reaches. `in_force` may be locked after it.
+    pub(super) protected: Mutex<Protected>,
+    pub(super) since: Stopwatch,
+    /// The firewalls of those that have a network and do not sleep. A leaf lock.
+    pub(super) in_force: Mutex<BTreeMap<SandboxId, InForce>>,
     /// Whose namespace is to be looked into next.
     pub(super) turn: AtomicUsize,
     watch: Mutex<Option<Watch>>,
@@ -95,7 +100,9 @@ impl RealNetwork {
             lingering: Lingering::default(),
             seen: Mutex::default(),
             prepared: Mutex::default(),
-            generations: Mutex::default(),
+            protected: Mutex::default(),
+            since: Stopwatch::start(),
+            in_force: Mutex::default(),
             turn: AtomicUsize::new(0),
             watch: Mutex::default(),
             listener: None,
@@ -225,9 +232,29 @@ impl RealNetwork {
         namespace::route(&links, &self.plan, address).map(drop)
     }
 
-    pub(super) fn design(&self, wanted: &Wanted) -> Result<Design, Error> {
-        let host_addresses = self.host_addresses()?;
-        Ok(Design::new(&self.plan, &host_addresses, wanted, &self.ignored))
+    /// Sees to it that a sandbox has its own part, with the host's in place.
+    fn ensure_own(&self, wanted: &Wanted) -> Result<Ready, Error> {
+        let design = self.design(wanted)?;
+        let usable = match self.open(&wanted.id)? {
+            None => None,
+            Some(namespace) => match namespace::renew(&namespace, design.clone())? {
+                Verdict::Whole => Some(namespace),
+                Verdict::Unusable => None,
+            },
+        };
+        let links = link::here()?;
+        let namespace = match usable {
+            Some(namespace) if link::find(&links, &wanted.address.host_link())?.is_some() => {
+                self.connect(wanted.address)?;
+                namespace
+            }
+            Some(_) | None => {
+                self.take_away(&wanted.id, wanted.address)?;
+                self.make(design)?
+            }
+        };
+        self.lingering.forget(&wanted.id);
+        Ok(self.ready(&wanted.id, &namespace))
     }
 
     /// Makes the network of a sandbox that has none.
@@ -329,39 +356,23 @@ impl Network for RealNetwork {
             host::forwards()?;
         }
         route::is_free(&link::here()?, wanted.address.ip())?;
-        lock(&self.generations).remove(&wanted.id);
-        let design = self.design(wanted)?;
-        let usable = match self.open(&wanted.id)? {
-            None => None,
-            Some(namespace) => match namespace::renew(&namespace, design.clone())? {
-                Verdict::Whole => Some(namespace),
-                Verdict::Unusable => None,
-            },
-        };
-        let links = link::here()?;
-        let namespace = match usable {
-            Some(namespace) if link::find(&links, &wanted.address.host_link())?.is_some() => {
-                self.connect(wanted.address)?;
-                namespace
-            }
-            Some(_) | None => {
-                self.take_away(&wanted.id, wanted.address)?;
-                self.make(design)?
-            }
-        };
-        self.lingering.forget(&wanted.id);
-        Ok(self.ready(&wanted.id, &namespace))
+        let ready = self.ensure_own(wanted);
+        if ready.is_err() {
+            self.forget_in_force(&wanted.id);
+        }
+        ready
     }
 
     fn apply_policy(&self, wanted: &Wanted) -> Result<Applied, Error> {
         // What is in force is not what is to be, until it was looked at.
-        lock(&self.generations).remove(&wanted.id);
+        self.forget_in_force(&wanted.id);
         let Some(namespace) = self.open(&wanted.id)? else { return Ok(Applied::NotThere) };
         if wanted.policy.needs_forwarding() {
             host::forwards()?;
         }
         Self::tell_host_put_back(&self.put_host_back()?);
-        namespace::apply_policy(&namespace, self.design(wanted)?)?;
+        namespace::apply_policy(&namespace, self.design(wanted)?)
+            .inspect_err(|_| self.forget_in_force(&wanted.id))?;
         Ok(Applied::Now)
     }
 
@@ -420,6 +431,8 @@ impl Network for RealNetwork {
     }
 
     fn linger(&self, id: &SandboxId, until: Timestamp) {
+        // Its wake applies the policy again.
+        self.forget_in_force(id);
         self.lingering.add(id, until);
     }
 
@@ -438,7 +451,7 @@ impl Network for RealNetwork {
     fn remove(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error> {
         self.take_away(id, address)?;
         self.lingering.forget(id);
-        lock(&self.generations).remove(id);
+        self.forget_in_force(id);
         lock(&self.seen).remove(id);
         Ok(())
     }

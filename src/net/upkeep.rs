@@ -9,26 +9,68 @@
 //! A network in which a guest runs is never made anew, since its VMM has the device of the
 //! one that is there.
 
-use std::{collections::BTreeMap, sync::atomic::Ordering};
+use std::{collections::BTreeMap, net::Ipv4Addr, sync::atomic::Ordering, time::Duration};
 
 use super::{
-    Error, Known, Looked, Wanted, host,
+    Error, Known, Looked, Network as _, Wanted, host,
     link::{self, Link},
-    namespace::{self, Before},
+    namespace::{self, Before, Design},
     netlink::Kernel,
+    protected::InForce,
     range::Range,
     real::RealNetwork,
     route::{self, Ensured},
 };
 use crate::{
     sandbox::SandboxId,
-    sync::lock,
+    sync::{Arc, lock},
     sys::netns::{self, Namespace},
 };
 
 /// The inside of so many namespaces is looked at each time, by turns. Only who enters one
 /// changes it, which no service of a host does by itself.
 const INSIDES_PER_LOOK: usize = 8;
+/// How soon is looked again at firewalls that are out of date: the lock of a sandbox may have
+/// been taken, or it was being woken. No operation on a sandbox is in a hurry for longer.
+const RENEW_AGAIN: Duration = Duration::from_secs(1);
+/// For how long after a change of the host's addresses that is done. Ticks do it after that.
+const RENEW_FOR: Duration = Duration::from_secs(60);
+
+impl RealNetwork {
+    /// Says what the namespace of a sandbox is to be now. Whoever does not succeed with it
+    /// forgets what is in force.
+    pub(super) fn design(&self, wanted: &Wanted) -> Result<Design, Error> {
+        let protected = {
+            let mut protected = lock(&self.protected);
+            let addresses = protected.observe(self.since.elapsed(), &self.host_addresses()?);
+            // Noted before anybody sees a later change, so that whoever does finds this
+            // firewall out of date.
+            let in_force = InForce { generation: None, protected: Arc::clone(&addresses) };
+            lock(&self.in_force).insert(wanted.id.clone(), in_force);
+            addresses
+        };
+        Ok(Design::new(&self.plan, protected, wanted, &self.ignored))
+    }
+
+    /// Has the next look find the firewall of a sandbox out of date.
+    pub(super) fn forget_in_force(&self, id: &SandboxId) {
+        lock(&self.in_force).remove(id);
+    }
+
+    /// Returns the host's addresses that are to be protected, and when to look again at those
+    /// or at firewalls that are out of date.
+    fn protected(&self) -> Result<(Arc<[Ipv4Addr]>, Option<Duration>), Error> {
+        let mut protected = lock(&self.protected);
+        let host = self.host_addresses()?;
+        let now = self.since.elapsed();
+        let addresses = protected.observe(now, &host);
+        let is_new = protected.unchanged_for(now).is_some_and(|time| time < RENEW_FOR);
+        let any_out_of_date = || lock(&self.in_force).values().any(|it| it.protected != addresses);
+        let renew_in = (is_new && any_out_of_date()).then_some(RENEW_AGAIN);
+        let again_after = [protected.narrows_in(now), renew_in].into_iter().flatten().min();
+        Ok((addresses, again_after))
+    }
+}
 
 impl RealNetwork {
     /// Puts back what is missing of the host's part. Returns what it was.
@@ -69,16 +111,23 @@ impl RealNetwork {
             Ok(what) => looked.put_back = what,
             Err(error) => looked.failed = Some(error),
         }
+        if awake.is_empty() && lock(&self.in_force).is_empty() {
+            return looked;
+        }
         match self.suspects(awake) {
-            Ok(suspects) => looked.suspects = suspects,
+            Ok((suspects, again_after)) => {
+                looked.suspects = suspects;
+                looked.again_after = again_after;
+            }
             Err(error) => looked.failed = Some(error),
         }
         looked
     }
 
-    fn suspects(&self, awake: &[Known]) -> Result<Vec<SandboxId>, Error> {
+    fn suspects(&self, awake: &[Known]) -> Result<(Vec<SandboxId>, Option<Duration>), Error> {
+        let (protected, again_after) = self.protected()?;
         if awake.is_empty() {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), again_after));
         }
         let range = self.range()?;
         let kernel = link::here()?;
@@ -90,13 +139,19 @@ impl RealNetwork {
             let is_its_turn = (at + awake.len() - first) % awake.len() < INSIDES_PER_LOOK;
             let link = links.get(&known.address.host_link());
             // One that cannot be looked at says nothing of the others.
-            let is_well =
-                !is_its_turn && self.is_well(&kernel, &range, known, link).unwrap_or(false);
+            let is_well = !is_its_turn
+                && self.protects(&known.id, &protected)
+                && self.is_well(&kernel, &range, known, link).unwrap_or(false);
             if !is_well {
                 suspects.push(known.id.clone());
             }
         }
-        Ok(suspects)
+        Ok((suspects, again_after))
+    }
+
+    /// Says whether the firewall of a sandbox protects just these addresses of the host.
+    fn protects(&self, id: &SandboxId, addresses: &[Ipv4Addr]) -> bool {
+        lock(&self.in_force).get(id).is_some_and(|it| *it.protected == *addresses)
     }
 
     fn is_well(
@@ -126,35 +181,50 @@ impl RealNetwork {
         vmm: Option<u32>,
     ) -> Result<Vec<&'static str>, Error> {
         self.prepare()?;
-        let mut what = Vec::new();
+        let inside = self.put_inside_back(wanted, vmm);
+        let (namespace, mut what) = inside.inspect_err(|_| self.forget_in_force(&wanted.id))?;
+        if self.open(&wanted.id)?.is_none() {
+            self.pin_again(wanted, &namespace)?;
+            what.push("the pin of its namespace");
+        }
+        what.extend(self.connect_again(wanted)?);
+        Ok(what)
+    }
+
+    /// Puts back what is missing in the namespace of a sandbox, and the firewall in force if
+    /// it is out of date. Returns the namespace, pinned or not, and what was put back.
+    fn put_inside_back(
+        &self,
+        wanted: &Wanted,
+        vmm: Option<u32>,
+    ) -> Result<(Namespace, Vec<&'static str>), Error> {
+        let before = lock(&self.in_force).get(&wanted.id).cloned();
         let design = self.design(wanted)?;
+        let protected = Arc::clone(&design.protected);
         let of_vmm = vmm.map(Namespace::of_process).transpose();
         let of_vmm = of_vmm.map_err(Error::host("looking for the namespace of its VMM"))?.flatten();
         let pinned = self.open(&wanted.id)?;
-        let is_pinned = pinned.is_some();
         let is_proven = match (&pinned, &of_vmm) {
             (Some(pinned), Some(of_vmm)) => pinned.identity() == of_vmm.identity(),
             (None, _) | (_, None) => false,
         };
         let namespace = pinned.or(of_vmm).ok_or(Error::NotThere)?;
-        let generation = lock(&self.generations).get(&wanted.id).copied();
-        let generation =
-            generation.and_then(|(of, number)| (of == namespace.identity()).then_some(number));
+        if before.as_ref().is_some_and(|it| it.protected != protected) {
+            tracing::info!(id = %wanted.id, "the firewall follows the host's addresses");
+        }
+        let generation = before
+            .filter(|it| it.protected == protected)
+            .and_then(|it| it.generation)
+            .and_then(|(of, number)| (of == namespace.identity()).then_some(number));
         let link = wanted.address.host_link();
         let outer = host::own_link(&link::here()?, &self.range()?, &link);
-        // What has the name and is another's stays, and is an error below.
+        // What has the name and is another's stays, and is an error later.
         let has_outer = !matches!(outer, Ok(None));
         let before = Before { is_proven, generation, has_outer };
         let inside = namespace::put_back(&namespace, design, before)?;
-        what.extend(inside.what);
-        if !is_pinned {
-            self.pin_again(wanted, &namespace)?;
-            what.push("the pin of its namespace");
-        }
-        what.extend(self.connect_again(wanted)?);
-        let known = (namespace.identity(), inside.generation);
-        lock(&self.generations).insert(wanted.id.clone(), known);
-        Ok(what)
+        let generation = Some((namespace.identity(), inside.generation));
+        lock(&self.in_force).insert(wanted.id.clone(), InForce { generation, protected });
+        Ok((namespace, inside.what))
     }
 
     /// Pins a namespace that its VMM is in, and that nothing else leads to.

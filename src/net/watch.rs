@@ -2,17 +2,16 @@
 //!
 //! They only say when to look: what is there is then compared with what is to be. A host's
 //! firewall and links change all the time, so what is not about a name, an address or a table
-//! of ours is passed over.
+//! of ours is passed over. Every IPv4 address of the host is about us, as guests are not to
+//! reach it, and so is whether the host forwards.
 
-use std::{
-    net::IpAddr,
-    thread::{self, JoinHandle},
+use std::thread::{self, JoinHandle};
+
+use netlink_packet_core::{
+    DecodeError, NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NlasIterator,
 };
-
-use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::{
     RouteNetlinkMessage,
-    address::AddressAttribute,
     route::{RouteAddress, RouteAttribute},
 };
 
@@ -23,8 +22,9 @@ use crate::{
     sys::netlink::{Family, Notification, Notifications},
 };
 
-/// Links, IPv4 addresses and IPv4 routes: the bits of groups 1, 5 and 7 (linux/rtnetlink.h).
-const ROUTE_GROUPS: u32 = 1 | 1 << 4 | 1 << 6;
+/// Links, IPv4 addresses, IPv4 routes and settings of IPv4: the bits of groups 1, 5, 7 and 24
+/// (linux/rtnetlink.h).
+const ROUTE_GROUPS: u32 = 1 | 1 << 4 | 1 << 6 | 1 << 23;
 /// Tables and what is in them: the bit of group 7 (linux/netfilter/nfnetlink.h).
 const FIREWALL_GROUPS: u32 = 1 << 6;
 /// How the names of all devices and links of ours begin.
@@ -91,16 +91,18 @@ fn hear(news: &Notifications, plan: AddressPlan, changed: &Changed) {
 
 fn is_of_ours(plan: &AddressPlan, bytes: &[u8]) -> bool {
     // What we cannot read may be about anything.
-    let Ok(messages) = parsed::<RouteNetlinkMessage>(bytes) else { return true };
+    let Ok(messages) = parsed::<Change>(bytes) else { return true };
     messages.into_iter().any(|message| {
         let NetlinkPayload::InnerMessage(message) = message.payload else { return false };
-        is_about(plan, message)
+        match message {
+            Change::Route(message) => is_about(plan, message),
+            Change::Forwarding => true,
+            Change::OtherSetting => false,
+        }
     })
 }
 
 fn is_about(plan: &AddressPlan, message: RouteNetlinkMessage) -> bool {
-    let is_in_range =
-        |address: &IpAddr| matches!(address, IpAddr::V4(address) if plan.range().contains(address));
     if let RouteNetlinkMessage::NewLink(message) | RouteNetlinkMessage::DelLink(message) = message {
         let link = link::as_link(RouteNetlinkMessage::NewLink(message));
         return link.is_some_and(|link| NAMES.iter().any(|name| link.name.starts_with(name)));
@@ -109,14 +111,44 @@ fn is_about(plan: &AddressPlan, message: RouteNetlinkMessage) -> bool {
     {
         return message.attributes.iter().any(|it| {
             matches!(it, RouteAttribute::Destination(RouteAddress::Inet(to))
-                if is_in_range(&IpAddr::V4(*to)))
+                if plan.range().contains(to))
         });
     }
-    if let RouteNetlinkMessage::DelAddress(message) = message {
-        return message
-            .attributes
-            .iter()
-            .any(|it| matches!(it, AddressAttribute::Local(address) if is_in_range(address)));
+    matches!(message, RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_))
+}
+
+/// A message of the groups that are listened to.
+#[derive(Debug)]
+enum Change {
+    Route(RouteNetlinkMessage),
+    /// Whether the host, or a link of it, forwards has changed.
+    Forwarding,
+    /// Another setting has, or a link is new or gone with all of its own.
+    OtherSetting,
+}
+
+impl NetlinkDeserializable for Change {
+    type Error = DecodeError;
+
+    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        const NEW_SETTINGS: u16 = 80; // RTM_NEWNETCONF
+        const SETTINGS_GONE: u16 = 81; // RTM_DELNETCONF
+        const HEADER_BYTES: usize = 4;
+        const IFINDEX: u16 = 1;
+        const FORWARDING: u16 = 2;
+        if header.message_type == SETTINGS_GONE {
+            return Ok(Self::OtherSetting);
+        }
+        if header.message_type != NEW_SETTINGS {
+            return RouteNetlinkMessage::deserialize(header, payload).map(Self::Route);
+        }
+        let attributes = payload.get(HEADER_BYTES..).unwrap_or_default();
+        let kinds = NlasIterator::new(attributes)
+            .map(|attribute| attribute.map(|attribute| attribute.kind()))
+            .collect::<Result<Vec<_>, _>>()?;
+        // It has what has changed, and of which link.
+        let others = kinds.iter().filter(|kind| ![IFINDEX, FORWARDING].contains(kind)).count();
+        let is_change = kinds.contains(&FORWARDING) && others == 0;
+        Ok(if is_change { Self::Forwarding } else { Self::OtherSetting })
     }
-    false
 }

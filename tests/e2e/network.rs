@@ -462,6 +462,35 @@ fn what_an_administrator_flushes_comes_back_at_once_under_a_guest_that_runs() {
 }
 
 #[test]
+fn what_changes_of_the_hosts_addresses_and_forwarding_is_known_at_once() {
+    in_a_world(|_| {
+        let setup = Setup::linux(OPTIONS).net("internet");
+        // Only the kernel's notification can be the reason for a look.
+        let host = setup.config("[reaper]\ntick = \"1h\"").start();
+        boot(&host, "web-1");
+        let namespace = host.read("web-1/net/namespace").trim().to_owned();
+        let namespace = Namespace::open(Path::new(&namespace)).unwrap().unwrap();
+        let refuses = |address: &str| {
+            let set = namespace.run(|_| on_the_host("nft", "list set inet dozed deny4")).unwrap();
+            set.contains(address)
+        };
+        let address = "93.184.217.9";
+        on_the_host("ip", &format!("addr add {address}/32 dev lo"));
+        wait_until("the host's new address is refused", || refuses(address));
+        on_the_host("ip", &format!("addr del {address}/32 dev lo"));
+        wait_until("it is not refused when it is gone", || !refuses(address));
+        let lacks = || host.read("web-1/status").contains("does not forward IPv4 packets");
+        assert!(!lacks());
+        let forward = |value: &str| std::fs::write("/proc/sys/net/ipv4/ip_forward", value).unwrap();
+        forward("0");
+        wait_until("it is told that the host does not forward", lacks);
+        forward("1");
+        wait_until("it is not told any more", || !lacks());
+        assert_eq!(host.error("web-1"), "ok");
+    });
+}
+
+#[test]
 fn a_start_puts_back_what_is_missing_under_a_guest_that_runs() {
     in_a_world(|world| {
         let mut host = Setup::linux(OPTIONS).net("internet").start();

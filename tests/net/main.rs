@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod activity;
+mod addresses;
 mod change;
 mod destination;
 mod doorbell;

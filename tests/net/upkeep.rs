@@ -409,8 +409,43 @@ fn the_kernel_tells_of_changes_of_what_is_ours() {
         nft("delete table inet somebody");
         ip("link add other0 type veth peer name other1");
         ip("link set other0 up");
-        ip("addr add 192.0.2.1/24 dev other0");
         ip("link del other0");
         assert!(told.recv_timeout(crate::host::SILENCE).is_err());
+    });
+}
+
+#[test]
+fn the_kernel_tells_of_every_address_of_the_host_and_of_its_forwarding() {
+    on_a_host(|host| {
+        let sandbox = host.sandbox("a", 0);
+        ip("link add other0 type veth peer name other1");
+        let (tell, told) = mpsc::channel();
+        let changed = move || {
+            tell.send(()).ok();
+        };
+        host.network.watch(std::sync::Arc::new(changed)).unwrap();
+        let link = sandbox.address().host_link();
+        let sysctl = |name: &str, value: &str| {
+            std::fs::write(format!("/proc/sys/net/ipv4/{name}"), value).unwrap();
+        };
+        let own = format!("conf/{link}/forwarding");
+        let changes: [(&str, &dyn Fn()); 6] = [
+            ("an address", &|| drop(ip("addr add 192.0.2.1/24 brd 192.0.2.77 dev other0"))),
+            ("no address", &|| drop(ip("addr del 192.0.2.1/24 dev other0"))),
+            ("no forwarding", &|| sysctl("ip_forward", "0")),
+            ("forwarding", &|| sysctl("conf/all/forwarding", "1")),
+            ("no forwarding of a link", &|| sysctl(&own, "0")),
+            ("forwarding of a link", &|| sysctl(&own, "1")),
+        ];
+        for (what, change) in changes {
+            // What it tells late of the one before is not to be taken for this one.
+            while told.recv_timeout(crate::host::SILENCE).is_ok() {}
+            change();
+            told.recv_timeout(SOON).expect(what);
+        }
+        while told.recv_timeout(crate::host::SILENCE).is_ok() {}
+        sysctl("conf/other0/rp_filter", "1");
+        assert!(told.recv_timeout(crate::host::SILENCE).is_err());
+        ip("link del other0");
     });
 }
