@@ -51,6 +51,13 @@ impl FromStr for Period {
         if !text.chars().all(ours) {
             return Err(refused());
         }
+        // It also adds up units that come twice, as in `5m5m`.
+        let units: Vec<_> = text.chars().filter(|c| !c.is_ascii_digit()).collect();
+        let place = |c: &char| UNITS.iter().position(|(_, unit)| unit == c);
+        let is_falling = units.windows(2).all(|pair| place(&pair[0]) < place(&pair[1]));
+        if !is_falling {
+            return Err(refused());
+        }
         match humantime::parse_duration(text) {
             Ok(duration) if duration.subsec_nanos() != 0 || duration.is_zero() => Err(refused()),
             Ok(duration) if duration <= PERIOD_MAX => Ok(Self::After(duration)),
@@ -89,6 +96,8 @@ mod tests {
     fn other_text_is_refused_with_what_is_accepted() {
         for bad in
             ["", "5", "0s", "5M", "1y", "-5m", "5 m", "5min", "Never", "1.5h", "1ms", "m", "5\nm"]
+                .into_iter()
+                .chain(["5m5m", "1h1h", "30s5m", "1h5m1h", "1h5", "5mm", "+5m", "h1m"])
         {
             let error = bad.parse::<Period>().expect_err(bad).to_string();
             assert!(error.contains("`90s`, `5m`, `2h`, `7d` or `never`"), "{error}");

@@ -27,7 +27,9 @@ fn a_unit_may_be_one_letter_and_is_binary_then() {
         let spec = parse(&format!("memory = \"{text}\""));
         assert_eq!(spec.map(|spec| spec.memory_bytes), Ok(mib << 20), "{text}");
     }
-    for text in ["M", "iB", "512", "512Q", "512MM", "512 M iB", "500MB", "1.5M"] {
+    for text in
+        ["M", "iB", "512", "512Q", "512MM", "512 M iB", "500MB", "1.5M", "1G1G", "1G 1G", "-1G"]
+    {
         let error = parse(&format!("memory = \"{text}\"")).expect_err(text);
         assert!(error.message.contains("\"256MiB\", \"256M\" or"), "{text}: {error}");
     }
