@@ -1,4 +1,4 @@
-//! What the program says on its command line, before any daemon runs.
+//! What the program says on its command line, before any daemon runs. Needs root.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -8,13 +8,16 @@ use std::{
 };
 
 /// Runs the program to its end.
-#[allow(clippy::disallowed_methods, reason = "the test waits for the child before it goes on")]
 fn dozed(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_dozed"))
-        .args(arguments)
-        .env_remove("JOURNAL_STREAM")
-        .output()
-        .unwrap()
+    run(env!("CARGO_BIN_EXE_dozed"), arguments, &[])
+}
+
+/// Runs a program to its end.
+#[allow(clippy::disallowed_methods, reason = "the test waits for the child before it goes on")]
+fn run(program: &str, arguments: &[&str], more: &[&str]) -> Output {
+    let mut command = Command::new(program);
+    command.args(arguments).args(more).env_remove("JOURNAL_STREAM");
+    command.output().unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -77,4 +80,30 @@ fn the_doctor_reports_and_its_exit_code_agrees() {
     let failed = report.lines().any(|line| line.starts_with("FAIL"));
     assert_eq!(output.status.code(), Some(i32::from(failed)), "{report}");
     assert_eq!(report.contains("Sandboxes can run here"), !failed, "{report}");
+}
+
+#[test]
+fn without_the_device_of_fuse_it_says_what_to_do_and_makes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let file = path("dozed.toml");
+    let directories = ["mount", "store", "runtime"].map(|key| (key, path(key)));
+    let keys = directories.clone().map(|(key, dir)| format!("{key} = \"{dir}\"\n"));
+    fs::write(&file, keys.concat()).unwrap();
+    // As in a container that was not given the device.
+    let hide = "mount -t tmpfs none /dev && exec \"$@\"";
+    let output = run(
+        "unshare",
+        &["--mount", "--propagation", "private", "sh", "-c", hide, "sh"],
+        &[env!("CARGO_BIN_EXE_dozed"), "run", "--config", &file],
+    );
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        text(&output.stderr),
+        "dozed: there is no /dev/fuse, so the tree cannot be mounted; run `modprobe fuse`, or pass \
+         the device to the container\n"
+    );
+    for (key, dir) in directories {
+        assert!(!fs::exists(&dir).unwrap(), "{key} was made");
+    }
 }
