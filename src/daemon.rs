@@ -35,7 +35,7 @@ use crate::{
         files::{LockFile, Reserve, lock_file, lock_holder, make_private_dir},
         host::is_root,
         kvm,
-        mount::Device,
+        mount::{self, Device},
         opener::{self, Openers, Rights},
         pool::Pool,
         process::{Program, forbid_core_files, reserve_places},
@@ -84,6 +84,19 @@ pub enum Error {
         dir: PathBuf,
         /// The other daemon, if known.
         pid: Option<u32>,
+    },
+    /// To make a directory in a tree of sandboxes is to make a sandbox.
+    #[error(
+        "`{key}` = \"{}\" is in the tree of sandboxes {}; choose a directory that is in no tree",
+        .dir.display(), .tree.display()
+    )]
+    InTree {
+        /// The configuration's key.
+        key: &'static str,
+        /// The directory.
+        dir: PathBuf,
+        /// Where the tree is mounted, another daemon's or what a killed one left.
+        tree: PathBuf,
     },
     /// Another file system is mounted on the mount point.
     #[error("{} has a {fs_type} file system mounted; choose another `mount`", .dir.display())]
@@ -173,6 +186,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     // Early, while these fd numbers are free.
     reserve_places().map_err(host("reserving fd numbers for VMMs"))?;
     let signals = listen().map_err(host("handling signals"))?;
+    check_directories(&config)?;
     let _locks = take_directories(&config)?;
     check_mount_point(&config.mount)?;
 
@@ -265,6 +279,22 @@ fn listen() -> io::Result<mpsc::Receiver<i32>> {
         }
     })?;
     Ok(told)
+}
+
+/// Refuses directories in a tree of sandboxes, before any is made.
+fn check_directories(config: &Config) -> Result<(), Error> {
+    for (key, dir) in
+        [("store", &config.store), ("runtime", &config.runtime), ("mount", &config.mount)]
+    {
+        // `check_mount_point` looks at what is mounted on `mount` itself.
+        let looked_at = if key == "mount" { dir.parent().unwrap_or(dir) } else { dir };
+        let found = mount::tree_that_has(looked_at)
+            .map_err(host(format!("resolving {}", dir.display())))?;
+        if let Some(tree) = found {
+            return Err(Error::InTree { key, dir: dir.clone(), tree });
+        }
+    }
+    Ok(())
 }
 
 /// Creates and locks the directories of this daemon.

@@ -126,6 +126,45 @@ pub fn without_links(path: &Path) -> io::Result<PathBuf> {
     Ok(above.canonicalize()?.join(name))
 }
 
+/// The most symbolic links that a path may have, as the kernel has it.
+const LINKS_MAX: usize = 40;
+
+/// Returns where the tree of a daemon is mounted that `path` leads into. What is in a tree is
+/// not touched: its server may be dead, or be the one that asks.
+///
+/// # Errors
+/// Where the kernel does not list the mounts; where a link cannot be read.
+pub fn tree_that_has(path: &Path) -> io::Result<Option<PathBuf>> {
+    let list = fs::read(MOUNTINFO)?;
+    let mut links = 0;
+    let mut left: Vec<OsString> = Vec::new();
+    let names_of = |path: &Path| -> Vec<OsString> {
+        path.components().rev().map(|part| part.as_os_str().to_owned()).collect()
+    };
+    left.extend(names_of(path));
+    let mut at = PathBuf::from("/");
+    while let Some(name) = left.pop() {
+        if name == ".." {
+            at.pop();
+            continue;
+        }
+        let next = at.join(name);
+        if topmost(&list, &next).is_some_and(|mount| mount.is_tree()) {
+            return Ok(Some(next));
+        }
+        match fs::read_link(&next) {
+            Ok(target) if links < LINKS_MAX => {
+                links += 1;
+                left.extend(names_of(&target));
+            }
+            Ok(_) => return Err(Errno::LOOP.into()),
+            // It is no link, or there is nothing, so that nothing is below it.
+            Err(_) => at = next,
+        }
+    }
+    Ok(None)
+}
+
 /// Returns where something is mounted, in the order in which it was; a place that was
 /// mounted on twice is there twice.
 ///
@@ -327,6 +366,27 @@ mod tests {
         assert_eq!(info.fs_type, "proc");
         assert!(mounts_of_type("proc").unwrap().contains(&PathBuf::from("/proc")));
         assert_eq!(mounted_at(Path::new("/proc/self")).unwrap(), None);
+    }
+
+    #[test]
+    fn a_path_leads_into_a_tree_through_links_and_without_touching_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let tree = dir.join("tree");
+        fs::create_dir(&tree).unwrap();
+        std::os::unix::fs::symlink("x/../tree/a", dir.join("link")).unwrap();
+        std::os::unix::fs::symlink("loop", dir.join("loop")).unwrap();
+        // Nobody serves it, so whoever touched it would wait.
+        let (_connection, unmounted) =
+            super::super::fuse_mount::Unmounted::create(TREE_NAME).unwrap();
+        unmounted.mount(&tree).unwrap();
+        let found = ["tree", "tree/a/b", "link/c", "none/../tree", "beside", "tree-2/a"]
+            .map(|path| tree_that_has(&dir.join(path)).unwrap());
+        let endless = tree_that_has(&dir.join("loop/a"));
+        detach(&tree).unwrap();
+        let tree = Some(tree);
+        assert_eq!(found, [tree.clone(), tree.clone(), tree.clone(), tree, None, None]);
+        assert!(endless.is_err());
     }
 
     #[test]

@@ -162,6 +162,44 @@ fn a_directory_of_the_configuration_that_is_a_file_is_named_with_its_key() {
 }
 
 #[test]
+fn a_daemon_with_a_directory_in_a_tree_is_refused_and_makes_no_sandbox() {
+    let mut host = Setup::bare().start();
+    let beside = tempfile::tempdir().unwrap();
+    let dirs = ["mount", "store", "runtime"].map(|key| beside.path().join(key));
+    std::os::unix::fs::symlink(host.mount(), beside.path().join("link")).unwrap();
+    let inside = [host.path("web-1"), host.path("web-1/a"), beside.path().join("link/web-1")];
+    let refused = |host: &Host, tree: &Path| {
+        for (place, key) in ["mount", "store", "runtime"].into_iter().enumerate() {
+            for dir in inside.iter().map(std::path::PathBuf::as_path).chain([tree]) {
+                if key == "mount" && dir == tree {
+                    continue; // That it is in use is another sentence.
+                }
+                let mut dirs = dirs.clone();
+                dir.clone_into(&mut dirs[place]);
+                let [mount, store, runtime] = &dirs;
+                let output = host.start_another(&Setup::bare(), mount, store, runtime);
+                let said = String::from_utf8_lossy(&output.stderr);
+                assert_eq!(output.status.code(), Some(1), "{said}");
+                let want = format!(
+                    "dozed: `{key}` = \"{}\" is in the tree of sandboxes {}; ",
+                    dir.display(),
+                    host.mount().display()
+                );
+                assert!(said.starts_with(&want), "{said}");
+            }
+        }
+        assert!(dirs.iter().all(|dir| !dir.exists()), "nothing was made");
+    };
+    refused(&host, host.mount());
+    assert_eq!(host.list(), [""; 0]);
+    // What a killed daemon has left does not answer.
+    host.kill_daemon();
+    refused(&host, host.mount());
+    host.restart();
+    assert_eq!(host.list(), [""; 0]);
+}
+
+#[test]
 fn nobody_gets_below_the_mount_while_a_killed_daemon_is_replaced() {
     let mut host = Setup::bare().start();
     let done = AtomicBool::new(false);
