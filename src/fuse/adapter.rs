@@ -12,6 +12,7 @@ use fuser::{
 use tracing::{Span, field::Empty};
 
 use super::{
+    lanes::{Lanes, Share},
     once::{Once, give},
     polls::{self, Polls},
     tombstone,
@@ -27,24 +28,32 @@ use crate::{
     sandbox::{RowId, text::one_line},
     sync::Arc,
     sys::{growth::GrowthWatch, pool::Pool},
-    tree::{Access, Answer, AttrChange, Closed, Errno, File, Job, Node, Opened, Tree, Written},
+    tree::{
+        Access, Answer, AttrChange, Caller, Closed, Errno, File, Job, Node, Opened, Tree, Written,
+    },
 };
 
 /// The largest write. A document is smaller; a larger one arrives whole, to be refused.
 const WRITE_MAX_BYTES: u32 = 128 * 1024;
 
 /// How many questions may wait for a disk or the kernel at a time. A crawler has one.
-const LOOKS_MAX: usize = 256;
+const LOOKS_MAX: usize = 512;
+/// How many of those are one user's. They may be long work for the kernel, so they are few;
+/// those that hang on a stalled disk keep only their user from asking more.
+const LOOKS_OF_USER: Share = Share { threads: 8, queue: 1024 };
+/// How many operations a user may have under way or waiting for a lock. A thread for each
+/// is there or the request is refused: one that waited here would hold its caller's file.
+const OPERATIONS_OF_USER: Share = Share { threads: 256, queue: 0 };
 
 /// The file system that fuser serves.
 #[derive(Debug)]
 pub(super) struct Adapter {
     tree: Arc<Tree>,
     feed: Arc<ChangeFeed>,
-    pool: Arc<Pool>,
+    operations: Lanes,
     /// For questions that wait for a disk or the kernel: those that hang leave the threads
-    /// of `pool` to those who write.
-    looks: Pool,
+    /// of `operations` to those who write.
+    looks: Lanes,
     waiting: Arc<Waiting>,
     polls: Arc<Polls>,
     consoles: Arc<GrowthWatch>,
@@ -62,8 +71,9 @@ impl Adapter {
         let consoles =
             GrowthWatch::start(move |row| woken.wake(Node::File(RowId(row), File::Console)))?;
         let consoles = Arc::new(consoles);
-        let looks = Pool::with_limit(LOOKS_MAX);
-        Ok(Self { tree, feed, pool, looks, waiting, polls, consoles })
+        let looks = Lanes::new(Arc::new(Pool::with_limit(LOOKS_MAX)), LOOKS_OF_USER);
+        let operations = Lanes::new(pool, OPERATIONS_OF_USER);
+        Ok(Self { tree, feed, operations, looks, waiting, polls, consoles })
     }
 
     /// Returns the span of a request, which its job takes over.
@@ -103,6 +113,7 @@ impl Adapter {
     fn later<T: Send + 'static, R: Send + 'static>(
         &self,
         job: Job<T>,
+        uid: u32,
         reply: R,
         answer: impl FnOnce(R, Result<T, Number>) + Send + 'static,
     ) {
@@ -110,7 +121,7 @@ impl Adapter {
         let mine = reply.clone();
         let answer = Arc::new(crate::sync::Mutex::new(Some(answer)));
         let by_job = Arc::clone(&answer);
-        let queued = self.pool.run(move || {
+        let queued = self.operations.run(uid, move || {
             let result = caught(job).map_err(number);
             give(&mine, &by_job, result);
         });
@@ -132,37 +143,41 @@ fn watch_console(tree: &Tree, consoles: &GrowthWatch, row: RowId) {
 }
 
 impl Adapter {
-    /// Answers a request of the thread `tid` by a job that it can be interrupted in. Whoever
+    /// Answers a request by a job that it can be interrupted in. Whoever
     /// is not there any more for the answer has `unwanted` called with what the job made.
     fn later_unless_signalled<T: Send + 'static, R: Send + 'static>(
         &self,
         job: Job<T>,
-        tid: u32,
+        caller: Caller,
         reply: R,
         answer: fn(R, Result<T, Number>),
         unwanted: impl FnOnce(T) + Send + 'static,
     ) {
-        self.run_unless_signalled(&self.pool, job, tid, reply, answer, unwanted);
+        self.run_unless_signalled(&self.operations, job, caller, reply, answer, unwanted);
     }
 
     fn run_unless_signalled<T: Send + 'static, R: Send + 'static>(
         &self,
-        pool: &Pool,
+        lanes: &Lanes,
         job: Job<T>,
-        tid: u32,
+        caller: Caller,
         reply: R,
         answer: fn(R, Result<T, Number>),
         unwanted: impl FnOnce(T) + Send + 'static,
     ) {
+        let is_look = std::ptr::eq(lanes, &raw const self.looks);
         let reply = Once::new(reply);
         let (interrupted, mine) = (reply.clone(), reply.clone());
         let waiting = Arc::clone(&self.waiting);
-        let place = waiting.enter(tid, move || {
+        let place = waiting.enter(caller, move || {
             if let Some(reply) = interrupted.take() {
                 answer(reply, Err(Number::EINTR));
             }
         });
-        let queued = pool.run(move || {
+        let queued = lanes.run(caller.uid, move || {
+            if is_look && mine.is_given() {
+                return;
+            }
             let result = caught(job).map_err(number);
             waiting.leave(place);
             match (mine.take(), result) {
@@ -179,9 +194,9 @@ impl Adapter {
         }
     }
 
-    fn write_later(&self, job: Job<usize>, node: Node, tid: u32, reply: ReplyWrite) {
+    fn write_later(&self, job: Job<usize>, node: Node, caller: Caller, reply: ReplyWrite) {
         let reply = AnnouncedWrite::begin(node, &self.feed, reply);
-        self.later_unless_signalled(job, tid, reply, AnnouncedWrite::give, drop);
+        self.later_unless_signalled(job, caller, reply, AnnouncedWrite::give, drop);
     }
 
     /// Answers a question. One that waits for a disk ends, for a caller that is signalled,
@@ -189,7 +204,7 @@ impl Adapter {
     fn reply<T: Send + 'static, R: Send + 'static>(
         &self,
         answer: Result<Answer<T>, Number>,
-        tid: u32,
+        caller: Caller,
         reply: R,
         give: fn(R, Result<T, Number>),
     ) {
@@ -197,27 +212,27 @@ impl Adapter {
             Ok(Answer::Now(now)) => give(reply, Ok(now)),
             Ok(Answer::Failed(errno)) => give(reply, Err(number(errno))),
             Ok(Answer::Later(job)) => {
-                self.run_unless_signalled(&self.looks, job, tid, reply, give, drop);
+                self.run_unless_signalled(&self.looks, job, caller, reply, give, drop);
             }
             Err(errno) => give(reply, Err(errno)),
         }
     }
 
     /// Answers a close or an fsync.
-    fn reply_closed(&self, closed: Result<Closed, Number>, tid: u32, reply: ReplyEmpty) {
+    fn reply_closed(&self, closed: Result<Closed, Number>, caller: Caller, reply: ReplyEmpty) {
         match closed {
             Ok(Closed::Now(result)) => reply_empty(reply, result.map_err(number)),
             // Whoever is signalled need not wait, and the document is committed all the same.
             Ok(Closed::Later(job)) => {
-                self.later_unless_signalled(job, tid, reply, reply_empty, drop);
+                self.later_unless_signalled(job, caller, reply, reply_empty, drop);
             }
             Err(errno) => reply.error(errno),
         }
     }
 
-    fn open_later(&self, pool: &Pool, job: Job<u64>, tid: u32, reply: ReplyOpen) {
+    fn open_later(&self, lanes: &Lanes, job: Job<u64>, caller: Caller, reply: ReplyOpen) {
         let tree = Arc::clone(&self.tree);
-        self.run_unless_signalled(pool, job, tid, reply, reply_opened, move |handle| {
+        self.run_unless_signalled(lanes, job, caller, reply, reply_opened, move |handle| {
             drop(tree.close(handle));
         });
     }
@@ -275,7 +290,7 @@ impl Filesystem for Adapter {
                 answer @ (Answer::Now(_) | Answer::Later(_)) => answer,
             })
         });
-        self.reply(attr, caller.tid, reply, reply_attr);
+        self.reply(attr, caller, reply, reply_attr);
     }
 
     fn setattr(
@@ -309,7 +324,7 @@ impl Filesystem for Adapter {
             Ok((job, tree.attr(node)?))
         }) {
             Ok((None, attr)) => reply_attr(reply, Ok(attr)),
-            Ok((Some(job), _)) => self.later(job, reply, reply_attr),
+            Ok((Some(job), _)) => self.later(job, caller.uid, reply, reply_attr),
             Err(errno) => reply.error(errno),
         }
     }
@@ -326,7 +341,7 @@ impl Filesystem for Adapter {
         let _in = self.span_of_name("mkdir", request, parent, name).entered();
         let caller = caller(request);
         match self.call(|tree| tree.make_dir(node(parent)?, name.as_bytes(), caller)) {
-            Ok(job) => self.later(job, reply, reply_entry),
+            Ok(job) => self.later(job, caller.uid, reply, reply_entry),
             Err(errno) => reply.error(errno),
         }
     }
@@ -384,10 +399,10 @@ impl Filesystem for Adapter {
                 reply_opened_document(reply, handle);
             }
             Ok(Opened::Now(handle)) => reply_opened(reply, Ok(handle)),
-            Ok(Opened::Later(job)) => self.open_later(&self.pool, job, request.pid(), reply),
-            Ok(Opened::Look(job)) => self.open_later(&self.looks, job, request.pid(), reply),
+            Ok(Opened::Later(job)) => self.open_later(&self.operations, job, caller, reply),
+            Ok(Opened::Look(job)) => self.open_later(&self.looks, job, caller, reply),
             Ok(Opened::Started(handle, job)) => {
-                let started = self.pool.run(move || {
+                let started = self.operations.run(caller.uid, move || {
                     // Nobody waits for the result; `error` has it.
                     caught(job).ok();
                 });
@@ -415,7 +430,7 @@ impl Filesystem for Adapter {
         let caller = caller(request);
         let read =
             self.call(|tree| Ok(tree.read(node(ino)?, handle.0, offset, size as usize, caller)));
-        self.reply(read, caller.tid, reply, reply_data);
+        self.reply(read, caller, reply, reply_data);
     }
 
     fn write(
@@ -439,9 +454,9 @@ impl Filesystem for Adapter {
         });
         match written {
             Ok((_, Written::Now(result))) => reply_written(reply, result.map_err(number)),
-            Ok((node, Written::Later(job))) => self.write_later(job, node, caller.tid, reply),
+            Ok((node, Written::Later(job))) => self.write_later(job, node, caller, reply),
             Ok((_, Written::Started(len, job))) => {
-                let started = self.pool.run(move || {
+                let started = self.operations.run(caller.uid, move || {
                     // Nobody waits for the result; `error` has it.
                     caught(job).ok();
                 });
@@ -463,7 +478,7 @@ impl Filesystem for Adapter {
         let _in = self.span("flush", request, ino).entered();
         let caller = caller(request);
         let closed = self.call(|tree| Ok(tree.flush(node(ino)?, handle.0, caller)));
-        self.reply_closed(closed, caller.tid, reply);
+        self.reply_closed(closed, caller, reply);
     }
 
     fn fsync(
@@ -476,7 +491,7 @@ impl Filesystem for Adapter {
     ) {
         let _in = self.span("fsync", request, ino).entered();
         let synced = self.call(|tree| Ok(tree.sync(node(ino)?, handle.0)));
-        self.reply_closed(synced, request.pid(), reply);
+        self.reply_closed(synced, caller(request), reply);
     }
 
     fn release(
@@ -497,7 +512,7 @@ impl Filesystem for Adapter {
         reply.ok();
         if let Ok(Some(job)) = left
             // Nobody waits for the result; `error` has it.
-            && self.pool.run(move || {
+            && self.operations.run(0, move || {
                 caught(job).ok();
             }).is_err()
         {
@@ -604,7 +619,7 @@ impl Filesystem for Adapter {
                 (answer, _) => answer,
             })
         });
-        self.reply(ready, request.pid(), reply, |reply, ready| match ready {
+        self.reply(ready, caller(request), reply, |reply, ready| match ready {
             Ok(ready) => reply.poll(polls::events(ready)),
             Err(errno) => reply.error(errno),
         });

@@ -15,6 +15,7 @@
 //! does comes in here like anybody's request, and is answered without waiting.
 
 mod adapter;
+mod lanes;
 mod mount_point;
 mod once;
 mod polls;
@@ -90,11 +91,12 @@ impl Mounted {
         config.acl = SessionACL::All;
         config.n_threads = Some(SESSION_THREADS);
         let (feed, polls) = (Arc::clone(tree.feed()), Arc::new(Polls::default()));
-        let adapter = Adapter::new(tree, pool, Arc::clone(&waiting), Arc::clone(&polls))?;
         // Without touching the mount: it is ours, and so must not be waited for.
         let mount = mount::without_links(mount)?;
         let (connection, unmounted) = Unmounted::create(mount::TREE_NAME)?;
         let device = unmounted.device();
+        tree.mounted_as(device);
+        let adapter = Adapter::new(tree, pool, Arc::clone(&waiting), Arc::clone(&polls))?;
         let session = Session::from_fd(adapter, connection, SessionACL::All, config)?.spawn()?;
         let watch = MountWatch::start()?;
         mount_point::mount_tree(&unmounted, &mount)?;

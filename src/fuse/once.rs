@@ -25,6 +25,11 @@ impl<R> Once<R> {
     pub(super) fn take(&self) -> Option<R> {
         lock(&self.reply).take()
     }
+
+    /// Says whether the answer was given.
+    pub(super) fn is_given(&self) -> bool {
+        lock(&self.reply).is_none()
+    }
 }
 
 /// Gives an answer, unless one was given.

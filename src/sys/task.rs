@@ -1,14 +1,28 @@
 //! What `/proc` tells of the threads that ask us for something.
 
-use std::{ffi::CStr, fs, io, path::Path};
+use std::{cmp::Ordering, ffi::CStr, fs, io, mem::MaybeUninit, path::Path};
 
-use super::process::is_gone;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, StatxFlags, statx};
+
+use super::{mount::Device, process::is_gone};
 use crate::sandbox::text::is_plain;
 
-/// Returns the supplementary groups of a thread; none where it cannot be seen.
+/// Returns the supplementary groups of a thread that acts as this user and group; none where
+/// it cannot be seen, or acts as somebody else by now.
+///
+/// A thread may be in 65,536 groups. The kernel then takes some 16 ms to list them, so only a
+/// job may ask.
 #[must_use]
-pub fn groups_of(tid: u32) -> Vec<u32> {
-    let status = status_of(tid).unwrap_or_default();
+pub fn groups_of(tid: u32, uid: u32, gid: u32) -> Vec<u32> {
+    let status = read_status(tid).unwrap_or_default();
+    // Real, effective, saved, and that for files, which is the one of a request.
+    let acts_as = |name, id| {
+        let ids = field(&status, name).unwrap_or_default();
+        ids.split_whitespace().nth(3).is_some_and(|acts_as| acts_as.parse() == Ok(id))
+    };
+    if !(acts_as("Uid:", uid) && acts_as("Gid:", gid)) {
+        return Vec::new();
+    }
     let groups = field(&status, "Groups:").unwrap_or_default();
     groups.split_whitespace().filter_map(|group| group.parse().ok()).collect()
 }
@@ -20,9 +34,22 @@ pub fn name_process(name: &CStr) {
 }
 
 /// Returns the process of a thread, where it can be seen.
+///
+/// `status` has it too, but is as long as the thread has groups. The kernel lists the threads
+/// of a process beginning with the one that the process is named by.
 #[must_use]
 pub fn process_of(tid: u32) -> Option<u32> {
-    field(&status_of(tid)?, "Tgid:")?.trim().parse().ok()
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let threads = rustix::fs::open(format!("/proc/{tid}/task"), flags, Mode::empty()).ok()?;
+    // Room for `.`, `..` and a few: the kernel lists no more threads than fit.
+    let mut buffer = [MaybeUninit::uninit(); 128];
+    let mut listed = RawDir::new(threads, &mut buffer);
+    while let Some(thread) = listed.next() {
+        if let Some(pid) = thread.ok()?.file_name().to_str().ok().and_then(|id| id.parse().ok()) {
+            return Some(pid);
+        }
+    }
+    None
 }
 
 /// Returns the name of the program that a thread runs, of plain characters without blanks:
@@ -44,7 +71,17 @@ const fn bit(signal: libc::c_int) -> u64 {
     1 << (signal - 1)
 }
 
-/// Says whether a thread has a signal pending that would end a wait of its: one that it
+/// What a look for the signals of a thread has found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SignalLook {
+    /// Whether there is one that would end a wait of the thread.
+    pub has_signal: bool,
+    /// How much the kernel had to write for it, which is what it costs: 1.5 KiB, and up to
+    /// 500 KiB for a thread in many groups.
+    pub cost_bytes: usize,
+}
+
+/// Looks whether a thread has a signal pending that would end a wait of its: one that it
 /// neither blocks nor ignores, and that is more than news. Also true where the thread is
 /// gone, for then nobody waits. False where that cannot be told: to be told of a signal that
 /// there is none of, a program does the same again.
@@ -53,20 +90,22 @@ const fn bit(signal: libc::c_int) -> u64 {
 /// `proc_pid_status(5)`. A signal that is left to its default and ignored by that, as
 /// SIGCHLD, is not kept pending by the kernel.
 #[must_use]
-pub fn has_signal(tid: u32) -> bool {
+pub fn look_for_signal(tid: u32) -> SignalLook {
     if tid == 0 {
-        return false; // Not visible from our pid namespace.
+        // Not visible from our pid namespace.
+        return SignalLook { has_signal: false, cost_bytes: 0 };
     }
     let status = match read_status(tid) {
         Ok(status) => status,
-        Err(error) => return is_gone(&error),
+        Err(error) => return SignalLook { has_signal: is_gone(&error), cost_bytes: 0 },
     };
     let mask = |name| {
         let hex = field(&status, name).unwrap_or_default();
         u64::from_str_radix(hex.trim(), 16).unwrap_or(0)
     };
     let pending = mask("SigPnd:") | mask("ShdPnd:");
-    pending & !mask("SigBlk:") & !mask("SigIgn:") & !NEWS != 0
+    let has_signal = pending & !mask("SigBlk:") & !mask("SigIgn:") & !NEWS != 0;
+    SignalLook { has_signal, cost_bytes: status.len() }
 }
 
 /// `PF_EXITING` of `include/linux/sched.h`: the thread is in `exit(2)`.
@@ -80,7 +119,8 @@ const PF_EXITING: u64 = 0x4;
 /// # Errors
 /// Where it cannot be told.
 pub fn signal_that_killed(tid: u32) -> io::Result<Option<u32>> {
-    let stat = match fs::read_to_string(format!("/proc/{tid}/stat")) {
+    // Of the thread alone: that of its process is a sum over all of its threads.
+    let stat = match fs::read_to_string(format!("/proc/{tid}/task/{tid}/stat")) {
         Err(error) if is_gone(&error) => return Ok(None),
         stat => stat?,
     };
@@ -99,39 +139,64 @@ fn flags_and_exit_code(stat: &str) -> Option<(u64, u32)> {
 /// few; one with more is taken to have closed it.
 const FILES_LOOKED_AT: usize = 1024;
 
-/// Says whether the process of a thread has a file open for writing whose path ends so. One
-/// that is gone, or is not to be seen from our pid namespace, has none.
+/// Counts how often the process of a thread has opened a file for writing, and has it open
+/// still: several descriptors may be of one opening. Where the kernel does not compare
+/// descriptors, each counts. The file system that the file is in is not asked.
 ///
 /// # Errors
-/// Where it cannot be told.
-pub fn has_open_for_writing(tid: u32, path_end: &str) -> io::Result<bool> {
-    let files = match fs::read_dir(format!("/proc/{tid}/fd")) {
-        Err(error) if is_gone(&error) => return Ok(false),
-        files => files?,
+/// Where it cannot be told, also as the process is gone.
+pub fn count_open_for_writing(tid: u32, device: Device, inode: u64) -> io::Result<usize> {
+    // What is known of a file without asking has to do, as it may be of a file system that
+    // does not answer.
+    let is_it = |fd: &fs::DirEntry| {
+        let known = statx(CWD, fd.path(), AtFlags::STATX_DONT_SYNC, StatxFlags::INO);
+        known.is_ok_and(|known| {
+            let of = Device { major: known.stx_dev_major, minor: known.stx_dev_minor };
+            of == device && known.stx_ino == inode
+        })
     };
-    // The name that a link shows is read without asking the file system that it is in.
-    let is_named = |fd: &fs::DirEntry| {
-        fs::read_link(fd.path()).is_ok_and(|path| path.to_string_lossy().ends_with(path_end))
-    };
-    for fd in files.flatten().take(FILES_LOOKED_AT).filter(is_named) {
-        let info = fs::read_to_string(
-            Path::new("/proc").join(tid.to_string()).join("fdinfo").join(fd.file_name()),
-        );
-        let info = match info {
+    let files = fs::read_dir(format!("/proc/{tid}/fd"))?;
+    let mut open: Vec<u32> = Vec::new();
+    for fd in files.flatten().take(FILES_LOOKED_AT).filter(is_it) {
+        let number = fd.file_name();
+        let info = Path::new("/proc").join(tid.to_string()).join("fdinfo").join(&number);
+        let info = match fs::read_to_string(info) {
             Err(error) if is_gone(&error) => continue, // It was closed while we looked.
             info => info?,
         };
         let flags = field(&info, "flags:").unwrap_or_default();
         let flags = libc::c_int::from_str_radix(flags.trim(), 8).unwrap_or(0);
         if flags & libc::O_ACCMODE != libc::O_RDONLY {
-            return Ok(true);
+            open.extend(number.to_str().and_then(|number| number.parse::<u32>().ok()));
         }
     }
-    Ok(false)
+    // In the kernel's order. What is closed meanwhile, or cannot be compared, counts.
+    let mut distinct: Vec<u32> = Vec::new();
+    for file in open {
+        let place = distinct
+            .binary_search_by(|known| compare_files(tid, *known, file).unwrap_or(Ordering::Less));
+        if let Err(place) = place {
+            distinct.insert(place, file);
+        }
+    }
+    Ok(distinct.len())
 }
 
-fn status_of(tid: u32) -> Option<String> {
-    read_status(tid).ok()
+/// `KCMP_FILE` of `include/uapi/linux/kcmp.h`.
+const KCMP_FILE: libc::c_int = 0;
+
+/// Compares what two descriptors of a process are of. They are equal exactly if one is a copy
+/// of the other; see `kcmp(2)`.
+fn compare_files(tid: u32, one: u32, other: u32) -> io::Result<Ordering> {
+    // SAFETY: the call takes numbers, and changes nothing.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, tid, tid, KCMP_FILE, one, other) };
+    match order {
+        0 => Ok(Ordering::Equal),
+        1 => Ok(Ordering::Less),
+        2 => Ok(Ordering::Greater),
+        -1 => Err(io::Error::last_os_error()),
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
 }
 
 fn read_status(tid: u32) -> io::Result<String> {
@@ -144,14 +209,17 @@ fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
     use super::*;
 
     #[test]
     fn our_own_thread_has_no_signal_and_a_thread_that_is_gone_has() {
         let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
-        assert!(!has_signal(tid));
-        assert!(has_signal(u32::MAX / 2));
-        assert!(!has_signal(0));
+        let ours = look_for_signal(tid);
+        assert!(!ours.has_signal && ours.cost_bytes > 0);
+        assert!(look_for_signal(u32::MAX / 2).has_signal);
+        assert!(!look_for_signal(0).has_signal);
     }
 
     #[test]
@@ -159,24 +227,54 @@ mod tests {
         let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
         assert_eq!(process_of(tid), Some(std::process::id()));
         assert!(command_of(tid).is_some_and(|name| !name.contains(['\n', ' '])));
+        let other = std::thread::scope(|scope| {
+            let tid = || rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+            let named = move || (tid(), process_of(tid()));
+            scope.spawn(named).join().unwrap()
+        });
+        assert_eq!(other.1, Some(std::process::id()));
+        assert_ne!(other.0, std::process::id());
         assert_eq!(process_of(u32::MAX / 2), None);
         assert_eq!(command_of(u32::MAX / 2), None);
     }
 
     #[test]
-    fn a_file_that_is_open_for_writing_is_found_by_its_name_and_one_for_reading_is_not() {
+    fn openings_for_writing_are_counted_and_copies_and_those_for_reading_are_not() {
         let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
         let dir = tempfile::tempdir().unwrap();
-        let end = format!("{}/list", dir.path().file_name().unwrap().to_str().unwrap());
         let writing = fs::File::create(dir.path().join("list")).unwrap();
         let reading = fs::File::open(dir.path().join("list")).unwrap();
-        assert!(has_open_for_writing(tid, &end).unwrap());
+        let meta = reading.metadata().unwrap();
+        let major_minor = (rustix::fs::major(meta.dev()), rustix::fs::minor(meta.dev()));
+        let device = Device { major: major_minor.0, minor: major_minor.1 };
+        let count = || count_open_for_writing(tid, device, meta.ino()).unwrap();
+        assert_eq!(count(), 1);
+        let copies: Vec<_> = (0..5).map(|_| writing.try_clone().unwrap()).collect();
+        assert_eq!(count(), 1);
+        let again = fs::OpenOptions::new().append(true).open(dir.path().join("list")).unwrap();
+        assert_eq!(count(), 2);
         drop(writing);
-        assert!(!has_open_for_writing(tid, &end).unwrap());
+        assert_eq!(count(), 2);
+        drop(copies);
+        assert_eq!(count(), 1);
+        drop(again);
+        assert_eq!(count(), 0);
         drop(reading);
         assert_eq!(signal_that_killed(tid).unwrap(), None);
         assert_eq!(signal_that_killed(u32::MAX / 2).unwrap(), None);
-        assert!(!has_open_for_writing(u32::MAX / 2, &end).unwrap());
+        assert!(is_gone(&count_open_for_writing(u32::MAX / 2, device, 1).unwrap_err()));
+    }
+
+    #[test]
+    fn groups_are_those_of_a_thread_that_still_acts_as_the_caller() {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+        let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let groups = rustix::process::getgroups().unwrap();
+        let groups: Vec<_> = groups.into_iter().map(|group| group.as_raw()).collect();
+        assert_eq!(groups_of(tid, uid, gid), groups);
+        assert_eq!(groups_of(tid, uid + 1, gid), [0_u32; 0]);
+        assert_eq!(groups_of(tid, uid, gid + 1), [0_u32; 0]);
+        assert_eq!(groups_of(u32::MAX / 2, uid, gid), [0_u32; 0]);
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod open;
 mod opened;
 mod read;
 mod root_error;
+mod seeing;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -28,29 +29,32 @@ mod write;
 
 use std::{
     fmt,
+    sync::OnceLock,
     time::{Duration, SystemTime},
 };
 
 pub use command::{BadCommand, Verb, verb};
 use console::Consoles;
 pub use document::Closed;
-use document::DraftBudget;
+use document::{DraftBudget, Openings};
 pub use errno::Errno;
 use glance::Glances;
 use handle::Handles;
 use modes::Modes;
 pub use node::{DaemonFile, File, Node};
-pub use open::{Access, Opened};
+pub use open::Opened;
+pub use opened::Access;
 pub use read::Readiness;
 use root_error::RootErrors;
+use seeing::viewer;
 pub use view::{DaemonFacts, Facts};
 pub use write::{AttrChange, Job, Removal, Written};
 
 use crate::{
-    lifecycle::{ChangeFeed, Entry, Lifecycle, View, Viewer},
+    lifecycle::{ChangeFeed, Entry, Lifecycle, View},
     sandbox::{Owner, RowId, SandboxId, Timestamp},
     sync::Arc,
-    sys::{host::own_ids, task::groups_of},
+    sys::{host::own_ids, mount::Device},
 };
 
 /// The size that `state` reports, as sysfs does: a page, so that writes within it
@@ -69,11 +73,14 @@ pub struct Tree {
     handles: Handles,
     consoles: Arc<Consoles>,
     drafts: Arc<DraftBudget>,
+    openings: Arc<Openings>,
     glances: Glances,
     root_errors: RootErrors,
     modes: Modes,
     started: Timestamp,
     root_owner: (u32, u32),
+    /// Of the file system that it is mounted as.
+    device: OnceLock<Device>,
     /// What this daemon is forbidden and needs.
     lacks: Vec<String>,
 }
@@ -166,19 +173,21 @@ impl Tree {
         let modes = Modes::load(lifecycle.index())?;
         let started = lifecycle.clock().now();
         let root_owner = own_ids();
-        let (handles, consoles, drafts) = (Handles::new(), Arc::default(), Arc::default());
         let lacks = Vec::new();
+        let (consoles, drafts, openings) = Default::default();
         let (glances, root_errors) = Default::default();
         Ok(Self {
             lifecycle,
-            handles,
+            handles: Handles::new(),
             consoles,
             drafts,
+            openings,
             glances,
             root_errors,
             modes,
             started,
             root_owner,
+            device: OnceLock::new(),
             lacks,
         })
     }
@@ -187,6 +196,12 @@ impl Tree {
     #[must_use]
     pub fn lacking(self, lacks: Vec<String>) -> Self {
         Self { lacks, ..self }
+    }
+
+    /// Notes which file system it is mounted as.
+    pub fn mounted_as(&self, device: Device) {
+        // It is mounted once.
+        self.device.get_or_init(|| device);
     }
 
     /// Returns the path of a node below the mount, for logs. Its sandbox may be gone.
@@ -250,12 +265,17 @@ impl Tree {
                 Ok(Attr { size: this.daemon_list_len(caller), ..this.attr(node)? })
             })),
             Node::Daemon(DaemonFile::Events) => {
-                let view = View::Viewer(viewer(caller));
-                let attr = self.attr(node).map(|attr| {
-                    let (size, mtime) = self.events_facts(&view, attr.mtime);
-                    Attr { size, mtime, ..attr }
-                });
-                attr.into()
+                let events_attr = move || {
+                    let attr = this.attr(node)?;
+                    let view = View::Viewer(viewer(caller));
+                    let (size, mtime) = this.events_facts(&view, attr.mtime);
+                    Ok(Attr { size, mtime, ..attr })
+                };
+                if caller.uid == 0 {
+                    events_attr().into()
+                } else {
+                    Answer::Later(Box::new(events_attr))
+                }
             }
             Node::Daemon(DaemonFile::Error) => {
                 let size = self.root_error(caller).len() as u64;
@@ -455,13 +475,6 @@ impl Tree {
             }
         }
     }
-}
-
-/// Says who looks, as far as it matters for what they see.
-fn viewer(caller: Caller) -> Viewer {
-    // Root sees everything, so its groups need not be looked up.
-    let groups = if caller.uid == 0 { Vec::new() } else { groups_of(caller.tid) };
-    Viewer::new(caller.uid, caller.gid, &groups)
 }
 
 fn shown(at: jiff::Timestamp) -> SystemTime {

@@ -2,10 +2,10 @@
 
 use super::{
     Caller, DaemonFile, Errno, File, Job, Node, Tree,
-    document::{Document, DocumentKind},
+    document::DocumentKind,
     errno,
     handle::Handle,
-    opened::OpenedBy,
+    opened::{Access, OpenedBy},
     write::{actor, answer, check_opened},
 };
 use crate::{
@@ -13,34 +13,6 @@ use crate::{
     sandbox::{Cause, Owner, RowId},
     sync::Arc,
 };
-
-/// What a file is opened for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
-    /// Reading.
-    Read,
-    /// Writing, and perhaps reading.
-    Write,
-    /// The same, by a caller who does not wait.
-    WriteNonblocking,
-    /// Writing at the end.
-    Append,
-    /// The same, by a caller who does not wait.
-    AppendNonblocking,
-}
-
-impl Access {
-    fn wait(self) -> Wait {
-        match self {
-            Self::Read | Self::Write | Self::Append => Wait::ForIt,
-            Self::WriteNonblocking | Self::AppendNonblocking => Wait::Never,
-        }
-    }
-
-    fn is_append(self) -> bool {
-        matches!(self, Self::Append | Self::AppendNonblocking)
-    }
-}
 
 /// How an open is answered; each number is to be closed by [`Tree::close`].
 pub enum Opened {
@@ -108,15 +80,20 @@ impl Tree {
                     this.handles.open(handle)
                 })));
             }
+            Node::Daemon(DaemonFile::Events) if caller.uid != 0 => {
+                let this = Arc::clone(self);
+                return Ok(Opened::Look(Box::new(move || {
+                    handle.events = Some(this.open_events(node, caller));
+                    this.handles.open(handle)
+                })));
+            }
             Node::Daemon(DaemonFile::Events) | Node::File(_, File::Events) => {
                 handle.events = Some(self.open_events(node, caller));
             }
             Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::NetDir(_) | Node::File(..) => {}
         }
         if let Some(kind) = DocumentKind::of(node).filter(|_| access != Access::Read) {
-            let (wait, is_append) = (access.wait(), access.is_append());
-            let document = Document::new(kind, wait, is_append, opened, caller, &self.drafts);
-            handle.document = Some(Arc::new(document));
+            handle.document = Some(self.open_document(node, kind, access, opened, caller));
         }
         Ok(Opened::Now(self.handles.open(handle)?))
     }

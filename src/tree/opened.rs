@@ -1,6 +1,6 @@
-//! Who opened a file.
+//! Who opened a file, and what for.
 
-use crate::sandbox::Owner;
+use crate::{lifecycle::Wait, sandbox::Owner};
 
 /// Who opened a file of a sandbox, and whose that was then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,5 +16,33 @@ impl OpenedBy {
         let Self { uid, owner: before } = self;
         let is_of_group = before.gid == owner.gid && uid != before.uid;
         owner != before && uid != 0 && uid != owner.uid && !is_of_group
+    }
+}
+
+/// What a file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reading.
+    Read,
+    /// Writing, and perhaps reading.
+    Write,
+    /// The same, by a caller who does not wait.
+    WriteNonblocking,
+    /// Writing at the end.
+    Append,
+    /// The same, by a caller who does not wait.
+    AppendNonblocking,
+}
+
+impl Access {
+    pub(super) fn wait(self) -> Wait {
+        match self {
+            Self::Read | Self::Write | Self::Append => Wait::ForIt,
+            Self::WriteNonblocking | Self::AppendNonblocking => Wait::Never,
+        }
+    }
+
+    pub(super) fn is_append(self) -> bool {
+        matches!(self, Self::Append | Self::AppendNonblocking)
     }
 }

@@ -6,7 +6,8 @@ use super::{
     Answer, Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree,
     document::DocumentKind,
     glance::Glance,
-    shown, view, viewer,
+    seeing::{Seeing, viewer},
+    shown, view,
     write::{answer, check_opened},
 };
 use crate::{
@@ -91,12 +92,15 @@ impl Tree {
         size: usize,
         caller: Caller,
     ) -> Answer<Vec<u8>> {
-        let is_kept = offset > 0 && self.handles.get(handle, node).text.is_some();
+        let open = self.handles.get(handle, node);
+        let is_kept = offset > 0 && open.text.is_some();
         let waits = match node {
             Node::File(_, File::Console) => true,
             Node::File(_, file) => Self::is_slow(file) && !is_kept,
             // It is as long as there are sandboxes.
             Node::Daemon(DaemonFile::List) => !is_kept,
+            // It was opened for its reader, unless by an earlier daemon.
+            Node::Daemon(DaemonFile::Events) => open.events.is_none() && caller.uid != 0,
             Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::NetDir(_) => false,
         };
         if waits {
@@ -155,7 +159,8 @@ impl Tree {
         Ok(part)
     }
 
-    /// Opens a log of events as `caller` may see it.
+    /// Opens a log of events as `caller` may see it; that of all sandboxes by a job, unless
+    /// for root.
     pub(super) fn open_events(&self, node: Node, caller: Caller) -> Arc<Reader> {
         let view = match node {
             Node::File(row, _) | Node::Dir(row) | Node::NetDir(row) => View::Sandbox(row),
@@ -265,8 +270,8 @@ impl Tree {
 
     /// Returns the length of `dozed.list` for a reader.
     pub(super) fn daemon_list_len(&self, caller: Caller) -> u64 {
-        let (all, viewer) = (self.lifecycle.entries_after(RowId(0)), viewer(caller));
-        let seen = all.filter(|entry| viewer.may_see(entry.record().owner));
+        let (all, seeing) = (self.lifecycle.entries_after(RowId(0)), Seeing::of(caller));
+        let seen = all.filter(|entry| seeing.may_see(entry.record().owner));
         seen.map(|entry| view::list_line_len(&entry.record())).sum()
     }
 
@@ -299,8 +304,8 @@ impl Tree {
     }
 
     fn daemon_list(&self, caller: Caller) -> String {
-        let (all, viewer) = (self.lifecycle.entries_after(RowId(0)), viewer(caller));
-        let seen = all.filter(|entry| viewer.may_see(entry.record().owner));
+        let (all, seeing) = (self.lifecycle.entries_after(RowId(0)), Seeing::of(caller));
+        let seen = all.filter(|entry| seeing.may_see(entry.record().owner));
         seen.map(|entry| self.facts_of_line(&entry, &entry.record())).collect()
     }
 

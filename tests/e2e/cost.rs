@@ -103,3 +103,64 @@ fn what_a_user_did_leaves_nothing_for_the_next_start_to_do() {
     }
     assert_eq!(host.list().len(), 10);
 }
+
+/// Asks for everything that depends on who asks, in as many groups as a thread may be in.
+const ASK: &str = "
+import os
+os.setgroups(range(100_000, 165_536))
+os.setgid(65_432)
+os.setuid(65_432)
+for round in range(20):
+    os.stat('dozed.events')
+    os.stat('dozed.list')
+    for name in ['dozed.events', 'dozed.list', 'dozed.error', 'web-1/state', 'web-1/status']:
+        with open(name) as file:
+            file.read()
+    with open('web-1/config', 'a') as file:
+        file.write('# a\\n' if round == 0 else '')
+    with open('web-1/net/denied', 'w') as file:
+        file.write('192.0.2.0/24\\n')
+    os.utime('web-1/activity')
+    os.mkdir(f'made-{round}')
+    os.rmdir(f'made-{round}')
+";
+
+/// How much the threads that serve requests may read for all of this: some 2000 requests, and a
+/// few lines of `/proc` for each. To list the groups once is half a MiB.
+const SESSIONS_MAX_BYTES: u64 = 4 << 20;
+
+/// Returns how much the threads that serve requests have read, and how often they did.
+fn read_by_sessions(host: &Host) -> (u64, u64) {
+    let tasks = fs::read_dir(format!("/proc/{}/task", host.daemon_pid())).unwrap();
+    let tasks = tasks.map(|task| task.unwrap().path());
+    let sessions: Vec<_> = tasks
+        .filter(|task| {
+            let name = fs::read_to_string(task.join("comm")).unwrap_or_default();
+            name.strip_prefix("fuser-").is_some_and(|number| number.trim().parse::<u8>().is_ok())
+        })
+        .collect();
+    assert_eq!(sessions.len(), 2, "the threads that serve requests have another name");
+    let sum = |key: &str| {
+        let of = |task: &std::path::PathBuf| -> u64 {
+            let io = fs::read_to_string(task.join("io")).unwrap();
+            let line = io.lines().find_map(|line| line.strip_prefix(key));
+            line.unwrap().trim().parse().unwrap()
+        };
+        sessions.iter().map(of).sum()
+    };
+    (sum("rchar:"), sum("syscr:"))
+}
+
+#[test]
+fn a_user_in_as_many_groups_as_one_may_be_in_delays_nobody_elses_requests() {
+    let host = Setup::bare().start();
+    host.bash_ok("chmod 1777 .; mkdir web-1; chown 65432:65432 web-1");
+    let before = read_by_sessions(&host);
+    let mut python = command("/usr/bin/python3");
+    let output = python.args(["-c", ASK]).current_dir(host.mount()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let after = read_by_sessions(&host);
+    let (bytes, reads) = (after.0 - before.0, after.1 - before.1);
+    assert!(reads > 500, "what they read is not counted: {reads} times");
+    assert!(bytes < SESSIONS_MAX_BYTES, "{bytes} bytes, {reads} times");
+}

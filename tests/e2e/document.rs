@@ -223,3 +223,35 @@ fn entries_that_many_append_at_once_are_all_there() {
     let denied = host.read("web-1/net/denied");
     assert_eq!(denied.lines().filter(|line| line.starts_with("192.0.")).count(), 30, "{denied}");
 }
+
+#[test]
+fn a_process_that_has_opened_a_document_twice_commits_each_when_it_closes_that() {
+    let host = host();
+    for (file, one, other) in [
+        ("web-1/net/denied", "10.1.0.0/16\n", "10.2.0.0/16\n"),
+        ("web-1/config", "vcpus = 1\n", "vcpus = 3\n"),
+    ] {
+        let read = |what: &str| host.read(file).contains(what.trim_end());
+        let (first, second) = (host.open(file).unwrap(), host.open(file).unwrap());
+        (&first).write_all(one.as_bytes()).unwrap();
+        (&second).write_all(other.as_bytes()).unwrap();
+        // A copy that is closed is no close.
+        drop(first.try_clone().unwrap());
+        assert!(!read(one), "{file}");
+        drop(first);
+        assert!(read(one), "{file}");
+        drop(second.try_clone().unwrap());
+        assert!(!read(other), "{file}");
+        drop(second);
+        assert!(read(other), "{file}");
+    }
+    // As a shell has it, which closes a copy after each command.
+    host.bash_ok(
+        "cd web-1/net; exec 3> denied 4> denied; echo 10.3.0.0/16 >&3; echo 10.4.0.0/16 >&4; \
+         echo 10.5.0.0/16 >&3; ! grep 10.3 denied || exit 1; exec 3>&-; \
+         [ \"$(cat denied)\" = $'10.3.0.0/16\\n10.5.0.0/16' ] || exit 2; \
+         echo 10.6.0.0/16 >&4; ! grep 10.4 denied || exit 3; exec 4>&-; \
+         [ \"$(cat denied)\" = $'10.4.0.0/16\\n10.6.0.0/16' ] || exit 4",
+    );
+    assert_eq!(host.error("web-1"), "ok");
+}
