@@ -228,8 +228,12 @@ impl RealNetwork {
         if self.is_held(address) {
             return Ok(());
         }
-        self.deafen(address);
-        namespace::route(&links, &self.plan, address).map(drop)
+        namespace::route(&links, &self.plan, address)?;
+        // Until now what came from elsewhere was for a sleeper, and not to be reset.
+        if let Some(doorbell) = self.doorbell() {
+            doorbell.deliver(address);
+        }
+        Ok(())
     }
 
     /// Sees to it that a sandbox has its own part, with the host's in place.

@@ -389,6 +389,27 @@ fn a_server_that_speaks_to_a_sleeper_is_held_off_while_its_network_lingers_and_t
 }
 
 #[test]
+fn what_a_server_said_before_a_wake_and_is_looked_at_after_it_resets_no_connection() {
+    on_a_host(|host| {
+        let listener = host.tcp_server(SERVER, 443);
+        let Sandbox { wanted, guest, .. } = host.sandbox("a", 0);
+        guest.connect(6000, (SERVER, 443));
+        let mut stream = eventually("the call", || listener.accept().ok().map(|(it, _)| it));
+        drop(guest);
+        host.network.listen(&wanted.id, wanted.address, None).unwrap();
+        let other = sleeper(host, "b", 1);
+        let held_up = host.hold_up_rings(|| {
+            asks(&other).send(b"are you there?").unwrap();
+        });
+        stream.write_all(b"said while it slept").unwrap();
+        let guest = wake(host, &wanted);
+        drop(held_up);
+        guest.expect("what was said", |p| p.source == SERVER && p.text() == b"said while it slept");
+        assert_eq!(host.rung().0, other.address);
+    });
+}
+
+#[test]
 fn it_works_on_a_host_that_is_strict_and_does_not_forward() {
     on_a_host(|host| {
         forwarding(false);

@@ -5,7 +5,8 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     path::Path,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicUsize, Ordering},
         mpsc::{self, Receiver},
     },
     time::Duration,
@@ -64,6 +65,14 @@ pub(crate) struct Host {
     internet: Namespace,
     runtime: TempDir,
     rings: Mutex<Receiver<(SandboxAddress, Ring)>>,
+    told: Arc<Told>,
+}
+
+/// What keeps whoever tells of rings waiting.
+#[derive(Default)]
+struct Told {
+    begun: AtomicUsize,
+    gate: Mutex<()>,
 }
 
 /// Runs `test` on a new host, and sees to it that nothing is left of it.
@@ -96,13 +105,18 @@ impl Host {
         netns::unpin(&pin).unwrap();
         let plan = AddressPlan::default();
         let (rang, rings) = mpsc::channel();
+        let told = Arc::<Told>::default();
+        let telling = Arc::clone(&told);
         let listener = move |address, ring| {
+            telling.begun.fetch_add(1, Ordering::SeqCst);
+            drop(telling.gate.lock());
             // Nobody hears of it when the test is over.
             rang.send((address, ring)).ok();
         };
         let network =
             RealNetwork::new(plan, runtime.path()).ignoring(ignored).ringing(Arc::new(listener));
-        let host = Self { network, plan, internet, runtime, rings: Mutex::new(rings) };
+        let rings = Mutex::new(rings);
+        let host = Self { network, plan, internet, runtime, rings, told };
         host.wire();
         host
     }
@@ -186,6 +200,16 @@ impl Host {
     /// Waits for a packet to a sleeper that rings.
     pub(crate) fn rung(&self) -> (SandboxAddress, Ring) {
         self.rings.lock().unwrap().recv_timeout(SOON).expect("nobody rings")
+    }
+
+    /// Keeps the thread that hears for sleepers waiting, from the next ring on, which `ring`
+    /// causes, for as long as what this returns is held.
+    pub(crate) fn hold_up_rings(&self, ring: impl FnOnce()) -> MutexGuard<'_, ()> {
+        let gate = self.told.gate.lock().unwrap();
+        let before = self.told.begun.load(Ordering::SeqCst);
+        ring();
+        eventually("the ring", || (self.told.begun.load(Ordering::SeqCst) > before).then_some(()));
+        gate
     }
 
     /// Returns who has rung and not been waited for, after a while in which nobody did.

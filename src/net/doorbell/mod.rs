@@ -179,13 +179,18 @@ impl Doorbell {
         ports: Option<&WakePorts>,
         lingers: bool,
     ) -> Result<(), Error> {
-        if ports.is_none() {
-            self.deafen(address);
-        }
+        let held = {
+            let mut judge = lock(&self.ear.judge);
+            let held = if ports.is_none() { judge.deafen(address) } else { Vec::new() };
+            if ports.is_some() || lingers {
+                judge.listen(address, Sleeper { wakes_on: ports.cloned(), lingers });
+            }
+            held
+        };
+        self.ear.tell_no(&held, Refusal::Unreachable);
         if ports.is_none() && !lingers {
             return Ok(());
         }
-        lock(&self.ear.judge).listen(address, Sleeper { wakes_on: ports.cloned(), lingers });
         let unrouted = lock(&self.links).apply(vec![route::remove(address.ip())], Answers::Each);
         unrouted.inspect_err(|_| self.deafen(address))
     }
