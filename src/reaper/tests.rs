@@ -605,11 +605,16 @@ fn vmms_that_do_not_answer_cost_only_their_own_places() {
         host.wake(id).unwrap();
         host.clock.advance(Duration::from_secs(1));
     }
+    // Whoever is paused third must not overtake the other two.
+    host.set("c", Policy::IdleAfter(Period::After(Duration::from_secs(600)))).unwrap();
     for _ in 0..2 {
         host.vmm.fail_next(Call::Pause, Fault::Hang);
     }
     let reaper = reap_between_ticks(&host, Duration::ZERO);
     host.clock.advance(Duration::from_secs(60));
+    look(&host);
+    wait_for("both to hang", || host.vmm.count(Call::Pause) == 2);
+    host.clock.advance(Duration::from_secs(600));
     look(&host);
     wait_for("c to sleep", || host.state("c") == State::Snapshotted);
     for id in ["a", "b"] {
