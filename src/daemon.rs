@@ -498,7 +498,7 @@ fn shut_down(lifecycle: &Lifecycle, reaper: Reaper, mounted: Mounted, clock: &Ho
         return; // `serve` reports it.
     }
     keep_clock(lifecycle.index(), clock);
-    if let Err(error) = lifecycle.flush_activity() {
+    if let Err(error) = lifecycle.activity().flush() {
         tracing::error!(error = chain(&error), "writing activity to the index");
     }
     if let Err(error) = lifecycle.index().close() {

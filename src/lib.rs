@@ -7,6 +7,7 @@
 //!
 //! The rooms, in reading order. Each uses only those below it; `tests/tidy` checks.
 
+pub mod activity;
 pub mod cli;
 pub mod config;
 pub mod daemon;

@@ -5,9 +5,10 @@
 use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
 use dozed::{
+    activity::{Busyness, Signals},
     config::Config,
     events::{ChangeFeed, Event, View, What},
-    lifecycle::{Busyness, Gauges, Metrics, Signals},
+    lifecycle::{Gauges, Metrics},
     sandbox::{
         Activity, Actor, Cause, Owner, Period, Phase, ProcessIdentity, Record, RowId,
         SnapshotFacts, Spec, State, Step, Timestamp, Waking,
@@ -183,7 +184,7 @@ fn each_key_of_the_tables_is_listed_in_order() {
         cached_bytes: None,
         lacks: Vec::new(),
         stale: None,
-        spared_until: None,
+        grace_until: None,
         unwakeable: None,
         today: 0,
         holders: Vec::new(),

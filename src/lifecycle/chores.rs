@@ -10,10 +10,10 @@ impl Lifecycle {
         drop_page_cache(self);
         self.keep_room();
         self.keep_reserve();
-        if let Err(error) = self.flush_activity() {
+        if let Err(error) = self.activity.flush() {
             tracing::error!(error = chain(&error), "writing activity to the index");
         }
-        if let Err(error) = self.forget_holds() {
+        if let Err(error) = self.activity.forget_released_holds() {
             tracing::error!(error = chain(&error), "forgetting holds that have ended");
         }
         if let Err(error) = self.confirm_clock() {

@@ -163,7 +163,7 @@ impl Lifecycle {
         if entry.record().pinned {
             return Err(Error::Pinned { id: entry.id().clone() });
         }
-        self.unless_held(entry, || self.operations.claim_deletion(entry.row(), cause))
+        self.activity.unless_held(entry, || self.operations.claim_deletion(entry.row(), cause))
     }
 
     /// Brings the intent to the disk, and takes the sandbox out of sight.
@@ -236,7 +236,8 @@ impl Lifecycle {
         if self.operations.deletion(entry.row()).is_some_and(|deletion| deletion.is_marked) {
             self.remove_mark(entry.row());
         }
-        self.activities.forget(entry.row());
+        self.activity.forget(entry.row());
+        self.notes.forget(entry.row());
         tracing::info!(id = %entry.id(), "deleted");
         self.operations.forget_deletion(entry.row());
         self.publish_deletion(held, entry);

@@ -3,6 +3,7 @@
 use std::{io, path::PathBuf};
 
 use crate::{
+    activity::HoldError,
     index::{self, Entry},
     machines, net,
     sandbox::{Refused, SandboxId, State, Users, network::AddressPlan},
@@ -40,30 +41,9 @@ pub enum Error {
         /// The sandbox.
         id: SandboxId,
     },
-    /// It is held awake.
-    #[error(
-        "{id} is held awake by {by}; they let go of it when they close its file `awake`, or \
-         end"
-    )]
-    Held {
-        /// The sandbox.
-        id: SandboxId,
-        /// Who holds it.
-        by: String,
-    },
-    /// The user holds as many as one may.
-    #[error(
-        "user {uid} has {limit} files `awake` open, which is the limit ([limits] holds), so {id} \
-         is not held"
-    )]
-    TooManyHolds {
-        /// The sandbox.
-        id: SandboxId,
-        /// The user.
-        uid: u32,
-        /// The limit.
-        limit: usize,
-    },
+    /// A hold prevents it, or it cannot be held.
+    #[error(transparent)]
+    Hold(HoldError),
     /// Hardware changes only while stopped.
     #[error("the hardware of {id} cannot change while it is {state}, only while it is stopped")]
     NotStopped {
@@ -313,6 +293,12 @@ impl From<machines::Error> for Error {
     }
 }
 
+impl From<HoldError> for Error {
+    fn from(error: HoldError) -> Self {
+        if let HoldError::Gone { id } = error { Self::Gone { id } } else { Self::Hold(error) }
+    }
+}
+
 impl Error {
     /// Returns what an error of the host's, a VMM's or a snapshot's comes down to.
     #[must_use]
@@ -364,8 +350,7 @@ impl Error {
             | Self::Exists { .. }
             | Self::Refused(_)
             | Self::Pinned { .. }
-            | Self::Held { .. }
-            | Self::TooManyHolds { .. }
+            | Self::Hold(_)
             | Self::NotStopped { .. }
             | Self::NotRunning { .. }
             | Self::NoKernel { .. }

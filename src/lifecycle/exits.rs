@@ -81,12 +81,12 @@ impl Lifecycle {
             | Cause::Stale => &Cause::GuestExit,
         };
         // Why it ended is news to whoever was last told why a command was refused.
-        self.activities.forget_note(entry.row());
+        self.notes.forget(entry.row());
         self.step_because(cause, held, entry, Step::Lost, |record| {
             record.error = Some(one_line(why).into());
         })?;
         self.machines.remove(entry.row());
-        self.usages.end(entry.row());
+        self.activity.guest_ended(entry.row());
         Ok(())
     }
 
@@ -115,7 +115,7 @@ impl Lifecycle {
     /// # Errors
     /// `KillTimeout`.
     pub(super) fn release(&self, entry: &Entry) -> Result<(), Error> {
-        self.usages.end(entry.row());
+        self.activity.guest_ended(entry.row());
         self.machines.kill(entry.row(), entry.id(), &self.runtime_dir(entry.row()))?;
         self.admission.give_back(entry.row());
         Ok(())

@@ -22,7 +22,6 @@
 //! off, by a crash of the daemon or a panic, leaves one of the three states in the
 //! middle, and `reconcile` brings that to an end from what is on disk and what runs.
 
-mod activity;
 mod chores;
 mod create;
 mod destroy;
@@ -32,10 +31,10 @@ mod evidence;
 mod exits;
 mod files;
 mod held;
-mod holds;
 mod images;
 mod metrics;
 mod network;
+mod notes;
 mod operation;
 mod page_cache;
 mod policy;
@@ -54,7 +53,6 @@ mod trash;
 mod undo;
 mod unsettled;
 mod upkeep;
-mod usage;
 mod wake;
 
 use std::{
@@ -65,26 +63,22 @@ use std::{
     time::Duration,
 };
 
-use activity::Activities;
-pub use activity::Signals;
 use error::vmm_failed;
 pub use error::{Error, Fault};
 pub use evidence::{Contradicted, check_index_file};
 pub use files::{NamedFiles, Unusable};
 pub use held::Held;
-use holds::Holds;
-pub use holds::{HoldId, Holder};
 pub use metrics::{Gauges, Metrics};
+use notes::Notes;
 use operation::Operations;
 use page_cache::PageCache;
 pub use policy::Policy;
 pub use stale::{CLOCK_KEY, Stale};
 use unsettled::Unsettled;
-use usage::Usages;
-pub use usage::{Busyness, Rates};
 
 pub use crate::machines::Error as MachineError;
 use crate::{
+    activity::{Activities, HoldId, Holder},
     events::Wakeup,
     lock::Locks,
     machines::{Admission, ConsoleLog, Table, Vmms},
@@ -164,7 +158,7 @@ pub enum Outcome {
 
 /// All sandboxes, and all that can be done with them.
 pub struct Lifecycle {
-    index: Index,
+    index: Arc<Index>,
     locks: Arc<Locks>,
     vmms: Vmms,
     network: Arc<dyn Network>,
@@ -173,11 +167,10 @@ pub struct Lifecycle {
     /// Names this store in the command line of its VMMs.
     store_name: String,
     machines: Table,
-    usages: Usages,
     operations: Operations,
     admission: Arc<Admission>,
-    activities: Activities,
-    holds: Holds,
+    activity: Activities,
+    notes: Notes,
     page_cache: PageCache,
     /// Room for what has to be written to a full disk.
     reserve: Reserve,
@@ -244,11 +237,18 @@ impl Lifecycle {
                 name
             }
         };
+        let index = Arc::new(parts.index);
+        let activity = Activities::new(
+            Arc::clone(&index),
+            Arc::clone(&parts.clock),
+            settings.activity,
+            settings.holds_max,
+        );
         let Settings { sleeps_max, wakes_max, memory_budget_bytes, .. } = settings;
         let admission = Admission::new(sleeps_max, wakes_max, memory_budget_bytes);
         let reserve = Reserve::new(&settings.store);
         let lifecycle = Arc::new(Self {
-            index: parts.index,
+            index,
             locks: Locks::new(),
             vmms: Vmms::new(parts.vmms, parts.auto, settings.users),
             network: parts.network,
@@ -256,11 +256,10 @@ impl Lifecycle {
             settings,
             store_name,
             machines: Table::new()?,
-            usages: Usages::default(),
             operations: Operations::default(),
             admission,
-            activities: Activities::default(),
-            holds: Holds::default(),
+            activity,
+            notes: Notes::default(),
             page_cache: PageCache::default(),
             reserve,
             unsettled: Unsettled::default(),
@@ -332,6 +331,12 @@ impl Lifecycle {
         &self.metrics
     }
 
+    /// Returns the activity of all sandboxes.
+    #[must_use]
+    pub fn activity(&self) -> &Activities {
+        &self.activity
+    }
+
     /// Returns the index, for queries.
     #[must_use]
     pub fn index(&self) -> &Index {
@@ -354,6 +359,15 @@ impl Lifecycle {
     #[must_use]
     pub fn memory(&self) -> (u64, Option<u64>) {
         self.admission.memory()
+    }
+
+    /// Holds a sandbox awake. This does not wake it.
+    ///
+    /// # Errors
+    /// `Gone`, and `HoldError::TooMany`.
+    pub fn hold(&self, entry: &Entry, holder: Holder) -> Result<HoldId, Error> {
+        let is_deleted = || self.operations.is_claimed(entry.row());
+        Ok(self.activity.hold(entry, holder, is_deleted)?)
     }
 
     /// Returns the directory of a sandbox in the store.
@@ -502,11 +516,11 @@ impl Lifecycle {
             Step::Woken(_) => {
                 let asleep_since = before.snapshot().map_or(before.since, |snapshot| snapshot.at);
                 record.waking.woke(cause, asleep_since, now, self.today());
-                record.waking.stays_awake(now, self.activity_of(before).awake_min);
+                record.waking.stays_awake(now, self.activity.limits(before).awake_min);
             }
             Step::Booted(_) => {
                 record.waking.booted(cause);
-                record.waking.stays_awake(now, self.activity_of(before).awake_min);
+                record.waking.stays_awake(now, self.activity.limits(before).awake_min);
             }
             Step::Boot | Step::Slept(_) | Step::Wake | Step::Undo | Step::Lost | Step::Delete => {}
         }
@@ -583,7 +597,7 @@ impl Lifecycle {
         let typed =
             machine.type_in(bytes).map_err(vmm_failed(entry, "typing on the console of"))?;
         // Before the guest can be paused, else a sleep would not know of it.
-        self.saw(entry, Signal::Console);
+        self.activity.saw(entry, Signal::Console);
         Ok(typed)
     }
 

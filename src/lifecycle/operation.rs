@@ -278,14 +278,14 @@ impl Lifecycle {
 
     /// Puts the result of an operation where `error` finds it.
     fn record_result(&self, held: &Held, entry: &Entry, error: Option<&Error>) {
-        self.activities.forget_note(entry.row());
+        self.notes.forget(entry.row());
         let line = error.map(|error| chain(error).into_boxed_str());
         if entry.record().error == line {
             return;
         }
         if let Err(error) = self.amend(held, entry, |record| record.error.clone_from(&line)) {
             tracing::error!(id = %entry.id(), error = chain(&error), "recording a result");
-            self.activities.note(entry.row(), chain(&error));
+            self.notes.set(entry.row(), chain(&error));
         }
         if let Some(line) = line {
             self.publish_failure(held, entry, line);

@@ -76,8 +76,8 @@ impl Lifecycle {
                 })?;
             }
             if after != *before {
-                let awake_min = self.activity_of(&after).awake_min;
-                let is_new = awake_min != self.activity_of(&before).awake_min;
+                let awake_min = self.activity.limits(&after).awake_min;
+                let is_new = awake_min != self.activity.limits(&before).awake_min;
                 self.amend(held, entry, |record| {
                     apply(record, policy);
                     if is_new && record.state() == State::Running {

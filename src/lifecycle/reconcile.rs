@@ -111,7 +111,7 @@ impl Lifecycle {
     /// others from being served. Who is not settled by then has the state that is recorded, and
     /// is settled by threads that go on, under its lock; an operation on it waits for that.
     pub fn reconcile(self: &Arc<Self>, limit: Duration) -> Reconciled {
-        self.respect_earlier_holds();
+        self.activity.restore_holds();
         self.restore_deletions();
         let all = self.index.entries_after(RowId(0));
         let settling = Arc::new(Settling::default());
@@ -344,7 +344,7 @@ impl Lifecycle {
             Some(process) if consumed => {
                 self.take_over(entry, &process, cancel)?;
                 // Else it would be idle since before it slept, and sleep again at once.
-                self.saw(entry, Signal::Wake);
+                self.activity.saw(entry, Signal::Wake);
                 let process = process.identity().clone();
                 self.step(held, entry, Step::Woken(process), |record| {
                     record.generation += 1;
@@ -409,7 +409,7 @@ impl Lifecycle {
             });
             match runs {
                 Ok(true) => {
-                    self.saw(entry, Signal::Boot);
+                    self.activity.saw(entry, Signal::Boot);
                     let booted = Step::Booted(process.identity().clone());
                     self.step(held, entry, booted, |record| record.retry_at = None)?;
                     return Ok(());

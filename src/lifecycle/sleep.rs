@@ -83,7 +83,7 @@ impl Lifecycle {
     fn is_wanted(&self, entry: &Entry, record: &Record, why: Why) -> Result<Option<Wanted>, Error> {
         let runs = record.state() == State::Running;
         if why != Why::Idle && runs {
-            self.unless_held(entry, || Ok(()))?;
+            self.activity.unless_held(entry, || Ok::<_, Error>(()))?;
         }
         match why {
             Why::Asked => Ok(Some(Wanted::InAnyCase)),
@@ -96,7 +96,7 @@ impl Lifecycle {
                 }
                 Ok(counted.map(Wanted::UnlessUsedSince))
             }
-            Why::Idle if self.is_held(entry.row()) => Ok(None),
+            Why::Idle if self.activity.is_held(entry.row()) => Ok(None),
             Why::Idle => {
                 let before = entry.activity_count();
                 let due = record.sleep_at(entry.last_activity());
@@ -147,7 +147,7 @@ impl Lifecycle {
         let wanted = self.last_look(entry, begun, operation, &live, first, &mut undo);
         let Ok(Some(wanted)) = wanted else {
             deflate(&entry.record(), &live);
-            self.sample_anew(entry);
+            self.activity.restart_samples(entry.row());
             self.step(held, entry, Step::Undo, |_| ())
                 .inspect_err(|_| self.settle_later(entry.row()))?;
             return wanted.map(|_| Outcome::Spared);
@@ -384,7 +384,7 @@ impl Lifecycle {
             None if matches!(error, Error::Undo { .. }) => self.recover(held, entry, operation),
             None => self.step(held, entry, Step::Undo, |_| ()).map(drop),
         };
-        self.sample_anew(entry);
+        self.activity.restart_samples(entry.row());
         if let Err(error) = ended {
             tracing::error!(id = %entry.id(), error = super::chain(&error), "ending a sleep");
             self.settle_later(entry.row());

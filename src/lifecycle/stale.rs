@@ -27,7 +27,7 @@ impl Lifecycle {
     pub fn destroy_stale(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
         let (record, now) = (entry.record(), self.now());
         let due = self.stale_at(&record);
-        let is_due = due.is_some_and(|due| due.at <= now) && !self.is_held(entry.row());
+        let is_due = due.is_some_and(|due| due.at <= now) && !self.activity.is_held(entry.row());
         if !is_due {
             // The index does not know that it is younger than it seems.
             let seems_due = record.delete_at().is_some_and(|at| at <= now);

@@ -137,7 +137,7 @@ impl Host {
     pub(crate) fn restart_after(&mut self, ordered: bool, meanwhile: impl FnOnce(&Self)) {
         if ordered {
             assert_eq!(self.daemon.close(PATIENCE), 0, "nothing is under way");
-            self.daemon.flush_activity().unwrap();
+            self.daemon.activity().flush().unwrap();
             self.daemon.index.close().unwrap();
         }
         for (row, _) in self.daemon.machines.all() {

@@ -138,7 +138,7 @@ impl Lifecycle {
                 if let Some(told) = told
                     && self.last_error(entry).as_deref() == Some(&*told)
                 {
-                    self.activities.forget_note(entry.row());
+                    self.notes.forget(entry.row());
                 }
             }
             Err(error) => {

@@ -37,7 +37,7 @@ impl Lifecycle {
             self.settle(held, entry, operation)?;
             match entry.record().state() {
                 State::Running => {
-                    self.saw(entry, Signal::Control);
+                    self.activity.saw(entry, Signal::Control);
                     Ok(Outcome::Already)
                 }
                 State::Snapshotted => self
@@ -68,7 +68,7 @@ impl Lifecycle {
         let (memory, process) = self.start(held, entry, operation, |undo, intended| {
             self.restore_acts(held, entry, operation, undo, intended)
         })?;
-        self.saw(entry, Signal::Wake);
+        self.activity.saw(entry, Signal::Wake);
         // After a power cut the record says at least `restoring`, and the guest is lost
         // either way.
         let recorded = self.step_unsynced(held, entry, Step::Woken(process), |record| {
@@ -278,7 +278,7 @@ impl Lifecycle {
         let process = self.start(held, entry, operation, |undo, intended| {
             self.boot_acts(held, entry, operation, undo, intended)
         })?;
-        self.saw(entry, Signal::Boot);
+        self.activity.saw(entry, Signal::Boot);
         let recorded =
             self.step(held, entry, Step::Booted(process), |record| record.retry_at = None);
         if let Err(error) = recorded {
@@ -410,7 +410,7 @@ impl Lifecycle {
         entry: &Entry,
         machine: Box<dyn Machine>,
     ) -> Result<Arc<Live>, Error> {
-        self.usages.begin(entry.row());
+        self.activity.guest_starts(entry.row());
         let added = self.machines.add(entry.row(), machine);
         added.map_err(host_failed(entry, "watching the VMM of"))
     }

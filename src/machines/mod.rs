@@ -15,6 +15,7 @@ mod console;
 mod error;
 mod exits;
 mod table;
+mod traffic;
 mod vmms;
 
 pub(crate) use admission::{Admission, Slot};

@@ -212,7 +212,7 @@ impl Shared {
             *next_tick = now.after(tick);
             // What counts as activity first, so that it is seen before the verdict.
             self.lifecycle.sample_activity();
-            self.lifecycle.sample_holds();
+            self.lifecycle.activity().sample_holds();
             self.do_chores();
         }
         let active_until = self.look_for_due();

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::{
+    activity::{HoldError, Holder},
     lifecycle::{
-        Holder, Policy,
+        Policy,
         testing::{Host, LINGER, wait_for},
     },
     net::{Activity, Count, fake::Fault as NetworkFault},
@@ -57,7 +58,7 @@ fn an_idle_one_is_put_to_sleep_and_an_active_one_is_not() {
     host.clock.advance(Duration::from_secs(59));
     look(&host);
     assert_eq!(host.state("a"), State::Running);
-    host.daemon.saw(&host.entry("b"), Signal::Touch);
+    host.daemon.activity().saw(&host.entry("b"), Signal::Touch);
     host.clock.advance(Duration::from_secs(1));
     look(&host);
     wait_for("a to sleep", || host.state("a") == State::Snapshotted);
@@ -220,7 +221,7 @@ fn holder() -> Holder {
 fn one_that_is_held_is_not_put_to_sleep_and_idles_from_the_end_of_its_hold() {
     let mut host = awake("a");
     let hold = host.daemon.hold(&host.entry("a"), holder()).unwrap();
-    host.daemon.note_hold(&host.entry("a"));
+    host.daemon.activity().record_hold(&host.entry("a"));
     let reaper = reap(&host);
     for _ in 0..3 {
         host.clock.advance(Duration::from_secs(3600));
@@ -228,8 +229,11 @@ fn one_that_is_held_is_not_put_to_sleep_and_idles_from_the_end_of_its_hold() {
     }
     // Also where the reaper had found it before it was held.
     assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
-    assert!(matches!(host.sleep_because("a", Why::Asked), Err(Error::Held { .. })));
-    host.daemon.give_up(hold);
+    assert!(matches!(
+        host.sleep_because("a", Why::Asked),
+        Err(Error::Hold(HoldError::Held { .. }))
+    ));
+    host.daemon.activity().release(hold);
     host.clock.advance(Duration::from_secs(59));
     look(&host);
     assert_eq!(host.state("a"), State::Running);
@@ -248,7 +252,7 @@ fn what_an_earlier_daemon_held_is_left_alone_for_a_while() {
     let mut host = awake("a");
     host.set("a", Policy::IdleAfter(Period::After(Duration::from_secs(1)))).unwrap();
     host.daemon.hold(&host.entry("a"), holder()).unwrap();
-    host.daemon.note_hold(&host.entry("a"));
+    host.daemon.activity().record_hold(&host.entry("a"));
     host.restart();
     let reaper = reap(&host);
     host.clock.advance(Duration::from_secs(119));
@@ -446,7 +450,7 @@ fn traffic_of_its_network_keeps_one_awake_unless_that_does_not_count() {
     }
     wait_for("b to sleep", || host.state("b") == State::Snapshotted);
     assert_eq!(host.state("a"), State::Running);
-    let rates = host.daemon.busyness(host.entry("a").row());
+    let rates = host.daemon.activity().busyness(host.entry("a").row());
     assert_eq!(rates.now.network_bytes_per_second, Some(101), "rounded down");
     reaper.stop(END_LIMIT);
 }
@@ -460,7 +464,7 @@ fn where_nobody_says_what_a_network_passed_the_other_signals_are_still_seen() {
     host.wake("a").unwrap();
     host.network.set_fault(Some(NetworkFault::Activity));
     let reaper = reap(&host);
-    let rates = || host.daemon.busyness(entry.row()).now;
+    let rates = || host.daemon.activity().busyness(entry.row()).now;
     for _ in 0..3 {
         host.clock.advance(Duration::from_secs(10));
         look(&host);
@@ -505,7 +509,7 @@ fn a_network_that_cannot_be_read_says_nothing_of_its_sandbox_and_even_less_of_ot
     assert_eq!(host.state("busy"), State::Running);
     assert_eq!(host.state("broken"), State::Running);
     assert_eq!(host.error("broken"), "ok");
-    let unknown = host.daemon.busyness(host.entry("broken").row()).unknown;
+    let unknown = host.daemon.activity().busyness(host.entry("broken").row()).unknown;
     assert_eq!(unknown.to_string(), "network");
     // Nothing passed all the while.
     host.network.set_unreadable(&name("broken"), false);
@@ -528,7 +532,7 @@ fn a_packet_that_passes_while_its_guest_is_being_paused_calls_the_sleep_off() {
     wait_for("the sleep to be called off", || host.vmm.count(Call::Resume) == 2);
     wait_for("a to run", || host.state("a") == State::Running && host.guest_runs("a"));
     assert_eq!((host.error("a").as_str(), host.vmm.count(Call::Save)), ("ok", 0));
-    assert!(host.daemon.signals(host.entry("a").row()).last(Signal::Network).is_some());
+    assert!(host.daemon.activity().signals(host.entry("a").row()).last(Signal::Network).is_some());
     // It is idle for another minute first.
     host.network.pass_between_reads(&id, Count::default());
     host.clock.advance(Duration::from_secs(30));
@@ -572,11 +576,11 @@ fn a_deadline_between_ticks_is_kept_and_looks_at_nobody_else() {
     host.set("b", Policy::IdleAfter(Period::Never)).unwrap();
     let reaper = reap_between_ticks(&host, LONG);
     wait_for("the first tick", || host.daemon.last_tick().is_some());
-    let seen = host.daemon.samples_of(&host.entry("b"));
+    let seen = host.daemon.activity().last_sample(host.entry("b").row());
     host.clock.advance(Duration::from_secs(60));
     look(&host);
     wait_for("a to sleep", || host.state("a") == State::Snapshotted);
-    assert_eq!(host.daemon.samples_of(&host.entry("b")), seen);
+    assert_eq!(host.daemon.activity().last_sample(host.entry("b").row()), seen);
     reaper.stop(END_LIMIT);
 }
 
@@ -586,7 +590,7 @@ fn activity_that_the_index_does_not_know_of_puts_a_deadline_off() {
     let reaper = reap_between_ticks(&host, LONG);
     wait_for("the first tick", || host.daemon.last_tick().is_some());
     host.clock.advance(Duration::from_secs(40));
-    host.daemon.saw(&host.entry("a"), Signal::Touch);
+    host.daemon.activity().saw(&host.entry("a"), Signal::Touch);
     host.clock.advance(Duration::from_secs(20));
     look(&host);
     assert_eq!(host.state("a"), State::Running);

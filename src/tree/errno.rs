@@ -5,7 +5,10 @@
 use std::io::ErrorKind;
 
 use super::BadCommand;
-use crate::lifecycle::{self, Fault};
+use crate::{
+    activity::HoldError,
+    lifecycle::{self, Fault},
+};
 
 /// The errnos that the tree answers with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -112,16 +115,21 @@ pub(super) fn of_command(bad: &BadCommand) -> Errno {
 pub(super) fn of(error: &lifecycle::Error) -> Errno {
     use lifecycle::{Error as E, MachineError as M};
     match error {
-        E::Gone { .. } | E::Machine(M::CalledOff { .. }) => Errno::NoDev,
+        E::Gone { .. } | E::Machine(M::CalledOff { .. }) | E::Hold(HoldError::Gone { .. }) => {
+            Errno::NoDev
+        }
         E::Locked { .. } | E::Active { .. } => Errno::Again,
         E::Exists { .. } => Errno::Exist,
         E::Pinned { .. } => Errno::Perm,
         E::ChangedHands { .. } => Errno::Acces,
-        E::NotStopped { .. } | E::Machine(M::NoSlot { .. }) | E::Held { .. } => Errno::Busy,
-        E::Machine(M::NoMemory { .. }) => Errno::NoMem,
-        E::TooMany { .. } | E::TooManyHolds { .. } | E::NoUser { .. } | E::NoAddress { .. } => {
-            Errno::Dquot
+        E::NotStopped { .. } | E::Machine(M::NoSlot { .. }) | E::Hold(HoldError::Held { .. }) => {
+            Errno::Busy
         }
+        E::Machine(M::NoMemory { .. }) => Errno::NoMem,
+        E::TooMany { .. }
+        | E::Hold(HoldError::TooMany { .. })
+        | E::NoUser { .. }
+        | E::NoAddress { .. } => Errno::Dquot,
         // A sandbox without a kernel cannot be woken until its config changes: the
         // verb makes no sense in this state.
         E::Unopened { source, .. } if source.kind() == ErrorKind::InvalidInput => Errno::Inval,

@@ -7,7 +7,8 @@ use std::{
 
 use super::{Errno, Node, console::Console, document::Document, opened::OpenedBy};
 use crate::{
-    lifecycle::{HoldId, Reader},
+    activity::HoldId,
+    lifecycle::Reader,
     sandbox::{State, Timestamp},
     sync::{Arc, Mutex, lock},
 };

@@ -3,7 +3,8 @@
 
 use super::view::{Facts, NONE, line, or_none, tenths};
 use crate::{
-    lifecycle::{Holder, Stale},
+    activity::{self, Holder, Verdict},
+    lifecycle::Stale,
     sandbox::{Period, Signal, SignalSet, State, Timestamp},
 };
 
@@ -12,13 +13,13 @@ impl Facts<'_> {
     #[must_use]
     pub fn idle(&self) -> String {
         let record = self.record;
-        let sleeps = self.sleeps_at();
-        let (verdict, because) = self.verdict(sleeps);
+        let outlook = self.outlook();
+        let verdict = outlook.verdict();
         let mut text = String::new();
-        line(&mut text, "verdict", verdict);
-        line(&mut text, "because", because);
-        line(&mut text, "sleeps_at", self.due(sleeps, record.idle_after));
-        line(&mut text, "deletes_at", self.due(self.deletes_at(), record.delete_after));
+        line(&mut text, "verdict", verdict.word());
+        line(&mut text, "because", self.because(verdict));
+        line(&mut text, "sleeps_at", self.due(outlook.sleeps_at(), record.idle_after));
+        line(&mut text, "deletes_at", self.due(outlook.deletes_at(), record.delete_after));
         line(&mut text, "last_wake_cause", or_none(record.waking.cause.as_deref()));
         line(&mut text, "wakes_today", record.waking.of_day(self.today));
         let until = record.waking.awake_until.filter(|_| record.state() == State::Running);
@@ -26,59 +27,44 @@ impl Facts<'_> {
         text
     }
 
-    /// Returns when the reaper is to put it to sleep; what is held has no time for that.
-    fn sleeps_at(&self) -> Option<Timestamp> {
-        let is_left = !self.holders.is_empty() || self.unwakeable.is_some();
-        let due = self.record.sleep_at(self.last_activity).filter(|_| !is_left)?;
-        Some(self.spared_until.map_or(due, |until| due.max(until)))
+    fn outlook(&self) -> activity::Facts<'_> {
+        activity::Facts {
+            record: self.record,
+            now: self.now,
+            last_activity: self.last_activity,
+            unknown: self.busyness.unknown.and(self.limits.signals),
+            is_held: !self.holders.is_empty(),
+            grace_until: self.grace_until,
+            is_unwakeable: self.unwakeable.is_some(),
+            stale_at: self.stale.map(|stale| stale.at),
+        }
     }
 
-    /// Returns when the reaper is to delete it; what is held has no time for that either.
-    fn deletes_at(&self) -> Option<Timestamp> {
-        let due = self.stale.filter(|_| self.holders.is_empty())?.at;
-        Some(self.spared_until.map_or(due, |until| due.max(until)))
-    }
-
-    /// Returns the verdict in a word, and what decides in a sentence.
-    fn verdict(&self, sleeps: Option<Timestamp>) -> (&'static str, String) {
-        let record = self.record;
-        let is_ahead = |at: &Timestamp| *at > self.now;
-        let due = match (record.state(), sleeps) {
-            (State::Running, Some(due)) => due,
-            (State::Running, None) if !self.holders.is_empty() => return ("held", self.held()),
-            (State::Running, None) => return ("exempt", self.exempt()),
-            (State::Snapshotted, _) => return (record.state().word(), self.asleep()),
-            (state, _) => return (state.word(), format!("it is {state}, not running")),
-        };
-        if let Some(until) = self.spared_until.filter(is_ahead) {
-            let left = until.since(self.now).as_secs();
-            let why = "it was held awake when the daemon was restarted, and its holders have";
-            return ("held", format!("{why} {left} s more to open it anew"));
-        }
-        if record.retry_at.is_some_and(|at| at > self.now) {
-            let left = due.since(self.now).as_secs();
-            let why = "the last try to put it to sleep failed; the next is in";
-            return ("put-off", format!("{why} {left} s"));
-        }
-        match record.waking.awake_until.filter(is_ahead) {
-            Some(until) if until == due => ("just-woken", self.just_woken(until)),
-            Some(_) | None if due <= self.now && !self.unknown().is_empty() => {
-                ("unknown", self.why_unknown())
+    /// Says in a sentence what decides.
+    fn because(&self, verdict: Verdict) -> String {
+        match verdict {
+            Verdict::NotRunning(State::Snapshotted) => self.asleep(),
+            Verdict::NotRunning(state) => format!("it is {state}, not running"),
+            Verdict::Held => self.held(),
+            Verdict::Exempt => self.exempt(),
+            Verdict::Grace(left) => {
+                let why = "it was held awake when the daemon was restarted, and its holders have";
+                format!("{why} {} s more to open it anew", left.as_secs())
             }
-            Some(_) | None => {
-                let verdict = if due <= self.now { "idle" } else { "active" };
-                (verdict, format!("{}; idle_after is {}", self.latest(), record.idle_after))
+            Verdict::PutOff(left) => {
+                let why = "the last try to put it to sleep failed; the next is in";
+                format!("{why} {} s", left.as_secs())
+            }
+            Verdict::JustWoken(until) => self.just_woken(until),
+            Verdict::Unknown(signals) => self.why_unknown(signals),
+            Verdict::Idle | Verdict::Active => {
+                format!("{}; idle_after is {}", self.latest(), self.record.idle_after)
             }
         }
     }
 
-    /// Returns which of the signals that count could not be read.
-    fn unknown(&self) -> SignalSet {
-        self.busyness.unknown.and(self.limits.signals)
-    }
-
-    fn why_unknown(&self) -> String {
-        let what = self.unknown().to_string().replace(' ', " and ");
+    fn why_unknown(&self, signals: SignalSet) -> String {
+        let what = signals.to_string().replace(' ', " and ");
         format!("its {what} could not be read at the last look; {}", self.latest())
     }
 

@@ -9,7 +9,8 @@ use super::{
     write::{actor, answer, check_opened},
 };
 use crate::{
-    lifecycle::{Entry, HoldId, Holder, Wait},
+    activity::{HoldId, Holder},
+    lifecycle::{Entry, Wait},
     sandbox::{Cause, Owner, RowId},
     sync::Arc,
 };
@@ -104,7 +105,7 @@ impl Tree {
     pub fn close(&self, handle: u64) -> Option<Job<()>> {
         let closed = self.handles.close(handle)?;
         if let Some(hold) = closed.hold {
-            self.lifecycle.give_up(hold);
+            self.lifecycle.activity().release(hold);
         }
         self.commit_released(closed.node, closed.document?)
     }
@@ -133,26 +134,27 @@ impl Tree {
             })?;
             // A change of owners ends the holds that it finds, and this one may be later.
             check_opened(&this.lifecycle, entry, Some(opened))
-                .inspect_err(|_| this.lifecycle.give_up(hold))?;
+                .inspect_err(|_| this.lifecycle.activity().release(hold))?;
             Ok(hold)
         };
         let this = Arc::clone(self);
         if access.wait() == Wait::Never {
             let hold = enter(self, &entry)?;
             let handle = self.handles.open_hold(node, opened, hold);
-            let handle = handle.inspect_err(|_| self.lifecycle.give_up(hold))?;
+            let handle = handle.inspect_err(|_| self.lifecycle.activity().release(hold))?;
             return Ok(Opened::Started(handle, Box::new(move || this.wake_held(&entry, cause))));
         }
         Ok(Opened::Later(Box::new(move || {
             let hold = enter(&this, &entry)?;
-            this.wake_held(&entry, cause).inspect_err(|_| this.lifecycle.give_up(hold))?;
+            this.wake_held(&entry, cause)
+                .inspect_err(|_| this.lifecycle.activity().release(hold))?;
             let handle = this.handles.open_hold(node, opened, hold);
-            handle.inspect_err(|_| this.lifecycle.give_up(hold))
+            handle.inspect_err(|_| this.lifecycle.activity().release(hold))
         })))
     }
 
     fn wake_held(&self, entry: &Arc<Entry>, cause: Cause) -> Result<(), Errno> {
-        self.lifecycle.note_hold(entry);
+        self.lifecycle.activity().record_hold(entry);
         let held = self.lifecycle.lock(entry, Wait::ForIt, cause);
         let held = held.map_err(|error| errno::of(&error))?;
         let woken = self.lifecycle.wake(&held, entry);

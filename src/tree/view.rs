@@ -6,7 +6,8 @@
 use std::{borrow::Cow, fmt::Write, path::PathBuf, time::Duration};
 
 use crate::{
-    lifecycle::{Busyness, Counters, Holder, Signals, Stale},
+    activity::{Busyness, Holder, Signals},
+    lifecycle::{Counters, Stale},
     sandbox::{Activity, Record, Signal, State, Timestamp},
 };
 
@@ -38,7 +39,7 @@ pub struct Facts<'a> {
     /// When the reaper is to delete it.
     pub stale: Option<Stale>,
     /// Until when the reaper leaves it alone, as an earlier daemon's holders may be back.
-    pub spared_until: Option<Timestamp>,
+    pub grace_until: Option<Timestamp>,
     /// The day of the wall clock.
     pub today: i32,
     /// Why it could not be woken if it were put to sleep.

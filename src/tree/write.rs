@@ -144,7 +144,7 @@ impl Tree {
                 Err(BadCommand::TooLong { limit: command::COMMAND_MAX_BYTES })
             }
             File::Activity => Ok((len > 0).then(|| {
-                self.lifecycle.saw(&entry, Signal::Touch);
+                self.lifecycle.activity().saw(&entry, Signal::Touch);
                 Written::Now(Ok(len))
             })),
             File::IdleAfter => command::period(data).map(|it| it.map(Policy::IdleAfter).map(set)),
@@ -226,7 +226,7 @@ impl Tree {
             return None;
         }
         if there == State::Running {
-            self.lifecycle.saw(entry, Signal::Control);
+            self.lifecycle.activity().saw(entry, Signal::Control);
         }
         Some(Ok(()))
     }
@@ -272,7 +272,7 @@ impl Tree {
         if change.mtime
             && let Node::File(row, File::Activity) = node
         {
-            self.lifecycle.saw(&*self.open_entry(row)?, Signal::Touch);
+            self.lifecycle.activity().saw(&*self.open_entry(row)?, Signal::Touch);
         }
         let mode = change.mode.filter(|mode| *mode != attr.mode);
         let owner =
@@ -316,7 +316,9 @@ impl Tree {
             .map_err(|error| answer(&self.lifecycle, &entry, "changing the owner of", &error))?;
         drop(held);
         // What is open still is looked at when it is used; a hold is used all the time.
-        self.lifecycle.end_holds(&entry, |uid| OpenedBy { uid, owner: before }.has_ended(owner));
+        self.lifecycle
+            .activity()
+            .release_those_of(&entry, |uid| OpenedBy { uid, owner: before }.has_ended(owner));
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use crate::{
 
 /// What each room may import. The pure types, the locks and the system are below all that
 /// is not listed without them.
-const ROOMS: [(&str, &[&str]); 19] = [
+const ROOMS: [(&str, &[&str]); 20] = [
     ("main", &["cli", "daemon", "doctor"]),
     ("cli", &["config", "sys"]),
     (
@@ -31,15 +31,16 @@ const ROOMS: [(&str, &[&str]); 19] = [
     ),
     ("doctor", &["config", "net", "sandbox", "sys", "vmm"]),
     ("fuse", &["events", "sandbox", "sync", "sys", "tree"]),
-    ("tree", &["lifecycle", "sandbox", "sync", "sys"]),
-    ("reaper", &["lifecycle", "sandbox", "sync", "sys"]),
+    ("tree", &["activity", "events", "lifecycle", "sandbox", "sync", "sys"]),
+    ("reaper", &["activity", "events", "lifecycle", "sandbox", "sync", "sys"]),
     (
         "lifecycle",
         &[
-            "events", "index", "lock", "machines", "net", "sandbox", "snapshot", "sync", "sys",
-            "vmm",
+            "activity", "events", "index", "lock", "machines", "net", "sandbox", "snapshot",
+            "sync", "sys", "vmm",
         ],
     ),
+    ("activity", &["events", "index", "sandbox", "sync", "sys"]),
     ("machines", &["events", "sandbox", "sync", "sys", "vmm"]),
     ("index", &["lock", "sandbox", "sync", "sys"]),
     ("snapshot", &["sandbox", "sync", "sys"]),

@@ -144,7 +144,7 @@ fn a_touch_while_the_guest_gives_memory_wins() {
         std::thread::scope(|scope| {
             let sleep = scope.spawn(|| host.sleep_because("a", why));
             wait_for("the balloon", || host.vmm.count(Call::Balloon) > before);
-            host.daemon.saw(&host.entry("a"), Signal::Touch);
+            host.daemon.activity().saw(&host.entry("a"), Signal::Touch);
             let slept = sleep.join().unwrap();
             if idle {
                 assert_eq!(slept.unwrap(), Outcome::Spared);

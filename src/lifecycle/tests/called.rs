@@ -37,7 +37,7 @@ fn one_packet(host: &Host) -> Event {
 
 fn one_touch(host: &Host) -> Event {
     let (daemon, entry) = (Arc::clone(&host.daemon), host.entry("a"));
-    Box::new(move || daemon.saw(&entry, Signal::Touch))
+    Box::new(move || daemon.activity().saw(&entry, Signal::Touch))
 }
 
 fn by_count(host: &Host) -> Why {
@@ -94,6 +94,6 @@ fn traffic_before_a_sleep_that_failed_is_activity() {
     host.sleep("a").unwrap_err();
     host.clock.advance(Duration::from_secs(1));
     host.daemon.sample_activity();
-    let seen = host.daemon.signals(host.entry("a").row()).last(Signal::Network);
+    let seen = host.daemon.activity().signals(host.entry("a").row()).last(Signal::Network);
     assert_eq!(seen, Some(host.clock.now()));
 }

@@ -189,7 +189,7 @@ fn the_reaper_s_reason_is_looked_at_again_under_the_lock() {
     host.clock.advance(Duration::from_secs(59));
     assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
     host.clock.advance(Duration::from_secs(1));
-    host.daemon.saw(&host.entry("a"), Signal::Touch);
+    host.daemon.activity().saw(&host.entry("a"), Signal::Touch);
     assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
     host.clock.advance(Duration::from_secs(60));
     assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Done);
@@ -203,7 +203,7 @@ fn a_sleep_with_a_count_is_refused_after_activity() {
     host.create("a");
     host.wake("a").unwrap();
     let count = host.entry("a").activity_count();
-    host.daemon.saw(&host.entry("a"), Signal::Touch);
+    host.daemon.activity().saw(&host.entry("a"), Signal::Touch);
     assert!(matches!(host.sleep_because("a", Why::AskedAt(count)), Err(Error::Active { .. })));
     let count = host.entry("a").activity_count();
     assert_eq!(host.sleep_because("a", Why::AskedAt(count)).unwrap(), Outcome::Done);

@@ -209,7 +209,7 @@ fn check(host: &Host) {
     for id in there() {
         let record = host.entry(id).record();
         assert_eq!(record.generation, record.sleeps + record.wakes, "{id}");
-        assert_eq!(host.daemon.holders(record.row), [], "{id}");
+        assert_eq!(host.daemon.activity().holders(record.row), [], "{id}");
         host.check(id);
     }
 }

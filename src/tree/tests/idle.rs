@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::{
-    lifecycle::{Holder, Policy, Why},
+    activity::Holder,
+    lifecycle::{Policy, Why},
     sandbox::{NetMode, Period, Signal, Spec},
 };
 
@@ -41,7 +42,7 @@ fn idle_names_the_last_signal_that_counts_and_what_follows_from_it() {
         (Signal::Touch, "a touch of activity"),
     ] {
         host.clock.advance(seconds(20));
-        host.daemon.saw(&host.entry("a"), signal);
+        host.daemon.activity().saw(&host.entry("a"), signal);
         host.clock.advance(seconds(3));
         let because = format!("the last activity was {says}, 3 s ago; idle_after is 1m");
         assert_eq!(idle(&tree, "because"), because);
@@ -65,7 +66,7 @@ fn a_signal_that_does_not_count_is_shown_and_decides_nothing() {
     write(&tree, "a", File::Config, "[activity]\nsignals = [\"console\"]").unwrap();
     let (count, due) = (value(&tree, File::Activity, "count"), idle(&tree, "sleeps_at"));
     for signal in [Signal::Control, Signal::Cpu, Signal::Disk] {
-        host.daemon.saw(&host.entry("a"), signal);
+        host.daemon.activity().saw(&host.entry("a"), signal);
     }
     write(&tree, "a", File::Activity, "x").unwrap();
     assert_eq!(value(&tree, File::Activity, "count"), count);
@@ -73,7 +74,7 @@ fn a_signal_that_does_not_count_is_shown_and_decides_nothing() {
     assert_eq!(value(&tree, File::Activity, "signals"), "console");
     assert_eq!(idle(&tree, "sleeps_at"), due);
     assert!(idle(&tree, "because").starts_with("the last activity was its boot, 20 s ago"));
-    host.daemon.saw(&host.entry("a"), Signal::Console);
+    host.daemon.activity().saw(&host.entry("a"), Signal::Console);
     assert_ne!(value(&tree, File::Activity, "count"), count);
     assert_ne!(idle(&tree, "sleeps_at"), due);
 }
@@ -165,7 +166,7 @@ fn one_that_an_earlier_daemon_held_says_how_long_it_is_spared() {
     let (mut host, _tree) = awake();
     let holder = Holder { pid: 7, uid: 1, command: "bash".into() };
     host.daemon.hold(&host.entry("a"), holder).unwrap();
-    host.daemon.note_hold(&host.entry("a"));
+    host.daemon.activity().record_hold(&host.entry("a"));
     host.restart();
     let tree = tree(&host);
     host.clock.advance(seconds(70));

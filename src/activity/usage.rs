@@ -16,7 +16,7 @@ const WINDOW_MAX: Duration = Duration::from_secs(5);
 
 /// What came of reading one counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reading<T> {
+pub(crate) enum Reading<T> {
     Is(T),
     /// There is nothing to count, as of a guest without disks.
     Absent,
@@ -26,7 +26,7 @@ pub(super) enum Reading<T> {
 
 impl<T> Reading<T> {
     /// Returns what a counter says; what the system does not let us read is not there for us.
-    pub(super) fn of(read: io::Result<Option<T>>) -> Self {
+    pub(crate) fn of(read: io::Result<Option<T>>) -> Self {
         match read {
             Ok(Some(value)) => Self::Is(value),
             Ok(None) => Self::Absent,
@@ -38,11 +38,11 @@ impl<T> Reading<T> {
 
 /// What was counted of a guest up to one moment.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Sample {
-    pub(super) at: Timestamp,
-    pub(super) cpu: Reading<Duration>,
-    pub(super) disk_bytes: Reading<u64>,
-    pub(super) network_bytes: Reading<u64>,
+pub(crate) struct Sample {
+    pub(crate) at: Timestamp,
+    pub(crate) cpu: Reading<Duration>,
+    pub(crate) disk_bytes: Reading<u64>,
+    pub(crate) network_bytes: Reading<u64>,
 }
 
 /// The last reading of a counter that did not fail, and when it was.
