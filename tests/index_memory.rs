@@ -80,6 +80,9 @@ fn multiply(connection: &Connection) {
          WHERE row = 1"
     );
     connection.execute_batch(&copy).unwrap();
+    let specs = "INSERT INTO spec SELECT sandbox.row, toml FROM sandbox, spec WHERE spec.row = 1 \
+                 AND sandbox.row > 1";
+    connection.execute_batch(specs).unwrap();
 }
 
 fn resident_bytes() -> u64 {

@@ -273,7 +273,7 @@ impl Index {
     #[allow(clippy::unused_self, reason = "only an index knows SQL")]
     pub(crate) fn break_row(&self, copy: &Path, row: RowId) {
         let copy = Connection::open(copy).unwrap();
-        let spec = "UPDATE sandbox SET spec = 'vcpus = 0' WHERE row = ?";
+        let spec = "UPDATE spec SET toml = 'vcpus = 0' WHERE row = ?";
         copy.execute(spec, [row.0.cast_signed()]).unwrap();
     }
 

@@ -10,15 +10,15 @@ use crate::sandbox::{
     Spec, State, Timestamp, Waking, Writer,
 };
 
-/// The columns that change, in the order in which [`values`] and [`read`] have them.
-const COLUMNS: [&str; 36] = [
+/// The columns that change, in the order in which [`values`] and [`read`] have them. The spec
+/// is in a table of its own.
+const COLUMNS: [&str; 35] = [
     "uid",
     "gid",
     "state",
     "since",
     "created_at",
     "generation",
-    "spec",
     "idle_after",
     "delete_after",
     "pinned",
@@ -59,10 +59,14 @@ pub(super) fn insert(
     let columns = COLUMNS.join(", ");
     let places = ", ?".repeat(COLUMNS.len());
     let id = Value::from(record.id.to_string());
-    connection
+    let transaction = connection.unchecked_transaction()?;
+    let row = transaction
         .prepare_cached(&format!("INSERT INTO sandbox (id, {columns}) VALUES (?{places})"))?
         .insert(params_from_iter([id].into_iter().chain(values(record, last_activity))))
-        .map(|row| RowId(row.cast_unsigned()))
+        .map(|row| RowId(row.cast_unsigned()))?;
+    write_spec(&transaction, row, &record.spec)?;
+    transaction.commit()?;
+    Ok(row)
 }
 
 /// Inserts a record that was deleted, with the row that it had. Returns true.
@@ -74,28 +78,53 @@ pub(super) fn put_back(
     let columns = COLUMNS.join(", ");
     let places = ", ?".repeat(COLUMNS.len());
     let known = [unsigned(record.row.0), Value::from(record.id.to_string())];
-    connection
+    let transaction = connection.unchecked_transaction()?;
+    transaction
         .prepare_cached(&format!("INSERT INTO sandbox (row, id, {columns}) VALUES (?, ?{places})"))?
-        .execute(params_from_iter(known.into_iter().chain(values(record, last_activity))))
-        .map(|count| count == 1)
+        .execute(params_from_iter(known.into_iter().chain(values(record, last_activity))))?;
+    write_spec(&transaction, record.row, &record.spec)?;
+    transaction.commit()?;
+    Ok(true)
 }
 
-/// Replaces the record `old` by `new`. Returns false, and has done nothing, where the row
-/// has another name, owner or state than `old`.
+/// Replaces the record `old` by `new`, whose specs are one where they are equal. Returns false,
+/// and has done nothing, where the row has another name, owner or state than `old`.
 pub(super) fn update(
     connection: &Connection,
     old: &Record,
     new: &Record,
     last_activity: Timestamp,
 ) -> rusqlite::Result<bool> {
-    let columns = COLUMNS.join(" = ?, ");
-    let changed = connection
-        .prepare_cached(&format!("UPDATE sandbox SET {columns} = ? WHERE {GUARD}"))?
-        .execute(params_from_iter(values(new, last_activity).into_iter().chain(guard(old))))?;
-    Ok(changed == 1)
+    let update = |connection: &Connection| {
+        let columns = COLUMNS.join(" = ?, ");
+        connection
+            .prepare_cached(&format!("UPDATE sandbox SET {columns} = ? WHERE {GUARD}"))?
+            .execute(params_from_iter(values(new, last_activity).into_iter().chain(guard(old))))
+            .map(|changed| changed == 1)
+    };
+    if Arc::ptr_eq(&old.spec, &new.spec) {
+        return update(connection);
+    }
+    let transaction = connection.unchecked_transaction()?;
+    let changed = update(&transaction)?;
+    if changed {
+        write_spec(&transaction, new.row, &new.spec)?;
+    }
+    transaction.commit()?;
+    Ok(changed)
 }
 
-/// Deletes the row of a record, under the same conditions as [`update`].
+fn write_spec(connection: &Connection, row: RowId, spec: &Spec) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached(
+            "INSERT INTO spec (row, toml) VALUES (?, ?) \
+             ON CONFLICT (row) DO UPDATE SET toml = excluded.toml",
+        )?
+        .execute((row.0.cast_signed(), spec.to_toml()))?;
+    Ok(())
+}
+
+/// Deletes the row of a record, and with it its spec, under the same conditions as [`update`].
 pub(super) fn delete(connection: &Connection, record: &Record) -> rusqlite::Result<bool> {
     let changed = connection
         .prepare_cached(&format!("DELETE FROM sandbox WHERE {GUARD}"))?
@@ -162,11 +191,15 @@ pub(super) fn load(
     let mut parsed: HashMap<String, Arc<Spec>> = HashMap::new();
     let columns = COLUMNS.join(", ");
     let mut statement = connection
-        .prepare(&format!("SELECT row, id, {columns} FROM sandbox ORDER BY row"))
+        .prepare(&format!(
+            "SELECT sandbox.row AS row, id, toml, {columns} \
+             FROM sandbox LEFT JOIN spec ON spec.row = sandbox.row ORDER BY sandbox.row"
+        ))
         .map_err(reading())?;
     let mut rows = statement.query([]).map_err(reading())?;
     while let Some(row) = rows.next().map_err(reading())? {
-        let spec = |text: String| -> Result<Arc<Spec>, String> {
+        let spec = |text: Option<String>| -> Result<Arc<Spec>, String> {
+            let text = text.ok_or("it has no spec")?;
             if let Some(spec) = parsed.get(&text) {
                 return Ok(Arc::clone(spec));
             }
@@ -203,7 +236,6 @@ fn values(record: &Record, last_activity: Timestamp) -> [Value; COLUMNS.len()] {
         moment(record.since),
         moment(record.created_at),
         unsigned(record.generation),
-        record.spec.to_toml().into(),
         seconds(record.idle_after),
         seconds(record.delete_after),
         record.pinned.into(),
@@ -293,11 +325,12 @@ impl Columns<'_> {
 
 fn read(
     row: &Row<'_>,
-    spec: impl FnOnce(String) -> Result<Arc<Spec>, String>,
+    spec: impl FnOnce(Option<String>) -> Result<Arc<Spec>, String>,
 ) -> Result<(Record, Timestamp), Senseless> {
     let mut columns = Columns { row, next: 0 };
     let c = &mut columns;
     let (row, id) = (RowId(c.number()?), id(&c.next::<String>()?)?);
+    let spec = spec(c.next()?)?;
     let owner = Owner { uid: c.next()?, gid: c.next()? };
     let state = state(&c.next::<String>()?)?;
     // The fields stand in the order of the columns, as that is the order of evaluation.
@@ -308,7 +341,7 @@ fn read(
         since: c.moment()?,
         created_at: c.moment()?,
         generation: c.number()?,
-        spec: spec(c.next()?)?,
+        spec,
         idle_after: c.period()?,
         delete_after: c.period()?,
         pinned: c.next()?,

@@ -11,12 +11,13 @@ use super::Error;
 use crate::sys::files;
 
 /// What version 0, an empty file, and each later version are brought forward by.
-pub(super) const MIGRATIONS: [&str; 5] = [
+pub(super) const MIGRATIONS: [&str; 6] = [
     include_str!("migration-1.sql"),
     include_str!("migration-2.sql"),
     include_str!("migration-3.sql"),
     include_str!("migration-4.sql"),
     include_str!("migration-5.sql"),
+    include_str!("migration-6.sql"),
 ];
 
 /// Marks the file as ours: `dozd` in ASCII.

@@ -149,7 +149,7 @@ fn a_row_that_makes_no_sense_is_left_out_and_the_others_are_served() {
     let change = |sql: &str| {
         Connection::open(host.store().join("index.db")).unwrap().execute_batch(sql).unwrap();
     };
-    change("UPDATE sandbox SET spec = 'vcpus = 0 #' || spec WHERE id = 'spoilt'");
+    change("UPDATE spec SET toml = 'vcpus = 0 #' || toml WHERE row = 1");
     host.restart();
     assert_eq!(host.list(), ["other"]);
     host.counts_on("other");
@@ -165,7 +165,7 @@ fn a_row_that_makes_no_sense_is_left_out_and_the_others_are_served() {
     let change = |sql: &str| {
         Connection::open(host.store().join("index.db")).unwrap().execute_batch(sql).unwrap();
     };
-    change("UPDATE sandbox SET spec = substr(spec, 12) WHERE id = 'spoilt'");
+    change("UPDATE spec SET toml = substr(toml, 12) WHERE row = 1");
     host.restart();
     assert_eq!(host.vmm("spoilt"), vmm);
     assert_eq!(host.counts_on("spoilt").boots, 1);

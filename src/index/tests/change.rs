@@ -14,8 +14,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn all(host: &Host) -> String {
     host.ask(
         "SELECT group_concat(row || id || state || pinned || ifnull(slot, '-') || \
-         ifnull(vmm_uid, '-') || since || spec) || (SELECT group_concat(key || value) FROM meta) \
-         FROM sandbox",
+         ifnull(vmm_uid, '-') || since || toml) || (SELECT group_concat(key || value) FROM meta) \
+         FROM sandbox JOIN spec USING (row)",
     )
 }
 

@@ -6,9 +6,9 @@ use super::*;
 fn a_file_of_a_later_version_is_refused() {
     let host = Host::new();
     host.index.close().unwrap();
-    host.meddle("PRAGMA user_version = 6");
+    host.meddle("PRAGMA user_version = 7");
     let error = Index::open(&host.path()).unwrap_err().to_string();
-    assert!(error.contains("has version 6, and this dozed knows versions up to 5"), "{error}");
+    assert!(error.contains("has version 7, and this dozed knows versions up to 6"), "{error}");
 }
 
 #[test]
@@ -62,6 +62,81 @@ fn the_rows_of_a_file_of_the_first_version_have_no_user() {
 }
 
 #[test]
+fn the_rows_of_version_5_keep_everything_and_their_specs_get_a_table() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("index.db");
+    let mut connection = Connection::open(&path).unwrap();
+    schema::migrate(&mut connection, 0, &schema::MIGRATIONS[..5]).unwrap();
+    connection
+        .execute_batch(
+            "INSERT INTO sandbox (row, id, uid, gid, state, since, created_at, generation, spec, \
+             idle_after, delete_after, pinned, vmm, pid, boot_id, start_ticks, \
+             snapshot_generation, snapshot_bytes, snapshotted_at, sleeps, wakes, error, \
+             last_activity_at, delete_at, vmm_uid, slot, config_by) VALUES \
+             (3, 'a', 1, 2, 'running', 4, 5, 6, 'vcpus = 3', 60, NULL, 0, 'qemu 7.2.22', 7, 'b', \
+              8, NULL, NULL, NULL, 9, 10, 'why', 11, NULL, 70000, 12, '1:2:3'), \
+             (9, 'b', 1, 2, 'snapshotted', 4, 5, 6, '', NULL, 60, 1, NULL, NULL, NULL, \
+              NULL, 13, 14, 15, 9, 10, NULL, 11, NULL, NULL, NULL, NULL)",
+        )
+        .unwrap();
+    drop(connection);
+    let index = Index::open(&path).unwrap();
+    assert_eq!(index.malformed(), []);
+    let get = |id: &str| index.by_id(&id.parse().unwrap()).unwrap();
+    let (a, b) = (get("a").record(), get("b").record());
+    let process =
+        ProcessIdentity { pid: 7, boot_id: "b".into(), pidfs_inode: None, start_ticks: 8 };
+    let snapshot = SnapshotFacts { generation: 13, bytes: 14, at: at(15) };
+    assert_eq!((a.row, b.row), (RowId(3), RowId(9)));
+    assert_eq!(a.phase, Phase::Running { process });
+    assert_eq!(b.phase, Phase::Snapshotted { snapshot });
+    assert_eq!((a.spec.vcpus, &*b.spec), (3, &Spec::default()));
+    assert_eq!((a.generation, a.sleeps, a.wakes, a.since, a.created_at), (6, 9, 10, at(4), at(5)));
+    assert_eq!((a.idle_after, a.delete_after, b.pinned), (minutes(1), Period::Never, true));
+    assert_eq!((a.user, a.slot, a.error.as_deref()), (Some(70_000), Some(12), Some("why")));
+    assert_eq!(a.config_by.as_deref().unwrap().to_string(), "1:2:3");
+    assert_eq!(get("a").last_activity(), at(11));
+    // The next sandbox gets a number that none had.
+    drop(index);
+    let index = Index::open(&path).unwrap();
+    let id = "c".parse().unwrap();
+    let new = NewSandbox {
+        owner: OWNER,
+        spec: Arc::new(Spec::default()),
+        idle_after: minutes(5),
+        delete_after: minutes(60),
+    };
+    assert_eq!(index.create(&Locks::new().lock(&id), new, at(0)).unwrap().row(), RowId(10));
+}
+
+#[test]
+fn a_spec_is_written_when_it_changes_and_goes_with_its_row() {
+    let host = Host::new();
+    let entry = host.create("a", 0);
+    let spec = Arc::new(Spec { cmdline: "x".repeat(200_000), ..Spec::default() });
+    host.amend(&entry, |record| record.spec = Arc::clone(&spec));
+    host.meddle(
+        "CREATE TRIGGER refused BEFORE UPDATE ON spec BEGIN SELECT raise(FAIL, 'refused'); END",
+    );
+    let log_bytes = || fs::metadata(host.temp.path().join("index.db-wal")).unwrap().len();
+    let before = log_bytes();
+    host.step(&entry, Step::Boot, 1);
+    host.amend(&entry, |record| record.pinned = true);
+    // An equal one is not written either.
+    host.amend(&entry, |record| record.spec = Arc::new(Spec::clone(&spec)));
+    assert!(log_bytes() - before < 200_000, "{}", log_bytes() - before);
+    let held = host.held("a");
+    let change = |record: &mut Record| record.spec = Arc::new(Spec::default());
+    host.index.amend(&held, &entry, change).unwrap_err();
+    assert_eq!(entry.record().spec, spec);
+    host.meddle("DROP TRIGGER refused");
+    host.index.amend(&held, &entry, change).unwrap();
+    assert_eq!(host.ask("SELECT (length(toml) < 200000) || '' FROM spec"), "1");
+    host.index.remove(&held, &entry).unwrap();
+    assert_eq!(host.ask("SELECT count(*) || '' FROM spec"), "0");
+}
+
+#[test]
 fn a_damaged_file_is_refused_and_left() {
     let damages: [fn(&mut Vec<u8>); 3] = [
         |bytes| bytes[..16].fill(b'x'),
@@ -94,7 +169,8 @@ fn a_damaged_file_is_refused_and_left() {
 fn a_row_that_makes_no_sense_is_left_out_and_stays_as_it_is() {
     for (sql, says) in [
         ("UPDATE sandbox SET id = 'Web.1' WHERE row = 1", "`Web.1`: an id is lower-case"),
-        ("UPDATE sandbox SET spec = 'vcpus = 0' WHERE row = 1", "its spec: line 1: `vcpus`"),
+        ("UPDATE spec SET toml = 'vcpus = 0' WHERE row = 1", "its spec: line 1: `vcpus`"),
+        ("DELETE FROM spec WHERE row = 1", "it has no spec"),
         ("UPDATE sandbox SET pid = 7 WHERE row = 1", "half a process"),
         ("UPDATE sandbox SET snapshot_bytes = 7 WHERE row = 1", "half a snapshot"),
         (
@@ -115,8 +191,8 @@ fn a_row_that_makes_no_sense_is_left_out_and_stays_as_it_is() {
         host.create("web-2", 0);
         host.index.close().unwrap();
         host.meddle(sql);
-        let rows = "SELECT group_concat(id || spec || ifnull(pid, '') || ifnull(snapshot_bytes, \
-                    '')) FROM sandbox";
+        let rows = "SELECT group_concat(id || ifnull(toml, '') || ifnull(pid, '') || \
+                    ifnull(snapshot_bytes, '')) FROM sandbox LEFT JOIN spec USING (row)";
         let before = host.ask(rows);
         let index = Index::open(&host.path()).unwrap();
         let [malformed] = index.malformed() else { panic!("{:?}", index.malformed()) };
@@ -136,7 +212,7 @@ fn what_a_row_that_makes_no_sense_has_is_given_to_nobody_else() {
     host.index.give_slot(&host.held("web-1"), &first, 9).unwrap();
     let user = host.index.give_user(&host.held("web-1"), &first, users).unwrap();
     host.index.close().unwrap();
-    host.meddle("UPDATE sandbox SET spec = 'vcpus = 0'");
+    host.meddle("UPDATE spec SET toml = 'vcpus = 0'");
     host.index = Index::open(&host.path()).unwrap();
     let new = NewSandbox {
         owner: OWNER,

@@ -76,7 +76,8 @@ fn multiply(connection: &Connection, id: &str, count: u64) -> Result<()> {
         "WITH RECURSIVE copy (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM copy WHERE n < {count}) \
          INSERT INTO sandbox (id, sleep_at, delete_at, {columns}) \
          SELECT 'customer-' || n || '-{id}', sleep_at + n, delete_at + n, {columns} \
-         FROM sandbox, copy WHERE id = '{id}' AND {count} > 0"
+         FROM sandbox, copy WHERE id = '{id}' AND {count} > 0; \
+         INSERT OR IGNORE INTO spec SELECT row, (SELECT toml FROM spec) FROM sandbox"
     ))?;
     Ok(())
 }
