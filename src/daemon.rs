@@ -222,7 +222,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     let lifecycle = Lifecycle::new(parts, settings(&config))
         .map_err(host(format!("opening the store {}", config.store.display())))?;
     lifecycle.check_index()?;
-    lifecycle.attend_rings(rings).map_err(host("starting to wake sandboxes on packets"))?;
+    lifecycle.attend_packets(rings).map_err(host("starting to wake sandboxes on packets"))?;
     // Before `reconcile`, which removes links of this range that no sandbox has.
     lifecycle.claim_addresses().map_err(Error::Range)?;
     let found = lifecycle.reconcile(SETTLE_LIMIT);
@@ -493,7 +493,7 @@ fn shut_down(lifecycle: &Lifecycle, reaper: Reaper, mounted: Mounted, clock: &Ho
     if let Err(error) = mounted.unmount() {
         tracing::error!(%error, "unmounting");
     }
-    lifecycle.retire_networks();
+    lifecycle.networks().retire();
     if lifecycle.index().check().is_err() {
         return; // `serve` reports it.
     }

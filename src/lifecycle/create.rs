@@ -55,7 +55,7 @@ impl Lifecycle {
         let made = self
             .keep_strangers_files(entry.row())
             .map_err(host_failed(&entry, "making room for"))
-            .and_then(|()| self.give_address(&held, &entry));
+            .and_then(|()| self.networks.give_address(&held, &entry));
         if let Err(error) = made {
             self.index
                 .remove(&held, &entry)

@@ -257,7 +257,7 @@ impl Lifecycle {
         remove_tree(&self.runtime_dir(entry.row()))
             .map_err(host_failed(entry, "removing the sockets of"))?;
         self.reach(Arrow::DeleteKilled);
-        self.disconnect(entry)?;
+        self.networks.disconnect(entry)?;
         self.set_aside(entry.row()).map_err(host_failed(entry, "setting aside the files of"))?;
         self.reach(Arrow::DeleteTrashed);
         self.index

@@ -64,7 +64,7 @@ impl Lifecycle {
     pub(super) fn lose(&self, held: &Held, entry: &Arc<Entry>, why: &str) -> Result<(), Error> {
         remove_sockets(entry.id(), &self.runtime_dir(entry.row()));
         self.admission.give_back(entry.row());
-        self.abandon_network(entry);
+        self.networks.abandon(entry);
         if let Err(error) = self.home(&entry.record()).end_life() {
             // The next boot or the deletion removes what is left.
             tracing::warn!(id = %entry.id(), error = chain(&error), "clearing up after a guest");

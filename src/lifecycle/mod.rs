@@ -36,6 +36,7 @@ mod metrics;
 mod network;
 mod notes;
 mod operation;
+mod packet;
 mod page_cache;
 mod policy;
 mod publish;
@@ -50,6 +51,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod trash;
+mod trouble;
 mod undo;
 mod unsettled;
 mod upkeep;
@@ -59,7 +61,7 @@ use std::{
     borrow::Cow,
     fmt, io,
     path::PathBuf,
-    sync::atomic::{AtomicBool, AtomicI64, Ordering},
+    sync::atomic::{AtomicI64, Ordering},
     time::Duration,
 };
 
@@ -69,6 +71,8 @@ pub use evidence::{Contradicted, check_index_file};
 pub use files::{NamedFiles, Unusable};
 pub use held::Held;
 pub use metrics::{Gauges, Metrics};
+use network::NetworkParts;
+pub use network::Networks;
 use notes::Notes;
 use operation::Operations;
 use page_cache::PageCache;
@@ -82,7 +86,7 @@ use crate::{
     events::Wakeup,
     lock::Locks,
     machines::{Admission, ConsoleLog, Table, Vmms},
-    net::Network,
+    net::{self, Network},
     sandbox::{
         Activity, Cause, Period, Record, RowId, SandboxId, Signal, Spec, State, Step, Timestamp,
         Users, VmmChoice, day_of, network::AddressPlan,
@@ -160,8 +164,8 @@ pub enum Outcome {
 pub struct Lifecycle {
     index: Arc<Index>,
     locks: Arc<Locks>,
-    vmms: Vmms,
-    network: Arc<dyn Network>,
+    vmms: Arc<Vmms>,
+    networks: Networks,
     clock: Arc<dyn Clock>,
     settings: Settings,
     /// Names this store in the command line of its VMMs.
@@ -175,7 +179,6 @@ pub struct Lifecycle {
     /// Room for what has to be written to a full disk.
     reserve: Reserve,
     unsettled: Unsettled,
-    troubles: upkeep::Troubles,
     /// For the work that nobody waits for: guests that end, trash.
     pool: Arc<Pool>,
     /// Opens what a `config` names.
@@ -185,14 +188,12 @@ pub struct Lifecycle {
     /// For deletions, which other operations must not keep from having a thread.
     deletions: Pool,
     /// Rung when something may be due earlier than the reaper thinks.
-    reaper_wakeup: Wakeup,
+    reaper_wakeup: Arc<Wakeup>,
     /// Where all that happens is told.
     feed: Arc<ChangeFeed>,
     metrics: Metrics,
     /// When the reaper last looked; 0 before that.
     last_tick: AtomicI64,
-    /// Whether the host was seen not to forward packets by the last look.
-    lacks_forwarding: AtomicBool,
     #[cfg(test)]
     crash: testing::CrashPlan,
 }
@@ -244,14 +245,25 @@ impl Lifecycle {
             settings.activity,
             settings.holds_max,
         );
+        let vmms = Arc::new(Vmms::new(parts.vmms, parts.auto, settings.users));
+        let reaper_wakeup = Arc::<Wakeup>::default();
+        let networks = Networks::new(NetworkParts {
+            host: parts.network,
+            index: Arc::clone(&index),
+            vmms: Arc::clone(&vmms),
+            clock: Arc::clone(&parts.clock),
+            addresses: settings.addresses,
+            linger: settings.linger,
+            reaper_wakeup: Arc::clone(&reaper_wakeup),
+        });
         let Settings { sleeps_max, wakes_max, memory_budget_bytes, .. } = settings;
         let admission = Admission::new(sleeps_max, wakes_max, memory_budget_bytes);
         let reserve = Reserve::new(&settings.store);
         let lifecycle = Arc::new(Self {
             index,
             locks: Locks::new(),
-            vmms: Vmms::new(parts.vmms, parts.auto, settings.users),
-            network: parts.network,
+            vmms,
+            networks,
             clock: parts.clock,
             settings,
             store_name,
@@ -264,15 +276,13 @@ impl Lifecycle {
             reserve,
             unsettled: Unsettled::default(),
             emptying: Arc::default(),
-            troubles: upkeep::Troubles::default(),
             pool: parts.pool,
             openers: parts.openers,
             deletions: Pool::with_limit(destroy::DELETIONS_MAX),
-            reaper_wakeup: Wakeup::default(),
+            reaper_wakeup,
             feed: Arc::default(),
             metrics: Metrics::default(),
             last_tick: AtomicI64::new(0),
-            lacks_forwarding: AtomicBool::new(false),
             #[cfg(test)]
             crash: testing::CrashPlan::default(),
         });
@@ -335,6 +345,20 @@ impl Lifecycle {
     #[must_use]
     pub fn activity(&self) -> &Activities {
         &self.activity
+    }
+
+    /// Returns the networks of all sandboxes.
+    #[must_use]
+    pub fn networks(&self) -> &Networks {
+        &self.networks
+    }
+
+    /// Takes the range of addresses for this daemon, if it may have use for it.
+    ///
+    /// # Errors
+    /// Where another daemon on this host has it, or a part of it.
+    pub fn claim_addresses(&self) -> Result<(), net::Error> {
+        self.networks.claim(&self.settings.template)
     }
 
     /// Returns the index, for queries.
@@ -576,10 +600,7 @@ impl Lifecycle {
         let of_all = self.vmms.lacks(record);
         let live = self.machines.get(record.row);
         let own = live.iter().flat_map(|live| live.lacks.iter().cloned().map(Cow::Owned));
-        // A network is there while the sandbox runs.
-        let runs = record.state() == State::Running && self.address(record).is_some();
-        let network = runs.then(|| self.troubles.of(record.row)).into_iter().flatten();
-        let network = network.map(Cow::Owned).chain(self.lacks_forwarding(record));
+        let network = self.networks.lacks(record);
         of_all.into_iter().map(Cow::Borrowed).chain(own).chain(network).collect()
     }
 
@@ -599,6 +620,11 @@ impl Lifecycle {
         // Before the guest can be paused, else a sleep would not know of it.
         self.activity.saw(entry, Signal::Console);
         Ok(typed)
+    }
+
+    /// Returns the process of a sandbox's VMM, if it is alive.
+    fn vmm_pid(&self, row: RowId) -> Option<u32> {
+        self.machines.get(row).map(|live| live.process.identity().pid)
     }
 
     /// Returns the log of a sandbox's console.

@@ -12,22 +12,26 @@
 
 use std::{
     borrow::Cow,
-    collections::HashSet,
-    io,
+    collections::{HashMap, HashSet},
+    fmt,
     path::PathBuf,
-    sync::{atomic::Ordering, mpsc},
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
-use super::{Entry, Error, Held, Lifecycle, Wait, chain, error::net_failed, undo::Undo};
+use super::{Entry, Error, Held, Outcome, chain, error::net_failed, trouble::Troubles, undo::Undo};
 use crate::{
-    net::{self, Applied, Counters, Known, Ready, Reconciled, Ring, Wanted},
+    activity::Reading,
+    events::Wakeup,
+    index::Index,
+    machines::Vmms,
+    net::{self, Applied, Counters, Known, Network, Ready, Reconciled, Wanted},
     sandbox::{
-        Cause, NetMode, Period, Record, RowId, SandboxId, State, Timestamp,
-        network::{GUEST_MAC, Mac, SandboxAddress, WakeOn},
+        NetMode, Period, Record, RowId, SandboxId, Spec, State, Timestamp,
+        network::{AddressPlan, GUEST_MAC, Mac, SandboxAddress, WakeOn},
     },
     sync::Arc,
-    sys::host::own_ids,
+    sys::{clock::Clock, host::own_ids},
     vmm::PlannedNic,
 };
 
@@ -37,12 +41,65 @@ const FORWARDING_IS_OFF: &str = "the host does not forward IPv4 packets any more
 /// When to try again to remove a network of which something stayed.
 const REMOVE_AGAIN: Duration = Duration::from_secs(60);
 
-impl Lifecycle {
+/// The networks of all sandboxes.
+pub struct Networks {
+    host: Arc<dyn Network>,
+    index: Arc<Index>,
+    vmms: Arc<Vmms>,
+    clock: Arc<dyn Clock>,
+    addresses: AddressPlan,
+    /// How long the network of a sandbox stays after that fell asleep.
+    linger: Period,
+    /// Notified when a network may have to be removed earlier than the reaper thinks.
+    reaper_wakeup: Arc<Wakeup>,
+    troubles: Troubles,
+    /// Whether the host was seen not to forward packets by the last look.
+    lacks_forwarding: AtomicBool,
+}
+
+/// What the networks are made of.
+pub(super) struct NetworkParts {
+    pub(super) host: Arc<dyn Network>,
+    pub(super) index: Arc<Index>,
+    pub(super) vmms: Arc<Vmms>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) addresses: AddressPlan,
+    pub(super) linger: Period,
+    pub(super) reaper_wakeup: Arc<Wakeup>,
+}
+
+impl Networks {
+    pub(super) fn new(parts: NetworkParts) -> Self {
+        let NetworkParts { host, index, vmms, clock, addresses, linger, reaper_wakeup } = parts;
+        let (troubles, lacks_forwarding) = Default::default();
+        Self {
+            host,
+            index,
+            vmms,
+            clock,
+            addresses,
+            linger,
+            reaper_wakeup,
+            troubles,
+            lacks_forwarding,
+        }
+    }
+
+    /// Returns the networks of the host.
+    pub(super) fn host(&self) -> &dyn Network {
+        self.host.as_ref()
+    }
+
+    /// Returns what is wrong with networks and was logged.
+    pub(super) fn troubles(&self) -> &Troubles {
+        &self.troubles
+    }
+
     /// Returns the address of a sandbox; `None` where it has no network.
     #[must_use]
     pub fn address(&self, record: &Record) -> Option<SandboxAddress> {
         let slot = record.slot.filter(|_| record.spec.net != NetMode::None)?;
-        self.settings.addresses.address(slot)
+        self.addresses.address(slot)
     }
 
     /// Returns the MAC of a sandbox's guest; `None` where it has no network.
@@ -55,7 +112,7 @@ impl Lifecycle {
     #[must_use]
     pub fn namespace(&self, record: &Record) -> Option<PathBuf> {
         self.address(record)?;
-        self.network.namespace(&record.id)
+        self.host.namespace(&record.id)
     }
 
     /// Returns what passed the firewall of a sandbox and what did not. `None`: it has no
@@ -63,11 +120,11 @@ impl Lifecycle {
     ///
     /// # Errors
     /// Where the kernel does not say.
-    pub fn network_counters(&self, entry: &Entry) -> Result<Option<Counters>, Error> {
+    pub fn counters(&self, entry: &Entry) -> Result<Option<Counters>, Error> {
         if self.address(&entry.record()).is_none() {
             return Ok(None);
         }
-        self.network.counters(entry.id()).map_err(net_failed(entry, "counting the packets of"))
+        self.host.counters(entry.id()).map_err(net_failed(entry, "counting the packets of"))
     }
 
     /// Gives a sandbox that is to have a network an address, if it has none yet. It keeps it
@@ -76,7 +133,7 @@ impl Lifecycle {
         if entry.record().spec.net == NetMode::None {
             return Ok(());
         }
-        let plan = self.settings.addresses;
+        let plan = self.addresses;
         let given = self
             .index
             .give_slot(held, entry, plan.capacity())
@@ -110,7 +167,7 @@ impl Lifecycle {
             // That of a sleeper stays with it, see `end_failed`.
             undo.push("removing its network", move || Ok(self.disconnect(entry)?));
         }
-        let ready = self.network.ensure(&wanted);
+        let ready = self.host.ensure(&wanted);
         let Ready { namespace, tap, mac, .. } =
             ready.map_err(net_failed(entry, "making the network of"))?;
         Ok(Some(PlannedNic { namespace, tap: tap.to_owned(), mac }))
@@ -118,32 +175,32 @@ impl Lifecycle {
 
     /// Has packets wake a sandbox that fell asleep, if they are to, and lets its network stay
     /// for a while.
-    pub(super) fn leave_asleep(&self, entry: &Entry) {
+    pub(super) fn after_sleep(&self, entry: &Entry) {
         if entry.record().state() != State::Snapshotted {
             return;
         }
         self.let_linger(entry);
-        if let Err(error) = self.hear_for(entry) {
+        if let Err(error) = self.listen_for(entry) {
             // It sleeps, and a write wakes it.
             tracing::error!(id = %entry.id(), error = chain(&error), "after a sleep");
         }
     }
 
     /// Has packets wake a sandbox that sleeps, or be refused, as its `config` says.
-    pub(super) fn hear_for(&self, entry: &Entry) -> Result<(), Error> {
+    pub(super) fn listen_for(&self, entry: &Entry) -> Result<(), Error> {
         let record = entry.record();
         let Some(address) = self.address(&record) else { return Ok(()) };
         if record.state() != State::Snapshotted {
-            self.network.deafen(address);
+            self.host.deafen(address);
             return Ok(());
         }
         let ports = (record.spec.wake_on == WakeOn::Packet).then_some(&record.spec.wake_ports);
         let failed = net_failed(entry, "listening for packets to");
-        match self.network.listen(entry.id(), address, ports).map_err(failed) {
+        match self.host.listen(entry.id(), address, ports).map_err(failed) {
             Err(error) if ports.is_none() => {
                 // Nothing was to wake it; who speaks to it waits instead of being told.
                 tracing::warn!(id = %entry.id(), error = chain(&error), "refusing its packets");
-                self.network.deafen(address);
+                self.host.deafen(address);
                 Ok(())
             }
             done => done,
@@ -155,73 +212,22 @@ impl Lifecycle {
         let record = entry.record();
         let Some(address) = self.address(&record) else { return Ok(()) };
         let failed = net_failed(entry, "passing on what was sent to");
-        self.network.deliver(entry.id(), address).map_err(failed)
+        self.host.deliver(entry.id(), address).map_err(failed)
     }
 
     /// Tells whoever sent something to a sandbox that it is not going to have it.
     pub(super) fn refuse_packets(&self, entry: &Entry) {
         if let Some(address) = self.address(&entry.record()) {
-            self.network.refuse(address);
-        }
-    }
-
-    /// Starts the thread that hears of packets to sleepers. Each wake is then done on a
-    /// thread of its own.
-    ///
-    /// # Errors
-    /// Where there can be no such thread.
-    pub fn attend_rings(
-        self: &Arc<Self>,
-        rings: mpsc::Receiver<(SandboxAddress, Ring)>,
-    ) -> io::Result<()> {
-        let this = Arc::downgrade(self);
-        std::thread::Builder::new().name("dozed-rings".to_owned()).spawn(move || {
-            while let Ok((address, ring)) = rings.recv() {
-                let Some(lifecycle) = this.upgrade() else { break };
-                let answering = Arc::clone(&lifecycle);
-                if lifecycle.pool.run(move || answering.answer(address, ring)).is_err() {
-                    tracing::warn!(%address, "all threads are busy; a packet wakes nobody");
-                    lifecycle.network.refuse(address);
-                }
-            }
-        })?;
-        Ok(())
-    }
-
-    /// Wakes a sandbox for a packet.
-    pub(super) fn answer(&self, address: SandboxAddress, ring: Ring) {
-        let slot = self.settings.addresses.slot(address);
-        let entry = slot.and_then(|slot| self.index.by_slot(slot));
-        let Some(entry) = entry.and_then(|entry| self.by_row(entry.row())) else {
-            self.network.deafen(address);
-            return;
-        };
-        let cause = Cause::Packet(ring.to_string().into());
-        let woken = self.lock(&entry, Wait::ForIt, cause).and_then(|held| {
-            let record = entry.record();
-            let is_wanted =
-                record.spec.wake_on == WakeOn::Packet && record.state() == State::Snapshotted;
-            if is_wanted {
-                self.wake(&held, &entry)?;
-            }
-            // Somebody may put it to sleep as soon as the lock is free.
-            Ok(entry.record().state() == State::Running)
-        });
-        if let Err(error) = &woken {
-            let error = chain(error);
-            tracing::error!(id = %entry.id(), error, "waking for a packet to {ring}");
-        }
-        if !woken.unwrap_or(false) {
-            self.network.refuse(address);
+            self.host.refuse(address);
         }
     }
 
     /// Lets the network of a sandbox that fell asleep stay for a while.
     fn let_linger(&self, entry: &Entry) {
         let record = entry.record();
-        if let (Some(_), Period::After(time)) = (self.address(&record), self.settings.linger) {
-            let since = record.snapshot().map_or_else(|| self.now(), |snapshot| snapshot.at);
-            self.network.linger(entry.id(), since.after(time));
+        if let (Some(_), Period::After(time)) = (self.address(&record), self.linger) {
+            let since = record.snapshot().map_or_else(|| self.clock.now(), |snapshot| snapshot.at);
+            self.host.linger(entry.id(), since.after(time));
             self.reaper_wakeup.notify();
         }
     }
@@ -229,31 +235,49 @@ impl Lifecycle {
     /// Removes the network of a sandbox whose guest is no more.
     pub(super) fn disconnect(&self, entry: &Entry) -> Result<(), Error> {
         let record = entry.record();
-        let address = record.slot.and_then(|slot| self.settings.addresses.address(slot));
+        let address = record.slot.and_then(|slot| self.addresses.address(slot));
         let Some(address) = address else { return Ok(()) };
         if record.state() != State::Snapshotted {
-            self.network.deafen(address);
+            self.host.deafen(address);
         }
         let failed = net_failed(entry, "removing the network of");
-        self.network.remove(entry.id(), address).map_err(failed)
+        self.host.remove(entry.id(), address).map_err(failed)
     }
 
     /// Removes the network of a sandbox whose guest is lost. What stays is removed by the next
     /// start-up, or used again by the next boot.
-    pub(super) fn abandon_network(&self, entry: &Entry) {
+    pub(super) fn abandon(&self, entry: &Entry) {
         if let Err(error) = self.disconnect(entry) {
             tracing::error!(id = %entry.id(), error = chain(&error), "after the end of a guest");
         }
     }
 
-    /// Puts what the guest of a sandbox may reach in force, if it has a network now. One that
-    /// runs has one: where nothing leads to it any more, it is not in force.
-    pub(super) fn apply_network(&self, entry: &Entry) -> Result<(), Error> {
+    /// Puts the policy of a sandbox in force, if it has a network now. The one of a sandbox that
+    /// runs, by the process `vmm`, is put back first where somebody removed it.
+    pub(super) fn apply(&self, entry: &Entry, vmm: Option<u32>) -> Result<(), Error> {
         let Some(wanted) = self.wanted(&entry.record()) else { return Ok(()) };
         let failed = net_failed(entry, "applying the network policy of");
-        let applied = self.network.apply_policy(&wanted).map_err(failed)?;
+        let applied = self.host.apply_policy(&wanted).map_err(failed)?;
         if applied == Applied::NotThere && entry.record().state() == State::Running {
-            return self.try_put_network_back(entry);
+            return self.put_back(entry, vmm);
+        }
+        Ok(())
+    }
+
+    /// Puts back what is missing of the network of a sandbox, if it runs, by the process `vmm`.
+    /// Its lock is held.
+    pub(super) fn put_back(&self, entry: &Entry, vmm: Option<u32>) -> Result<(), Error> {
+        let record = entry.record();
+        let Some(wanted) = self.wanted(&record).filter(|_| record.state() == State::Running) else {
+            return Ok(());
+        };
+        let what = self
+            .host
+            .put_back(&wanted, vmm)
+            .map_err(net_failed(entry, "looking over the network of"))?;
+        if !what.is_empty() {
+            let what = what.join(", ");
+            tracing::warn!(id = %entry.id(), what, "put back what somebody changed or removed");
         }
         Ok(())
     }
@@ -261,51 +285,51 @@ impl Lifecycle {
     /// Returns when the first network of a sleeper has lingered for long enough.
     #[must_use]
     pub fn next_lingered(&self) -> Option<Timestamp> {
-        self.network.next_lingered()
+        self.host.next_lingered()
     }
 
     /// Returns the sleepers whose networks have lingered for long enough.
     #[must_use]
     pub fn lingered(&self) -> Vec<RowId> {
-        let due = self.network.lingered(self.now());
-        due.iter().filter_map(|id| Some(self.by_id(id)?.row())).collect()
+        let due = self.host.lingered(self.clock.now());
+        due.iter().filter_map(|id| Some(self.index.by_id(id)?.row())).collect()
     }
 
     /// Removes the network of a sleeper that has lingered for long enough, if it still sleeps.
     ///
     /// # Errors
     /// Where something of it stays. It is due again then.
-    pub fn remove_lingered(&self, _: &Held, entry: &Entry) -> Result<super::Outcome, Error> {
-        let until = self.network.lingers_until(entry.id());
-        let is_due = until.is_some_and(|until| until <= self.now());
+    pub fn remove_lingered(&self, _: &Held, entry: &Entry) -> Result<Outcome, Error> {
+        let until = self.host.lingers_until(entry.id());
+        let is_due = until.is_some_and(|until| until <= self.clock.now());
         if !is_due || entry.record().state() != State::Snapshotted {
-            return Ok(super::Outcome::Spared);
+            return Ok(Outcome::Spared);
         }
         self.disconnect(entry).inspect_err(|_| {
-            self.network.linger(entry.id(), self.now().after(REMOVE_AGAIN));
+            self.host.linger(entry.id(), self.clock.now().after(REMOVE_AGAIN));
         })?;
-        Ok(super::Outcome::Done)
+        Ok(Outcome::Done)
     }
 
     /// Takes the range of addresses for this daemon, if it may have use for it: if a sandbox
-    /// has a network, or a new one will. One that needs none may run beside another daemon
-    /// with the same range.
+    /// has a network, or a new one, by `template`, will. One that needs none may run beside
+    /// another daemon with the same range.
     ///
     /// # Errors
     /// Where another daemon on this host has it, or a part of it.
-    pub fn claim_addresses(&self) -> Result<(), net::Error> {
+    pub(super) fn claim(&self, template: &Spec) -> Result<(), net::Error> {
         let has_address = |entry: &Arc<Entry>| self.address(&entry.record()).is_some();
-        let is_used = self.settings.template.net != NetMode::None
+        let is_used = template.net != NetMode::None
             || self.index.entries_after(RowId(0)).any(|entry| has_address(&entry));
-        if is_used { self.network.claim() } else { Ok(()) }
+        if is_used { self.host.claim() } else { Ok(()) }
     }
 
     /// Removes the networks that are of no sandbox, has those of sleepers linger, and
     /// removes those of what is stopped. Called once, before anybody else asks for any.
     ///
     /// Those of sandboxes that run are in force as they are, and are looked over by
-    /// [`Lifecycle::renew_networks`].
-    pub(super) fn reconcile_networks(&self) {
+    /// [`super::upkeep`]. `note` is told of what failed.
+    pub(super) fn reconcile(&self, note: impl Fn(&Entry, &Error)) {
         let entries = self.with_addresses();
         let seen = entries.iter().filter_map(|entry| {
             let (id, address) = (entry.id().clone(), self.address(&entry.record())?);
@@ -313,12 +337,12 @@ impl Lifecycle {
         });
         // The guest of a row that makes no sense may run.
         let left_out = self.index.malformed().iter().filter_map(|row| {
-            let address = self.settings.addresses.address(row.slot?)?;
+            let address = self.addresses.address(row.slot?)?;
             Some(Known { id: row.id.clone()?, address })
         });
         let known: Vec<_> = seen.chain(left_out).collect();
         // What stays is nobody's, and the next start looks again.
-        let found = self.network.reconcile(&known).unwrap_or_else(|error| {
+        let found = self.host.reconcile(&known).unwrap_or_else(|error| {
             tracing::error!(error = chain(&error), "looking for networks of nobody");
             Reconciled::default()
         });
@@ -339,16 +363,16 @@ impl Lifecycle {
                 continue;
             }
             any_heard = true;
-            if let Err(error) = self.hear_for(entry) {
+            if let Err(error) = self.listen_for(entry) {
                 tracing::error!(id = %entry.id(), error = chain(&error), "reconciling");
-                self.note(entry, &error);
+                note(entry, &error);
             }
         }
         for id in found.there {
             let Some(entry) = self.index.by_id(&id) else { continue };
             match entry.record().state() {
                 State::Snapshotted => self.let_linger(&entry),
-                State::Stopped => self.abandon_network(&entry),
+                State::Stopped => self.abandon(&entry),
                 State::Booting
                 | State::Running
                 | State::Snapshotting
@@ -362,7 +386,7 @@ impl Lifecycle {
     /// look over the networks.
     pub(super) fn look_at_forwarding(&self, running: &[Arc<Entry>]) {
         let lacks = running.iter().any(|entry| needs_forwarding(&entry.record()))
-            && matches!(self.network.forwards(), Err(net::Error::Lacking { .. }));
+            && matches!(self.host.forwards(), Err(net::Error::Lacking { .. }));
         if lacks != self.lacks_forwarding.swap(lacks, Ordering::Relaxed) && lacks {
             tracing::error!("{FORWARDING_IS_OFF}");
         }
@@ -375,16 +399,72 @@ impl Lifecycle {
     }
 
     /// Removes what is the host's of networks, if nobody has one. Called when all else is over.
-    pub fn retire_networks(&self) {
-        if let Err(error) = self.network.retire() {
+    pub fn retire(&self) {
+        if let Err(error) = self.host.retire() {
             tracing::warn!(error = chain(&error), "removing what the host had for networks");
         }
+    }
+
+    /// Returns what passed the firewalls of these sandboxes and is a sign of use, for those that
+    /// have a network.
+    pub(super) fn active_bytes(
+        &self,
+        records: impl Iterator<Item = Arc<Record>>,
+    ) -> HashMap<SandboxId, Reading<u64>> {
+        let known = |record: Arc<Record>| {
+            Some(Known { id: record.id.clone(), address: self.address(&record)? })
+        };
+        let known: Vec<_> = records.filter_map(known).collect();
+        let found = if known.is_empty() { Ok(Vec::new()) } else { self.host.activity(&known) };
+        let read = |(id, read): net::Sampled| {
+            let reading = read.map_or_else(
+                |error| {
+                    tracing::debug!(%id, error = chain(&error), "looking for its traffic");
+                    Reading::Failed
+                },
+                |activity| Reading::Is(activity.bytes()),
+            );
+            (id, reading)
+        };
+        match found {
+            Ok(found) => found.into_iter().map(read).collect(),
+            Err(error) => {
+                // Nobody asked, and the next look tries again.
+                tracing::warn!(error = chain(&error), "looking for traffic of networks");
+                known.into_iter().map(|known| (known.id, Reading::Failed)).collect()
+            }
+        }
+    }
+
+    /// Returns what has passed the firewall of a sandbox by now and is a sign of use. `None`: it
+    /// is to have no network.
+    pub(super) fn active(&self, entry: &Entry) -> Result<Option<net::Activity>, Error> {
+        if self.address(&entry.record()).is_none() {
+            return Ok(None);
+        }
+        let failed = net_failed(entry, "counting the packets of");
+        let counters = self.host.counters(entry.id()).map_err(failed)?;
+        let Some(counters) = counters else { return Err(failed(net::Error::NotThere)) };
+        Ok(Some(net::Activity { inward: counters.active_in, outward: counters.active_out }))
+    }
+
+    /// Returns a sentence for each trouble that a sandbox has with its network while it runs.
+    pub(super) fn lacks(&self, record: &Record) -> impl Iterator<Item = Cow<'static, str>> {
+        let has = record.state() == State::Running && self.address(record).is_some();
+        let own = has.then(|| self.troubles.of(record.row)).into_iter().flatten();
+        own.map(Cow::Owned).chain(self.lacks_forwarding(record))
     }
 
     /// Returns all sandboxes that have an address.
     fn with_addresses(&self) -> Vec<Arc<Entry>> {
         let all = self.index.entries_after(RowId(0));
         all.filter(|entry| self.address(&entry.record()).is_some()).collect()
+    }
+}
+
+impl fmt::Debug for Networks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Networks").field("addresses", &self.addresses).finish_non_exhaustive()
     }
 }
 

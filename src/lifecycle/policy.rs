@@ -103,7 +103,7 @@ impl Lifecycle {
         }
         let range = self.settings.addresses.range();
         let failed = net_failed(entry, "looking which addresses are the host's, for");
-        let own = self.network.host_addresses().map_err(failed)?;
+        let own = self.networks.host().host_addresses().map_err(failed)?;
         let protected: Vec<Span> =
             own.into_iter().map(Span::from).chain([Span::from(range)]).collect();
         let Some(network) = after.allowed.in_vain(&before.allowed, &protected) else {
@@ -127,9 +127,10 @@ impl Lifecycle {
             return Ok(());
         }
         let changed = self
+            .networks
             .give_address(held, entry)
-            .and_then(|()| self.apply_network(entry))
-            .and_then(|()| self.hear_for(entry));
+            .and_then(|()| self.networks.apply(entry, self.vmm_pid(entry.row())))
+            .and_then(|()| self.networks.listen_for(entry));
         changed.or_else(|cause| {
             // What is in force is what it was.
             self.amend(held, entry, |record| {

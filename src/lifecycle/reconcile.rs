@@ -136,7 +136,7 @@ impl Lifecycle {
         let mut done = Reconciled { late: table.unfinished, ..table.done };
         drop(table);
         done.orphans = self.kill_orphans();
-        self.reconcile_networks();
+        self.networks.reconcile(|entry, error| self.note(entry, error));
         self.empty_trash_later();
         done
     }
@@ -308,7 +308,7 @@ impl Lifecycle {
                 record.sleeps += 1;
                 record.retry_at = None;
             })?;
-            self.leave_asleep(entry);
+            self.networks.after_sleep(entry);
             return Ok(());
         }
         let Some(process) = process else {
@@ -381,7 +381,7 @@ impl Lifecycle {
             self.give_back_room(&record, generation);
         }
         self.step(held, entry, Step::Undo, |_| ())?;
-        self.leave_asleep(entry);
+        self.networks.after_sleep(entry);
         Ok(())
     }
 
@@ -422,7 +422,7 @@ impl Lifecycle {
             return self.lose(held, entry, &self.why_lost(entry)); // It may have run.
         }
         self.release(entry)?;
-        self.abandon_network(entry);
+        self.networks.abandon(entry);
         let home = self.home(&entry.record());
         home.end_life().map_err(snapshot_failed(entry, "clearing up after"))?;
         self.step(held, entry, Step::Undo, |_| ())?;

@@ -1,13 +1,11 @@
 //! Looks at how busy each guest is, by what the kernel counts of its VMM. No VMM is asked.
 
-use std::collections::HashMap;
-
-use super::{Entry, Error, Lifecycle, Signal, chain, error::net_failed};
+use super::{Entry, Error, Lifecycle, Signal, chain};
 use crate::{
     activity::{Reading, Sample},
     machines::Live,
-    net::{self, Known, TAP},
-    sandbox::{Record, RowId, SandboxId},
+    net::{self, TAP},
+    sandbox::RowId,
     sync::Arc,
 };
 
@@ -28,7 +26,7 @@ impl Lifecycle {
             self.activity.is_sample_due(&entry).then_some((entry, live))
         };
         let due: Vec<_> = lives.into_iter().filter_map(is_due).collect();
-        let network = self.network_bytes(due.iter().map(|(entry, _)| entry.record()));
+        let network = self.networks.active_bytes(due.iter().map(|(entry, _)| entry.record()));
         for (entry, live) in due {
             let at = self.now();
             let cpu = live.process.cpu_time();
@@ -47,48 +45,12 @@ impl Lifecycle {
         }
     }
 
-    /// Returns what has passed that is a sign of use of those who have a network.
-    fn network_bytes(
-        &self,
-        records: impl Iterator<Item = Arc<Record>>,
-    ) -> HashMap<SandboxId, Reading<u64>> {
-        let known = |record: Arc<Record>| {
-            Some(Known { id: record.id.clone(), address: self.address(&record)? })
-        };
-        let known: Vec<_> = records.filter_map(known).collect();
-        let found = if known.is_empty() { Ok(Vec::new()) } else { self.network.activity(&known) };
-        let read = |(id, read): net::Sampled| {
-            let reading = read.map_or_else(
-                |error| {
-                    tracing::debug!(%id, error = chain(&error), "looking for its traffic");
-                    Reading::Failed
-                },
-                |activity| Reading::Is(activity.bytes()),
-            );
-            (id, reading)
-        };
-        match found {
-            Ok(found) => found.into_iter().map(read).collect(),
-            Err(error) => {
-                // Nobody asked, and the next look tries again.
-                tracing::warn!(error = chain(&error), "looking for traffic of networks");
-                known.into_iter().map(|known| (known.id, Reading::Failed)).collect()
-            }
-        }
-    }
-
     /// Returns what has passed of a sandbox's network by now that counts as activity. `None`:
     /// nothing of it does.
     fn network_use(&self, entry: &Entry) -> Result<Option<net::Activity>, Error> {
         let record = entry.record();
         let counts = self.activity.limits(&record).signals.contains(Signal::Network);
-        if !counts || self.address(&record).is_none() {
-            return Ok(None);
-        }
-        let failed = net_failed(entry, "counting the packets of");
-        let counters = self.network.counters(entry.id()).map_err(failed)?;
-        let Some(counters) = counters else { return Err(failed(net::Error::NotThere)) };
-        Ok(Some(net::Activity { inward: counters.active_in, outward: counters.active_out }))
+        if counts { self.networks.active(entry) } else { Ok(None) }
     }
 
     /// Returns what was counted of a sandbox's use up to now. What passed its firewall since the

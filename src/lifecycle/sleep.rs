@@ -189,7 +189,7 @@ impl Lifecycle {
         match recorded {
             Ok((record, _proven)) => {
                 self.page_cache.drop_later(record.row, committed.generation, record.since);
-                self.leave_asleep(entry);
+                self.networks.after_sleep(entry);
             }
             Err(error) => self.record_later(entry, "a sleep", &error),
         }

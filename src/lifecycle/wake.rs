@@ -42,7 +42,7 @@ impl Lifecycle {
                 }
                 State::Snapshotted => self
                     .restore(held, entry, operation)
-                    .inspect_err(|_| self.refuse_packets(entry))
+                    .inspect_err(|_| self.networks.refuse_packets(entry))
                     .map(|()| Outcome::Done),
                 State::Stopped => self.boot(held, entry, operation).map(|()| Outcome::Done),
                 State::Booting | State::Snapshotting | State::Restoring | State::Deleting => {
@@ -159,7 +159,7 @@ impl Lifecycle {
                 .map_err(snapshot_failed(entry, "taking space for the memory of"))?;
         }
 
-        let nic = self.connect(held, entry, undo)?;
+        let nic = self.networks.connect(held, entry, undo)?;
         self.reach(Arrow::WakeConnected);
 
         // Also where the VMM does not start there are its sockets.
@@ -193,7 +193,7 @@ impl Lifecycle {
         });
         self.reach(Arrow::WakeConsumed);
 
-        self.deliver(entry)?;
+        self.networks.deliver(entry)?;
         self.let_run(entry, &live, memory, facts.generation)?;
         deflate(&entry.record(), &live);
         self.reach(Arrow::WakeResumed);
@@ -321,7 +321,7 @@ impl Lifecycle {
         let may_have_run = self.make_disks(entry, &files, operation, undo)?;
         let _slot = self.admission.wake(&record.id)?;
 
-        let nic = self.connect(held, entry, undo)?;
+        let nic = self.networks.connect(held, entry, undo)?;
         self.reach(Arrow::BootConnected);
 
         // Also where the VMM does not start there are its sockets.
@@ -462,7 +462,7 @@ impl Lifecycle {
         let ended = if matches!(error, Error::Undo { .. }) {
             self.recover(held, entry, operation)
         } else {
-            self.step(held, entry, Step::Undo, |_| ()).map(|_| self.leave_asleep(entry))
+            self.step(held, entry, Step::Undo, |_| ()).map(|_| self.networks.after_sleep(entry))
         };
         if let Err(error) = ended {
             tracing::error!(id = %entry.id(), error = super::chain(&error), "ending an operation");

@@ -220,7 +220,7 @@ impl Shared {
         let now = self.lifecycle.clock().now();
         let next = [
             self.lifecycle.index().next_due(now).ok().flatten(),
-            self.lifecycle.next_lingered().filter(|at| *at > now),
+            self.lifecycle.networks().next_lingered().filter(|at| *at > now),
             self.lifecycle.next_deletion(),
             self.lifecycle.next_settling(),
             active_until,
@@ -263,7 +263,7 @@ impl Shared {
         self.lifecycle.resume_deletions();
         self.lifecycle.settle_due();
         self.hand_out_leftovers(now);
-        for row in self.lifecycle.lingered() {
+        for row in self.lifecycle.networks().lingered() {
             self.queue.put(now, Due::Unlink(row));
         }
         active_until
@@ -378,7 +378,9 @@ impl Shared {
             Due::Settle(_) => {
                 ("settling a leftover", self.lifecycle.settle_leftover(&held, &entry))
             }
-            Due::Unlink(_) => ("removing a network", self.lifecycle.remove_lingered(&held, &entry)),
+            Due::Unlink(_) => {
+                ("removing a network", self.lifecycle.networks().remove_lingered(&held, &entry))
+            }
         };
         match result {
             Ok(outcome) => {

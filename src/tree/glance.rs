@@ -109,10 +109,10 @@ impl Tree {
             };
             SlowFacts::Disks { disk_bytes: home.disk_bytes(&record.spec.disks), cached_bytes }
         } else if file == File::Counters {
-            let counted = self.lifecycle.network_counters(entry)?;
+            let counted = self.lifecycle.networks().counters(entry)?;
             SlowFacts::Counters(counted.unwrap_or_default())
         } else if file == File::Namespace {
-            SlowFacts::Namespace(self.lifecycle.namespace(&record))
+            SlowFacts::Namespace(self.lifecycle.networks().namespace(&record))
         } else {
             SlowFacts::None
         };

@@ -3,6 +3,10 @@
 use std::{net::Ipv4Addr, sync::mpsc};
 
 use super::*;
+use crate::lifecycle::{
+    packet::answer,
+    upkeep::{look_over_networks, renew_networks},
+};
 use crate::{
     lifecycle::{View, chain, testing::LINGER},
     net::{Network, Ring, Wanted, fake::Fault as NetFault},
@@ -40,11 +44,11 @@ fn denied(host: &Host) -> String {
 
 /// What the reaper does of networks.
 fn reap(host: &Host) -> usize {
-    let rows = host.daemon.lingered();
+    let rows = host.daemon.networks().lingered();
     for row in &rows {
         let entry = host.daemon.by_row(*row).unwrap();
         let held = host.daemon.lock(&entry, Wait::ForIt, Cause::Reconcile).unwrap();
-        host.daemon.remove_lingered(&held, &entry).unwrap();
+        host.daemon.networks().remove_lingered(&held, &entry).unwrap();
     }
     rows.len()
 }
@@ -58,7 +62,7 @@ fn a_guest_with_a_network_begins_and_goes_on_with_the_policy_of_that_moment() {
     let wanted = in_force(&host).unwrap();
     assert_eq!((wanted.policy.reach, &*denied(&host)), (Reach::Internet, "10.0.0.0/8\n"));
     assert_eq!(wanted.address.to_string(), "10.213.0.2");
-    assert_eq!(Some(wanted.address), host.daemon.address(&host.entry("a").record()));
+    assert_eq!(Some(wanted.address), host.daemon.networks().address(&host.entry("a").record()));
     deny(&host, "10.1.0.0/16").unwrap();
     assert_eq!(denied(&host), "10.1.0.0/16\n", "at once");
     host.sleep("a").unwrap();
@@ -80,7 +84,7 @@ fn a_sandbox_without_a_network_has_neither_one_nor_an_address() {
     host.wake("a").unwrap();
     assert_eq!(in_force(&host), None);
     let record = host.entry("a").record();
-    assert_eq!((record.slot, host.daemon.address(&record)), (None, None));
+    assert_eq!((record.slot, host.daemon.networks().address(&record)), (None, None));
     let refused = reconfigure(&host, |spec| spec.net = NetMode::Isolated).unwrap_err();
     assert!(matches!(refused, Error::NotStopped { .. }), "an interface is hardware");
 }
@@ -132,14 +136,18 @@ fn a_wake_that_fails_leaves_the_network_lingering_and_a_boot_that_fails_none() {
     assert_eq!(in_force(&host), None);
     host.wake("a").unwrap();
     host.sleep("a").unwrap();
-    let until = host.daemon.next_lingered();
+    let until = host.daemon.networks().next_lingered();
     assert!(until.is_some());
     host.clock.advance(LINGER / 2);
     host.vmm.fail_next(Call::Restore, Fault::Refuse);
     host.wake("a").unwrap_err();
-    assert_eq!(host.daemon.next_lingered(), until, "it is counted from when it fell asleep");
+    assert_eq!(
+        host.daemon.networks().next_lingered(),
+        until,
+        "it is counted from when it fell asleep"
+    );
     host.wake("a").unwrap();
-    assert_eq!(host.daemon.next_lingered(), None);
+    assert_eq!(host.daemon.networks().next_lingered(), None);
     host.clock.advance(LINGER);
     assert_eq!(reap(&host), 0);
     assert!(in_force(&host).is_some());
@@ -164,7 +172,7 @@ fn the_network_goes_with_the_guest_and_with_the_sandbox() {
         assert!(host.daemon.by_id(&name("a")).is_none());
         host.network.set_fault(None);
         host.finish_deletions();
-        assert_eq!((in_force(&host), host.daemon.next_lingered()), (None, None));
+        assert_eq!((in_force(&host), host.daemon.networks().next_lingered()), (None, None));
         host.create("a");
         reconfigure(&host, |spec| spec.net = NetMode::Isolated).unwrap();
     }
@@ -179,11 +187,11 @@ fn a_network_that_cannot_be_removed_is_tried_again_later() {
     host.network.set_fault(Some(NetFault::Remove));
     let entry = host.entry("a");
     let held = host.daemon.lock(&entry, Wait::ForIt, Cause::Reconcile).unwrap();
-    host.daemon.remove_lingered(&held, &entry).unwrap_err();
+    host.daemon.networks().remove_lingered(&held, &entry).unwrap_err();
     host.network.set_fault(None);
     drop(held);
     assert_eq!(reap(&host), 0, "not at once");
-    assert!(host.daemon.next_lingered().is_some());
+    assert!(host.daemon.networks().next_lingered().is_some());
     host.clock.advance(Duration::from_secs(60));
     assert_eq!(reap(&host), 1);
 }
@@ -198,7 +206,10 @@ fn addresses_are_given_for_good_and_given_again_when_their_sandbox_is_gone() {
     host.set("b", Policy::Spec(Box::new(spec))).unwrap();
     assert_eq!(slot("b"), Some(1));
     reconfigure(&host, |spec| spec.net = NetMode::None).unwrap();
-    assert_eq!((slot("a"), host.daemon.address(&host.entry("a").record())), (Some(0), None));
+    assert_eq!(
+        (slot("a"), host.daemon.networks().address(&host.entry("a").record())),
+        (Some(0), None)
+    );
     host.destroy("a").unwrap();
     host.create("a");
     reconfigure(&host, |spec| spec.net = NetMode::Internet).unwrap();
@@ -226,7 +237,7 @@ fn what_a_crash_left_of_a_network_is_put_in_order_by_the_next_start() {
             done.unwrap();
         });
         host.restart();
-        let lingers = host.daemon.next_lingered().is_some();
+        let lingers = host.daemon.networks().next_lingered().is_some();
         let wanted = (woken_before, woken_before);
         assert_eq!((in_force(&host).is_some(), lingers), wanted, "{arrow:?}");
         host.check("a");
@@ -243,12 +254,12 @@ fn a_start_leaves_what_runs_alone_and_brings_its_policy_up_to_date() {
     host.restart();
     assert_eq!(host.network.in_force(&name("z")), None, "it is of nobody");
     assert!(in_force(&host).is_some());
-    host.daemon.renew_networks();
+    renew_networks(&host.daemon);
     assert_eq!(host.error("a"), "ok");
     // Somebody took it away under its guest.
     let address = in_force(&host).unwrap().address;
     host.network.remove(&name("a"), address).unwrap();
-    host.daemon.renew_networks();
+    renew_networks(&host.daemon);
     assert_eq!(in_force(&host), None, "another would not be the guest's");
     assert!(host.error("a").contains("looking over the network of a"), "{}", host.error("a"));
     host.sleep("a").unwrap();
@@ -277,7 +288,7 @@ fn what_is_wrong_with_a_network_is_told_once_and_until_it_is_mended() {
     let host = connected();
     host.wake("a").unwrap();
     let wanted = in_force(&host).unwrap();
-    host.daemon.look_over_networks();
+    look_over_networks(&host.daemon);
     assert_eq!(host.error("a"), "ok");
     host.network.remove(&wanted.id, wanted.address).unwrap();
     let says = "looking over the network of a: the sandbox has no network";
@@ -285,18 +296,18 @@ fn what_is_wrong_with_a_network_is_told_once_and_until_it_is_mended() {
     let view = View::Sandbox(host.entry("a").row());
     let told = || host.daemon.feed().log().size(&view).0;
     let before = told();
-    host.daemon.look_over_networks();
+    look_over_networks(&host.daemon);
     let once = told();
     assert!(once > before, "there is an event");
-    host.daemon.look_over_networks();
+    look_over_networks(&host.daemon);
     assert_eq!((&*host.error("a"), lacks(), told()), (says, true, once));
     host.network.ensure(&wanted).unwrap();
-    host.daemon.look_over_networks();
+    look_over_networks(&host.daemon);
     assert_eq!((&*host.error("a"), lacks()), ("ok", false));
     // One that is asleep has no network to look for.
     host.network.remove(&wanted.id, wanted.address).unwrap();
     host.sleep("a").unwrap();
-    host.daemon.look_over_networks();
+    look_over_networks(&host.daemon);
     assert_eq!((&*host.error("a"), lacks()), ("ok", false));
 }
 
@@ -305,7 +316,7 @@ fn ringing() -> (Host, mpsc::Sender<(SandboxAddress, Ring)>) {
     let host = connected();
     reconfigure(&host, |spec| spec.wake_on = WakeOn::Packet).unwrap();
     let (ring, rings) = mpsc::channel();
-    host.daemon.attend_rings(rings).unwrap();
+    host.daemon.attend_packets(rings).unwrap();
     host.wake("a").unwrap();
     host.sleep("a").unwrap();
     (host, ring)
@@ -316,7 +327,7 @@ fn packet() -> Ring {
 }
 
 fn address(host: &Host) -> SandboxAddress {
-    host.daemon.address(&host.entry("a").record()).unwrap()
+    host.daemon.networks().address(&host.entry("a").record()).unwrap()
 }
 
 fn is_heard(host: &Host) -> bool {
@@ -331,13 +342,13 @@ fn a_packet_wakes_a_sleeper_that_is_to_be_woken_by_it() {
     wait_for("the wake", || host.state("a") == State::Running && !is_heard(&host));
     assert_eq!(host.network.refused(), []);
     // It is awake, so a late one is none of anybody's business.
-    host.daemon.answer(address(&host), packet());
+    answer(&host.daemon, address(&host), packet());
     assert_eq!((host.state("a"), host.entry("a").record().wakes), (State::Running, 1));
     host.sleep("a").unwrap();
     assert!(is_heard(&host));
     reconfigure(&host, |spec| spec.wake_on = WakeOn::None).unwrap();
     assert!(!is_heard(&host), "at once");
-    host.daemon.answer(address(&host), packet());
+    answer(&host.daemon, address(&host), packet());
     assert_eq!(host.network.refused(), [address(&host)]);
     assert_eq!(host.state("a"), State::Snapshotted);
     reconfigure(&host, |spec| spec.wake_on = WakeOn::Packet).unwrap();
@@ -350,11 +361,11 @@ fn a_wake_that_fails_is_told_to_who_sent_the_packet_and_the_next_one_is_heard() 
     for call in [Call::Restore, Call::Resume] {
         let told = host.network.refused().len();
         host.vmm.fail_next(call, Fault::Refuse);
-        host.daemon.answer(address(&host), packet());
+        answer(&host.daemon, address(&host), packet());
         assert!(host.network.refused().len() > told);
         assert_eq!((host.state("a"), is_heard(&host)), (State::Snapshotted, true), "{call:?}");
     }
-    host.daemon.answer(address(&host), packet());
+    answer(&host.daemon, address(&host), packet());
     assert_eq!(host.state("a"), State::Running);
     host.check("a");
 }
@@ -379,7 +390,7 @@ fn a_host_that_cannot_hear_has_its_sandboxes_sleep_all_the_same() {
     host.sleep("a").unwrap();
     assert_eq!(host.state("a"), State::Snapshotted);
     assert!(!is_heard(&host));
-    assert!(host.daemon.next_lingered().is_some(), "its network goes all the same");
+    assert!(host.daemon.networks().next_lingered().is_some(), "its network goes all the same");
     let ports: WakePorts = WakePorts::new(&["tcp/22"]).unwrap();
     reconfigure(&host, |spec| spec.wake_ports = ports.clone()).unwrap_err();
     assert_ne!(host.entry("a").record().spec.wake_ports, ports, "nor is it recorded");
@@ -414,7 +425,7 @@ fn a_guest_whose_host_no_longer_forwards_is_told_to_lack_it() {
     let host = connected();
     host.wake("a").unwrap();
     let lacks = || host.daemon.lacks(&host.entry("a").record()).join("; ");
-    let look = || host.daemon.look_over_networks();
+    let look = || look_over_networks(&host.daemon);
     look();
     let before = lacks();
     host.network.set_fault(Some(NetFault::Forwarding));
