@@ -26,7 +26,7 @@ use crate::{
     fuse::{self, Mounted, Unfit},
     index::{self, Index},
     lifecycle::{CLOCK_KEY, Contradicted, Lifecycle, Parts, Settings, chain, check_index_file},
-    net::{self, RealNetwork},
+    net::{self, LinuxNetwork},
     reaper::Reaper,
     sandbox::VmmChoice,
     sync::Arc,
@@ -200,15 +200,15 @@ pub fn run(config: Config) -> Result<(), Error> {
     let clock = start_clock(&index)?;
     let pool = Arc::new(Pool::new());
     let vmms = find_vmms(&config.vmm);
-    let (ring, rings) = mpsc::channel();
+    let (trigger, triggers) = mpsc::channel();
     let listener = move |address, what| {
         // The receiver is gone only at the shutdown.
-        ring.send((address, what)).ok();
+        trigger.send((address, what)).ok();
     };
-    let network = RealNetwork::new(config.network.range, &config.runtime)
+    let network = LinuxNetwork::new(config.network.range, &config.runtime)
         .of_store(&config.store)
         .ignoring(config.network.ignore.clone())
-        .ringing(Arc::new(listener));
+        .on_trigger(Arc::new(listener));
     let parts = Parts {
         index,
         auto: auto(&vmms),
@@ -222,7 +222,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     let lifecycle = Lifecycle::new(parts, settings(&config))
         .map_err(host(format!("opening the store {}", config.store.display())))?;
     lifecycle.check_index()?;
-    lifecycle.attend_packets(rings).map_err(host("starting to wake sandboxes on packets"))?;
+    lifecycle.wake_on_packets(triggers).map_err(host("starting to wake sandboxes on packets"))?;
     // Before `reconcile`, which removes links of this range that no sandbox has.
     lifecycle.claim_addresses().map_err(Error::Range)?;
     let found = lifecycle.reconcile(SETTLE_LIMIT);

@@ -191,7 +191,7 @@ impl Networks {
         let record = entry.record();
         let Some(address) = self.address(&record) else { return Ok(()) };
         if record.state() != State::Snapshotted {
-            self.host.deafen(address);
+            self.host.stop_listening(address);
             return Ok(());
         }
         let ports = (record.spec.wake_on == WakeOn::Packet).then_some(&record.spec.wake_ports);
@@ -200,7 +200,7 @@ impl Networks {
             Err(error) if ports.is_none() => {
                 // Nothing was to wake it; who speaks to it waits instead of being told.
                 tracing::warn!(id = %entry.id(), error = chain(&error), "refusing its packets");
-                self.host.deafen(address);
+                self.host.stop_listening(address);
                 Ok(())
             }
             done => done,
@@ -238,7 +238,7 @@ impl Networks {
         let address = record.slot.and_then(|slot| self.addresses.address(slot));
         let Some(address) = address else { return Ok(()) };
         if record.state() != State::Snapshotted {
-            self.host.deafen(address);
+            self.host.stop_listening(address);
         }
         let failed = net_failed(entry, "removing the network of");
         self.host.remove(entry.id(), address).map_err(failed)
@@ -353,16 +353,16 @@ impl Networks {
             tracing::error!(error, "removing what is of no sandbox");
         }
         let there: HashSet<&SandboxId> = found.there.iter().collect();
-        let mut any_heard = false;
+        let mut any_listened_for = false;
         for entry in &entries {
             let record = entry.record();
             // Where neither packets wake it nor its network lingers there is nothing to note
             // of it but that somebody sleeps.
             let is_noted = record.spec.wake_on == WakeOn::Packet || there.contains(&record.id);
-            if record.state() != State::Snapshotted || (any_heard && !is_noted) {
+            if record.state() != State::Snapshotted || (any_listened_for && !is_noted) {
                 continue;
             }
-            any_heard = true;
+            any_listened_for = true;
             if let Err(error) = self.listen_for(entry) {
                 tracing::error!(id = %entry.id(), error = chain(&error), "reconciling");
                 note(entry, &error);

@@ -4,7 +4,7 @@ use std::{io, sync::mpsc};
 
 use super::{Lifecycle, Wait, chain};
 use crate::{
-    net::Ring,
+    net::Trigger,
     sandbox::{
         Cause, State,
         network::{SandboxAddress, WakeOn},
@@ -18,16 +18,16 @@ impl Lifecycle {
     ///
     /// # Errors
     /// Where there can be no such thread.
-    pub fn attend_packets(
+    pub fn wake_on_packets(
         self: &Arc<Self>,
-        rings: mpsc::Receiver<(SandboxAddress, Ring)>,
+        triggers: mpsc::Receiver<(SandboxAddress, Trigger)>,
     ) -> io::Result<()> {
         let this = Arc::downgrade(self);
-        std::thread::Builder::new().name("dozed-rings".to_owned()).spawn(move || {
-            while let Ok((address, ring)) = rings.recv() {
+        std::thread::Builder::new().name("dozed-triggers".to_owned()).spawn(move || {
+            while let Ok((address, trigger)) = triggers.recv() {
                 let Some(lifecycle) = this.upgrade() else { break };
-                let answering = Arc::clone(&lifecycle);
-                if lifecycle.pool.run(move || answer(&answering, address, ring)).is_err() {
+                let waking = Arc::clone(&lifecycle);
+                if lifecycle.pool.run(move || wake_for_packet(&waking, address, trigger)).is_err() {
                     tracing::warn!(%address, "all threads are busy; a packet wakes nobody");
                     lifecycle.networks.host().refuse(address);
                 }
@@ -38,14 +38,14 @@ impl Lifecycle {
 }
 
 /// Wakes a sandbox for a packet.
-pub(super) fn answer(lifecycle: &Lifecycle, address: SandboxAddress, ring: Ring) {
+pub(super) fn wake_for_packet(lifecycle: &Lifecycle, address: SandboxAddress, trigger: Trigger) {
     let slot = lifecycle.settings.addresses.slot(address);
     let entry = slot.and_then(|slot| lifecycle.index.by_slot(slot));
     let Some(entry) = entry.and_then(|entry| lifecycle.by_row(entry.row())) else {
-        lifecycle.networks.host().deafen(address);
+        lifecycle.networks.host().stop_listening(address);
         return;
     };
-    let cause = Cause::Packet(ring.to_string().into());
+    let cause = Cause::Packet(trigger.to_string().into());
     let woken = lifecycle.lock(&entry, Wait::ForIt, cause).and_then(|held| {
         let record = entry.record();
         let is_wanted =
@@ -58,7 +58,7 @@ pub(super) fn answer(lifecycle: &Lifecycle, address: SandboxAddress, ring: Ring)
     });
     if let Err(error) = &woken {
         let error = chain(error);
-        tracing::error!(id = %entry.id(), error, "waking for a packet to {ring}");
+        tracing::error!(id = %entry.id(), error, "waking for a packet to {trigger}");
     }
     if !woken.unwrap_or(false) {
         lifecycle.networks.host().refuse(address);

@@ -35,7 +35,7 @@ pub(crate) enum Fault {
     Policy,
     /// The network cannot be removed.
     Remove,
-    /// The host cannot hear for sleepers.
+    /// The host cannot listen for packets to sleepers.
     Listen,
     /// The kernel does not say what has passed.
     Activity,
@@ -278,7 +278,7 @@ impl Network for FakeNetwork {
             self.refuse(address);
             return Err(Error::NotThere);
         }
-        self.deafen(address);
+        self.stop_listening(address);
         Ok(())
     }
 
@@ -286,7 +286,7 @@ impl Network for FakeNetwork {
         lock(&self.refused).push(address);
     }
 
-    fn deafen(&self, address: SandboxAddress) {
+    fn stop_listening(&self, address: SandboxAddress) {
         lock(&self.sleepers).remove(&address);
     }
 

@@ -26,15 +26,15 @@ const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
 /// What was made of the firewall of the host, to tell whether somebody has changed it.
 #[derive(Debug)]
-pub(super) struct Guard {
+pub(super) struct HostFirewall {
     generation: u32,
     /// `None`: others changed the firewall all the while, so this is not known.
     contents: Option<Vec<NetfilterMessage>>,
 }
 
-/// How often the second guard is put in force to know what it is, while others change the
+/// How often the second check is put in force to know what it is, while others change the
 /// firewall too. Each time takes a millisecond or two.
-const GUARD_TRIES: usize = 4;
+const HOST_FIREWALL_TRIES: usize = 4;
 
 /// What was put back of what is the host's.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -46,11 +46,11 @@ pub(super) struct PutBack {
 }
 
 /// Prepares the host: a directory for pins, a device with the host's own address in the
-/// range, an answer for addresses that nobody has, and the second guard.
+/// range, an answer for addresses that nobody has, and the second check.
 ///
 /// # Errors
 /// Where something cannot be made, or is somebody else's. Doing it again is no error.
-pub(super) fn prepare(range: &Range, pins: &Path) -> Result<Guard, Error> {
+pub(super) fn prepare(range: &Range, pins: &Path) -> Result<HostFirewall, Error> {
     let plan = &range.plan;
     let links = link::here()?;
     // Before anything is made. The device stands for all that is the host's.
@@ -59,12 +59,12 @@ pub(super) fn prepare(range: &Range, pins: &Path) -> Result<Guard, Error> {
         route::is_free(&links, plan.range())?;
     }
     netns::make_pin_dir(pins).map_err(Error::host("making the directory of namespaces"))?;
-    let guard = put_guard(&nftables::here()?, plan)?;
+    let in_force = apply_host_firewall(&nftables::here()?, plan)?;
     // A daemon that was killed may have left it; nobody listens there now.
     links.apply(vec![route::remove(plan.range())], Answers::Each)?;
     put_device(&links, range, there)?;
     links.apply(vec![route::unreachable(plan.range())], Answers::Each)?;
-    Ok(guard)
+    Ok(in_force)
 }
 
 /// Compares what [`prepare`] made with what there is, and puts back what is missing. What is
@@ -72,10 +72,10 @@ pub(super) fn prepare(range: &Range, pins: &Path) -> Result<Guard, Error> {
 ///
 /// # Errors
 /// Where something cannot be put back. The rest was all the same.
-pub(super) fn put_back(range: &Range, guard: &mut Guard) -> Result<PutBack, Error> {
+pub(super) fn put_back(range: &Range, in_force: &mut HostFirewall) -> Result<PutBack, Error> {
     let plan = &range.plan;
     let mut done = PutBack::default();
-    let guarded = guard_again(plan, guard).map(|again| {
+    let firewall = renew_host_firewall(plan, in_force).map(|again| {
         done.what.extend(again.then_some("the host's firewall for sandboxes"));
     });
     let links = link::here()?;
@@ -92,7 +92,7 @@ pub(super) fn put_back(range: &Range, guard: &mut Guard) -> Result<PutBack, Erro
         Err(Error::Host { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(error),
     }
-    guarded.map(|()| done)
+    firewall.map(|()| done)
 }
 
 /// Returns what is missing of what a daemon has made of the host, whichever store it has.
@@ -119,58 +119,64 @@ pub(super) fn missing(plan: &AddressPlan) -> Result<Option<Vec<&'static str>>, E
     Ok(Some(missing))
 }
 
-/// Puts the second guard in force.
-fn put_guard(wall: &Kernel, plan: &AddressPlan) -> Result<Guard, Error> {
-    let mut guard = Guard { generation: 0, contents: None };
-    for _ in 0..GUARD_TRIES {
-        guard = try_put_guard(wall, plan)?;
-        if guard.contents.is_some() {
+/// Puts the second check in force.
+fn apply_host_firewall(
+    nftables_socket: &Kernel,
+    plan: &AddressPlan,
+) -> Result<HostFirewall, Error> {
+    let mut in_force = HostFirewall { generation: 0, contents: None };
+    for _ in 0..HOST_FIREWALL_TRIES {
+        in_force = try_apply_host_firewall(nftables_socket, plan)?;
+        if in_force.contents.is_some() {
             break;
         }
     }
     // Connections keep what they began with. Where the kernel does not let go of them, they
     // are without an answer until they time out.
-    if let Err(error) = conntrack::forget_untranslated(wall, plan.range()) {
+    if let Err(error) = conntrack::forget_untranslated(nftables_socket, plan.range()) {
         let error = super::chain(&error);
         tracing::warn!(
             error,
             "what sandboxes opened while the firewall was gone stays untranslated"
         );
     }
-    Ok(guard)
+    Ok(in_force)
 }
 
-fn try_put_guard(wall: &Kernel, plan: &AddressPlan) -> Result<Guard, Error> {
+fn try_apply_host_firewall(
+    nftables_socket: &Kernel,
+    plan: &AddressPlan,
+) -> Result<HostFirewall, Error> {
     let table = firewall::host_table(plan);
-    let before = nftables::generation(wall).map_err(without_nftables)?;
-    let mode = match nftables::has_table(wall, Family::Inet, &table) {
+    let before = nftables::generation(nftables_socket).map_err(without_nftables)?;
+    let mode = match nftables::has_table(nftables_socket, Family::Inet, &table) {
         Ok(true) => Mode::Replace,
         Ok(false) => Mode::First,
         Err(error) => return Err(without_nftables(error)),
     };
-    nftables::apply(wall, &firewall::of_host(plan, &device(plan)), mode)?;
-    let contents = nftables::contents(wall, Family::Inet, &table)?;
-    let generation = nftables::generation(wall)?;
+    nftables::apply(nftables_socket, &firewall::of_host(plan, &device(plan)), mode)?;
+    let contents = nftables::contents(nftables_socket, Family::Inet, &table)?;
+    let generation = nftables::generation(nftables_socket)?;
     // Each change is one more. With another's between these, the contents may be what that has
     // left, and not what we made.
     let is_known = generation == before.wrapping_add(1);
-    Ok(Guard { generation, contents: is_known.then_some(contents) })
+    Ok(HostFirewall { generation, contents: is_known.then_some(contents) })
 }
 
-/// Puts the second guard in force again if somebody has changed it. Most changes of a host's
+/// Puts the second check in force again if somebody has changed it. Most changes of a host's
 /// firewall are of other tables.
-fn guard_again(plan: &AddressPlan, guard: &mut Guard) -> Result<bool, Error> {
-    let wall = nftables::here()?;
-    let generation = nftables::generation(&wall)?;
-    if generation == guard.generation && guard.contents.is_some() {
+fn renew_host_firewall(plan: &AddressPlan, in_force: &mut HostFirewall) -> Result<bool, Error> {
+    let nftables_socket = nftables::here()?;
+    let generation = nftables::generation(&nftables_socket)?;
+    if generation == in_force.generation && in_force.contents.is_some() {
         return Ok(false);
     }
-    let contents = nftables::contents(&wall, Family::Inet, &firewall::host_table(plan))?;
-    if guard.contents.as_ref() == Some(&contents) {
-        guard.generation = generation;
+    let contents = nftables::contents(&nftables_socket, Family::Inet, &firewall::host_table(plan))?;
+    if in_force.contents.as_ref() == Some(&contents) {
+        in_force.generation = generation;
         return Ok(false);
     }
-    *guard = put_guard(&wall, plan)?;
+    *in_force = apply_host_firewall(&nftables_socket, plan)?;
     Ok(true)
 }
 

@@ -1,7 +1,7 @@
 //! The network of each sandbox: a namespace of its own that no guest lies its way out of.
 //!
 //! ```text
-//!   guest ── dztap [door] ─ [by destination] ── eth0 ═══ dz0ad50002 ── [second guard] ── uplink
+//!   guest ── dztap [source] ─ [by destination] ─ eth0 ═══ dz0ad50002 ── [second check] ── uplink
 //!   169.254.0.21          namespace of the sandbox          │        host        │
 //!                         169.254.0.22   10.213.0.2 ────────┘        10.213.0.1  masquerade
 //! ```
@@ -32,7 +32,6 @@ use crate::{
 
 mod condition;
 mod conntrack;
-mod doorbell;
 #[cfg(test)]
 pub(crate) mod fake;
 mod firewall;
@@ -40,24 +39,25 @@ mod foreign;
 mod host;
 mod linger;
 mod link;
+mod linux;
 mod namespace;
 mod netlink;
 mod nftables;
 mod privileges;
 mod protected;
 mod range;
-mod real;
 mod route;
 mod ruleset;
 mod survey;
 mod upkeep;
+mod wake_on_packet;
 mod watch;
 
-pub use doorbell::{Listener, Ring};
 pub use firewall::TAP;
+pub use linux::LinuxNetwork;
 pub use privileges::missing_privileges;
-pub use real::RealNetwork;
 pub use survey::{Finding, survey};
+pub use wake_on_packet::{OnTrigger, Trigger};
 
 /// Makes and removes the networks of sandboxes.
 ///
@@ -107,7 +107,7 @@ pub trait Network: fmt::Debug + Send + Sync {
     fn put_back(&self, wanted: &Wanted, vmm: Option<u32>) -> Result<Vec<&'static str>, Error>;
 
     /// Has `changed` be called whenever somebody, perhaps we, changes something of the host
-    /// that is ours, from now on. It passes the news on and does nothing else.
+    /// that is ours, from now on. It only passes the notification on.
     ///
     /// # Errors
     /// Where the kernel does not tell of changes.
@@ -124,11 +124,11 @@ pub trait Network: fmt::Debug + Send + Sync {
 
     /// Takes the packets to a sandbox that just fell asleep, or did before the daemon started.
     /// Those from the host that open something to `ports`, or carry data of an open connection,
-    /// wake it: whoever the daemon has told of rings is told once for each wake, and says how
+    /// wake it: there is one trigger for each wake, and whoever receives it says how
     /// that ended. Without `ports` nothing wakes it, and they are refused at once.
     ///
     /// # Errors
-    /// Where the host cannot hear for sandboxes. Nothing wakes it then but a write.
+    /// Where the host cannot listen for sandboxes. Then only a write wakes it.
     fn listen(
         &self,
         id: &SandboxId,
@@ -147,12 +147,12 @@ pub trait Network: fmt::Debug + Send + Sync {
     fn deliver(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error>;
 
     /// Tells those whose packets were held for a sandbox that its wake failed, or is not to
-    /// be. The next packet to it that rings does so after a while, and after twice as long
-    /// the next time.
+    /// be. The next packet triggers a wake only after a pause, which doubles each
+    /// time.
     fn refuse(&self, address: SandboxAddress);
 
-    /// Has packets to a sandbox wake it no more, as it is to be deleted.
-    fn deafen(&self, address: SandboxAddress);
+    /// No longer has packets wake a sandbox, as it is to be deleted.
+    fn stop_listening(&self, address: SandboxAddress);
 
     /// Keeps the network of a sandbox that fell asleep until `until`, so that its
     /// connections outlive a short sleep.
@@ -296,7 +296,7 @@ pub struct Reconciled {
 }
 
 /// What passed of a network that is a sign of use: not what is ignored, nor what only keeps
-/// a connection open. It begins at nought when the network is made.
+/// a connection open. It is zero when the network is made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Activity {
     /// Of connections that the host opened, both ways.

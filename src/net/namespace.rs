@@ -84,11 +84,11 @@ pub(super) fn make(pin: &Path, design: Design) -> Result<Namespace, Error> {
         .map_err(Error::host("looking for the host's namespace"))?;
     let pin = pin.to_owned();
     netns::in_a_new_one(move |inside| {
-        let wall = nftables::here()?;
-        let made = fill(&wall, &host, &design)
+        let nftables_socket = nftables::here()?;
+        let made = fill(&nftables_socket, &host, &design)
             .and_then(|()| inside.pin(&pin).map_err(Error::host("pinning the namespace")));
         // It takes the kernel long to close it.
-        inside.drop_later(wall);
+        inside.drop_later(nftables_socket);
         made
     })
     .map_err(Error::host("making a namespace"))?
@@ -96,14 +96,14 @@ pub(super) fn make(pin: &Path, design: Design) -> Result<Namespace, Error> {
 
 /// Puts all that it is to have into the new namespace that this thread is in. The firewall
 /// is there before any of its links is in use.
-fn fill(wall: &Kernel, host: &OwnedFd, design: &Design) -> Result<(), Error> {
+fn fill(nftables_socket: &Kernel, host: &OwnedFd, design: &Design) -> Result<(), Error> {
     let tap_owner = design.wanted.tap_owner;
     tun::make(TAP, tun::Device::Tap, tap_owner).map_err(Error::host("making the tap"))?;
     let links = link::here()?;
     add_uplink(&links, host, design)?;
     let tap = link::find(&links, TAP)?.ok_or(Error::NotThere)?.index;
     links.apply(vec![link::mac(tap, GATEWAY_MAC), link::without_ipv6(tap)], Answers::Each)?;
-    nftables::apply(wall, &design.rules, Mode::First)?;
+    nftables::apply(nftables_socket, &design.rules, Mode::First)?;
     put_in_order(&links, design)
 }
 
@@ -139,7 +139,7 @@ fn put_in_order(links: &Kernel, design: &Design) -> Result<(), Error> {
 
 /// Whether a namespace that is there can be used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum Usability {
     /// It is this sandbox's, and all is in it.
     Whole,
     /// It is another's, or an older daemon's, or somebody took something out of it.
@@ -151,22 +151,22 @@ pub(super) enum Verdict {
 ///
 /// # Errors
 /// Where it cannot be looked into, or put in order.
-pub(super) fn renew(namespace: &Namespace, design: Design) -> Result<Verdict, Error> {
+pub(super) fn renew(namespace: &Namespace, design: Design) -> Result<Usability, Error> {
     enter(namespace, move |inside| {
         let links = link::here()?;
-        let wall = nftables::here()?;
-        if !is_whole(&links, &wall, &design)? {
-            return Ok(Verdict::Unusable);
+        let nftables_socket = nftables::here()?;
+        if !is_whole(&links, &nftables_socket, &design)? {
+            return Ok(Usability::Unusable);
         }
-        let done = replace_rules(&wall, &design)
+        let done = replace_rules(&nftables_socket, &design)
             .and_then(|()| put_in_order(&links, &design))
-            .map(|()| Verdict::Whole);
-        inside.drop_later(wall);
+            .map(|()| Usability::Whole);
+        inside.drop_later(nftables_socket);
         done
     })
 }
 
-fn is_whole(links: &Kernel, wall: &Kernel, design: &Design) -> Result<bool, Error> {
+fn is_whole(links: &Kernel, nftables_socket: &Kernel, design: &Design) -> Result<bool, Error> {
     let tap = link::find(links, TAP)?;
     let uplink = link::find(links, UPLINK)?;
     let tap_is_ours = tap.is_some_and(|tap| {
@@ -177,8 +177,8 @@ fn is_whole(links: &Kernel, wall: &Kernel, design: &Design) -> Result<bool, Erro
     });
     Ok(tap_is_ours
         && uplink_is_ours
-        && nftables::has_table(wall, Family::Netdev, TABLE)?
-        && nftables::has_table(wall, Family::Inet, TABLE)?)
+        && nftables::has_table(nftables_socket, Family::Netdev, TABLE)?
+        && nftables::has_table(nftables_socket, Family::Inet, TABLE)?)
 }
 
 /// What is known of a namespace before it is looked over.
@@ -217,7 +217,7 @@ pub(super) fn put_back(
         .map_err(Error::host("looking for the host's namespace"))?;
     enter(namespace, move |inside| {
         let links = link::here()?;
-        let wall = nftables::here()?;
+        let nftables_socket = nftables::here()?;
         let mut done = PutBack::default();
         let tap = link::find(&links, TAP)?.ok_or(Error::NoDevice)?;
         let uplink = link::find(&links, UPLINK)?;
@@ -225,19 +225,19 @@ pub(super) fn put_back(
         if !before.is_proven && uplink.as_ref().is_some_and(|link| !has_mark(link)) {
             return Err(Error::NotOurs { name: "the namespace".to_owned() });
         }
-        let tables = nftables::has_table(&wall, Family::Netdev, TABLE)?
-            && nftables::has_table(&wall, Family::Inet, TABLE)?;
+        let tables = nftables::has_table(&nftables_socket, Family::Netdev, TABLE)?
+            && nftables::has_table(&nftables_socket, Family::Inet, TABLE)?;
         // The firewall first: what is put back after it may let packets through.
-        if !tables || before.generation != Some(nftables::generation(&wall)?) {
+        if !tables || before.generation != Some(nftables::generation(&nftables_socket)?) {
             if tables {
-                replace_rules(&wall, &design)?;
+                replace_rules(&nftables_socket, &design)?;
             } else {
-                nftables::apply(&wall, &design.rules, Mode::Replace)?;
+                nftables::apply(&nftables_socket, &design.rules, Mode::Replace)?;
             }
-            let is_news = !tables || before.generation.is_some();
-            done.what.extend(is_news.then_some("the firewall"));
+            let is_unexpected = !tables || before.generation.is_some();
+            done.what.extend(is_unexpected.then_some("the firewall"));
         }
-        done.generation = nftables::generation(&wall)?;
+        done.generation = nftables::generation(&nftables_socket)?;
         if let Some(uplink) = uplink.as_ref().filter(|_| !before.has_outer) {
             // Its other end has another name, or is in another namespace, and goes with it.
             links.apply(vec![link::remove(uplink.index)], Answers::Each)?;
@@ -253,7 +253,7 @@ pub(super) fn put_back(
             put_in_order(&links, &design)?;
             done.what.push("the links' settings");
         }
-        inside.drop_later(wall);
+        inside.drop_later(nftables_socket);
         Ok(done)
     })
 }
@@ -279,9 +279,9 @@ fn is_in_order(links: &Kernel, tap: &Link, design: &Design) -> Result<bool, Erro
 /// Where the kernel refuses; the one before is in force then.
 pub(super) fn apply_policy(namespace: &Namespace, design: Design) -> Result<(), Error> {
     enter(namespace, move |inside| {
-        let wall = nftables::here()?;
-        let done = replace_rules(&wall, &design);
-        inside.drop_later(wall);
+        let nftables_socket = nftables::here()?;
+        let done = replace_rules(&nftables_socket, &design);
+        inside.drop_later(nftables_socket);
         done
     })
 }
@@ -289,16 +289,16 @@ pub(super) fn apply_policy(namespace: &Namespace, design: Design) -> Result<(), 
 /// Puts the rules in force. Where the nameservers are others now, what the guest's
 /// resolver asked of the ones before is forgotten, which takes the kernel a walk over the
 /// connections of all namespaces, some 10 ms.
-fn replace_rules(wall: &Kernel, design: &Design) -> Result<(), Error> {
+fn replace_rules(nftables_socket: &Kernel, design: &Design) -> Result<(), Error> {
     let today = design.rules.addresses(NAMESERVERS);
-    let before = nftables::starts(wall, Family::Inet, TABLE, NAMESERVERS)?;
-    nftables::apply(wall, &design.rules, Mode::Replace)?;
+    let before = nftables::starts(nftables_socket, Family::Inet, TABLE, NAMESERVERS)?;
+    nftables::apply(nftables_socket, &design.rules, Mode::Replace)?;
     if before == today {
         return Ok(());
     }
     // A resolver that asks from one port for ever is to get answers again. That nothing
     // goes to yesterday's nameservers does not depend on it, so a failure is no failure.
-    if let Err(error) = conntrack::forget(wall, (GATEWAY_ADDRESS, PORT_DNS), &today) {
+    if let Err(error) = conntrack::forget(nftables_socket, (GATEWAY_ADDRESS, PORT_DNS), &today) {
         let id = &design.wanted.id;
         tracing::warn!(%id, %error, "a resolver may have to wait for its questions to time out");
     }
@@ -321,10 +321,10 @@ pub(super) fn open_tap(namespace: &Namespace) -> Result<OwnedFd, Error> {
 /// Where the kernel does not say.
 pub(super) fn counters(namespace: &Namespace) -> Result<Vec<(String, u64, u64)>, Error> {
     enter(namespace, |inside| {
-        let wall = nftables::here()?;
-        let mut counted = nftables::counters(&wall, Family::Inet, TABLE)?;
-        counted.extend(nftables::counters(&wall, Family::Netdev, TABLE)?);
-        inside.drop_later(wall);
+        let nftables_socket = nftables::here()?;
+        let mut counted = nftables::counters(&nftables_socket, Family::Inet, TABLE)?;
+        counted.extend(nftables::counters(&nftables_socket, Family::Netdev, TABLE)?);
+        inside.drop_later(nftables_socket);
         Ok(counted)
     })
 }

@@ -232,7 +232,7 @@ pub(super) fn parsed<M: NetlinkDeserializable>(
 /// Messages begin at multiples of this (`NLMSG_ALIGNTO`).
 const ALIGNMENT: usize = 4;
 
-/// Nought is what the kernel's own news have.
+/// Zero is the number of the kernel's own notifications.
 fn sequence(at: usize) -> u32 {
     u32::try_from(at + 1).expect("nobody makes that many requests at once")
 }

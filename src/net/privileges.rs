@@ -17,7 +17,7 @@ pub fn missing_privileges() -> Vec<String> {
     let netlink = NetlinkSocket::open(Family::Route).map(drop);
     let inet = UdpSocket::bind("127.0.0.1:0").map(drop);
     let tun = File::options().read(true).write(true).open(TUN_FILE).map(drop);
-    let mut missing = judge(&[
+    let mut missing = describe_failed(&[
         ("sockets of AF_NETLINK", netlink),
         ("sockets of AF_INET", inet.or_else(unless_unavailable)),
         (TUN_FILE, tun),
@@ -33,7 +33,7 @@ fn unless_unavailable(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::AddrNotAvailable { Ok(()) } else { Err(error) }
 }
 
-fn judge(tried: &[(&str, io::Result<()>)]) -> Vec<String> {
+fn describe_failed(tried: &[(&str, io::Result<()>)]) -> Vec<String> {
     let failed = tried.iter().filter_map(|(what, result)| Some((what, result.as_ref().err()?)));
     failed.map(|(what, error)| format!("{what} ({error})")).collect()
 }
@@ -45,7 +45,7 @@ mod tests {
     #[test]
     fn each_thing_that_is_forbidden_is_named_with_its_reason() {
         let denied = || Err(io::ErrorKind::PermissionDenied.into());
-        assert_eq!(judge(&[("a", Ok(())), ("b", denied())]), ["b (permission denied)"]);
+        assert_eq!(describe_failed(&[("a", Ok(())), ("b", denied())]), ["b (permission denied)"]);
         assert_eq!(missing_privileges(), [""; 0], "tests of networks need all of them");
     }
 }

@@ -111,19 +111,19 @@ fn firewall_parts() -> Finding {
 /// Tries each part in the namespace of this thread, and returns the modules of those that
 /// are missing.
 fn missing_parts() -> Result<Vec<&'static str>, Error> {
-    let wall = nftables::here()?;
-    nftables::apply(&wall, &just(Family::Inet, "bare", None), Mode::First)?;
+    let nftables_socket = nftables::here()?;
+    nftables::apply(&nftables_socket, &just(Family::Inet, "bare", None), Mode::First)?;
     let mut missing = Vec::new();
     for (module, part) in parts() {
         let kind = if ["nft_nat", "nft_masq"].contains(&module) { Kind::Nat } else { Kind::Filter };
         let at = if kind == Kind::Nat { At::Postrouting } else { At::Prerouting };
         let hook = Hook { kind, at, priority: 100, otherwise: Fate::Accept };
         let try_out = just(Family::Inet, module, Some(Chain::base("try", hook, [part])));
-        if nftables::apply(&wall, &try_out, Mode::First).is_err() {
+        if nftables::apply(&nftables_socket, &try_out, Mode::First).is_err() {
             missing.push(module);
         }
     }
-    // The door is at a device.
+    // The source check is at a device.
     let hook = Hook {
         kind: Kind::Filter,
         at: At::Ingress(firewall::TAP),
@@ -132,8 +132,8 @@ fn missing_parts() -> Result<Vec<&'static str>, Error> {
     };
     let made = tun::make(firewall::TAP, tun::Device::Tap, 0);
     if made.is_ok() {
-        let door = just(Family::Netdev, "door", Some(Chain::base("try", hook, [])));
-        if nftables::apply(&wall, &door, Mode::First).is_err() {
+        let ingress = just(Family::Netdev, "ingress", Some(Chain::base("try", hook, [])));
+        if nftables::apply(&nftables_socket, &ingress, Mode::First).is_err() {
             missing.push("nf_tables_netdev");
         }
     }
@@ -230,7 +230,9 @@ fn overlap(one: Ipv4Net, other: Ipv4Net) -> bool {
 }
 
 fn other_firewalls(plan: &AddressPlan) -> Finding {
-    let chains = match nftables::here().and_then(|wall| foreign::refusing(&wall, plan)) {
+    let chains = match nftables::here()
+        .and_then(|nftables_socket| foreign::refusing(&nftables_socket, plan))
+    {
         Ok(chains) => chains,
         Err(error) => {
             return lacking(
@@ -424,7 +426,7 @@ mod tests {
         assert_eq!(netns::in_a_new_one(|_| missing_parts()).unwrap().unwrap(), [""; 0]);
         // What the kernel refuses is what is missing.
         let refused = netns::in_a_new_one(|_| {
-            let wall = nftables::here()?;
+            let nftables_socket = nftables::here()?;
             let hook = Hook {
                 kind: Kind::Filter,
                 at: At::Prerouting,
@@ -432,7 +434,7 @@ mod tests {
                 otherwise: Fate::Accept,
             };
             let chain = Chain::base("try", hook, [when::limited("no such limit")]);
-            nftables::apply(&wall, &just(Family::Inet, "x", Some(chain)), Mode::First)
+            nftables::apply(&nftables_socket, &just(Family::Inet, "x", Some(chain)), Mode::First)
         });
         refused.unwrap().unwrap_err();
     }

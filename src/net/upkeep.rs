@@ -1,7 +1,7 @@
 //! Comparing what was made on the host with what is there, and putting back what is missing.
 //!
 //! ```text
-//!   a tick, or the kernel's news ─▶ look: the host's part is put back ─▶ suspects
+//!   a tick, or a notification of the kernel ─▶ look: the host's part is put back ─▶ suspects
 //!   a suspect, with its lock ─▶ put_back: in place, under the guest that runs
 //!   a boot, a wake, a change of policy ─▶ the host's part, and the sandbox's own
 //! ```
@@ -14,11 +14,11 @@ use std::{collections::BTreeMap, net::Ipv4Addr, sync::atomic::Ordering, time::Du
 use super::{
     Error, Known, Looked, Network as _, Wanted, host,
     link::{self, Link},
+    linux::LinuxNetwork,
     namespace::{self, Before, Design},
     netlink::Kernel,
     protected::InForce,
     range::Range,
-    real::RealNetwork,
     route::{self, Ensured},
 };
 use crate::{
@@ -36,7 +36,7 @@ const RENEW_AGAIN: Duration = Duration::from_secs(1);
 /// For how long after a change of the host's addresses that is done. Ticks do it after that.
 const RENEW_FOR: Duration = Duration::from_secs(60);
 
-impl RealNetwork {
+impl LinuxNetwork {
     /// Says what the namespace of a sandbox is to be now. Whoever does not succeed with it
     /// forgets what is in force.
     pub(super) fn design(&self, wanted: &Wanted) -> Result<Design, Error> {
@@ -72,27 +72,29 @@ impl RealNetwork {
     }
 }
 
-impl RealNetwork {
+impl LinuxNetwork {
     /// Puts back what is missing of the host's part. Returns what it was.
     pub(super) fn put_host_back(&self) -> Result<Vec<&'static str>, Error> {
         let range = self.range()?;
         let done = {
             let mut prepared = lock(&self.prepared);
             match prepared.as_mut() {
-                Some(guard) => host::put_back(&range, guard)?,
+                Some(in_force) => host::put_back(&range, in_force)?,
                 None => host::PutBack::default(),
             }
         };
         let mut what = done.what;
-        let (Some(doorbell), Some(listener)) = (self.doorbell(), self.listener.as_ref()) else {
+        let (Some(wake_on_packet), Some(on_trigger)) =
+            (self.wake_on_packet(), self.on_trigger.as_ref())
+        else {
             return Ok(what);
         };
-        if done.has_new_device || !doorbell.works() {
-            // What was held in it is lost, and sent again.
-            doorbell.give_up();
-            self.hang_up(listener)?;
-            what.push("what hears packets to sleepers");
-        } else if doorbell.route_again()? == Ensured::Added {
+        if done.has_new_device || !wake_on_packet.works() {
+            // What was queued in it is lost, and sent again.
+            wake_on_packet.abandon();
+            self.ensure_listener(on_trigger)?;
+            what.push("the listener for packets to sleepers");
+        } else if wake_on_packet.route_again()? == Ensured::Added {
             what.push("the route of sleepers");
         }
         Ok(what)
@@ -167,7 +169,7 @@ impl RealNetwork {
         let is_routed = || {
             let way = route::way_to(kernel, known.address.ip())?;
             let is_by_link = way.is_some_and(|way| way.is_ours && way.device == Some(link.index));
-            Ok::<_, Error>(is_by_link || self.is_held(known.address))
+            Ok::<_, Error>(is_by_link || self.is_queueing(known.address))
         };
         Ok(namespace::is_connected(kernel, range, link, known.address)?
             && is_routed()?
@@ -247,7 +249,7 @@ impl RealNetwork {
             namespace::connect(&links, &range, address)?;
             what.push("the link");
         }
-        if !self.is_held(address)
+        if !self.is_queueing(address)
             && namespace::route(&links, &range.plan, address)? == Ensured::Added
         {
             what.push("the route");

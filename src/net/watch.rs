@@ -1,4 +1,4 @@
-//! The kernel's news of changes of what is ours on the host.
+//! Notifications of the kernel about changes of what is ours on the host.
 //!
 //! They only say when to look: what is there is then compared with what is to be. A host's
 //! firewall and links change all the time, so what is not about a name, an address or a table
@@ -30,10 +30,10 @@ const FIREWALL_GROUPS: u32 = 1 << 6;
 /// How the names of all devices and links of ours begin.
 const NAMES: [&str; 2] = ["dz", "dozed"];
 
-/// The thread that hears of changes, until this is dropped.
+/// The thread that listens for changes, until this is dropped.
 #[derive(Debug)]
 pub(super) struct Watch {
-    news: Arc<Notifications>,
+    notifications: Arc<Notifications>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -44,21 +44,21 @@ impl Watch {
     /// Where the kernel does not tell, or there can be no thread.
     pub(super) fn start(plan: AddressPlan, changed: Arc<Changed>) -> Result<Self, Error> {
         let groups = [(Family::Route, ROUTE_GROUPS), (Family::Netfilter, FIREWALL_GROUPS)];
-        let news = Notifications::listen(&groups)
+        let notifications = Notifications::listen(&groups)
             .map_err(Error::host("listening for changes of the host's network"))?;
-        let news = Arc::new(news);
-        let hearing = Arc::clone(&news);
+        let notifications = Arc::new(notifications);
+        let listening = Arc::clone(&notifications);
         let thread = thread::Builder::new()
             .name("dozed-netwatch".to_owned())
-            .spawn(move || hear(&hearing, plan, changed.as_ref()))
-            .map_err(Error::host("starting the thread that hears of changes"))?;
-        Ok(Self { news, thread: Some(thread) })
+            .spawn(move || listen(&listening, plan, changed.as_ref()))
+            .map_err(Error::host("starting the thread that listens for changes"))?;
+        Ok(Self { notifications, thread: Some(thread) })
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        self.news.stop();
+        self.notifications.stop();
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != thread::current().id()
         {
@@ -68,10 +68,10 @@ impl Drop for Watch {
     }
 }
 
-fn hear(news: &Notifications, plan: AddressPlan, changed: &Changed) {
+fn listen(notifications: &Notifications, plan: AddressPlan, changed: &Changed) {
     let table = firewall::host_table(&plan);
     loop {
-        let is_ours = match news.wait() {
+        let is_ours = match notifications.wait() {
             Ok(Notification::Stop) => return,
             Ok(Notification::Lost) => true,
             Ok(Notification::Messages(Family::Netfilter, bytes)) => {

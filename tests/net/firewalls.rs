@@ -57,7 +57,7 @@ fn wake_by_packet(host: &Host, name: &str, slot: u32) -> Guest {
     host.network.listen(&id(name), wanted.address, Some(&ports)).unwrap();
     let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
     socket.send_to(b"wake", (wanted.address.ip(), 53)).unwrap();
-    assert_eq!(host.rung().0, wanted.address);
+    assert_eq!(host.triggered().0, wanted.address);
     host.network.ensure(&wanted).unwrap();
     let guest = Guest::new(host.network.open_tap(&id(name)).unwrap());
     host.network.deliver(&id(name), wanted.address).unwrap();

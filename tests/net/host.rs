@@ -13,7 +13,7 @@ use std::{
 };
 
 use dozed::{
-    net::{Network, Ready, RealNetwork, Ring, Wanted},
+    net::{LinuxNetwork, Network, Ready, Trigger, Wanted},
     sandbox::{
         SandboxId,
         network::{AddressPlan, Destinations, Ignored, NetworkPolicy, Reach, SandboxAddress},
@@ -60,15 +60,15 @@ pub(crate) const PRIVATE: [Ipv4Addr; 9] = [
 
 /// The host of a test. Its namespace is the one that the test's thread is in.
 pub(crate) struct Host {
-    pub(crate) network: RealNetwork,
+    pub(crate) network: LinuxNetwork,
     pub(crate) plan: AddressPlan,
     internet: Namespace,
     runtime: TempDir,
-    rings: Mutex<Receiver<(SandboxAddress, Ring)>>,
+    triggers: Mutex<Receiver<(SandboxAddress, Trigger)>>,
     told: Arc<Told>,
 }
 
-/// What keeps whoever tells of rings waiting.
+/// What keeps whoever tells of triggers waiting.
 #[derive(Default)]
 struct Told {
     begun: AtomicUsize,
@@ -104,19 +104,20 @@ impl Host {
         // The open file keeps the namespace.
         netns::unpin(&pin).unwrap();
         let plan = AddressPlan::default();
-        let (rang, rings) = mpsc::channel();
+        let (tell, triggers) = mpsc::channel();
         let told = Arc::<Told>::default();
         let telling = Arc::clone(&told);
-        let listener = move |address, ring| {
+        let on_trigger = move |address, trigger| {
             telling.begun.fetch_add(1, Ordering::SeqCst);
             drop(telling.gate.lock());
-            // Nobody hears of it when the test is over.
-            rang.send((address, ring)).ok();
+            // Nobody receives it when the test is over.
+            tell.send((address, trigger)).ok();
         };
-        let network =
-            RealNetwork::new(plan, runtime.path()).ignoring(ignored).ringing(Arc::new(listener));
-        let rings = Mutex::new(rings);
-        let host = Self { network, plan, internet, runtime, rings, told };
+        let network = LinuxNetwork::new(plan, runtime.path())
+            .ignoring(ignored)
+            .on_trigger(Arc::new(on_trigger));
+        let triggers = Mutex::new(triggers);
+        let host = Self { network, plan, internet, runtime, triggers, told };
         host.wire();
         host
     }
@@ -197,25 +198,27 @@ impl Host {
         sandbox
     }
 
-    /// Waits for a packet to a sleeper that rings.
-    pub(crate) fn rung(&self) -> (SandboxAddress, Ring) {
-        self.rings.lock().unwrap().recv_timeout(SOON).expect("nobody rings")
+    /// Waits for a packet that triggers a wake.
+    pub(crate) fn triggered(&self) -> (SandboxAddress, Trigger) {
+        self.triggers.lock().unwrap().recv_timeout(SOON).expect("no packet triggers a wake")
     }
 
-    /// Keeps the thread that hears for sleepers waiting, from the next ring on, which `ring`
-    /// causes, for as long as what this returns is held.
-    pub(crate) fn hold_up_rings(&self, ring: impl FnOnce()) -> MutexGuard<'_, ()> {
+    /// Blocks the thread that listens for sleepers, from the next trigger on, which `packet`
+    /// causes, until the returned guard is dropped.
+    pub(crate) fn block_at_trigger(&self, packet: impl FnOnce()) -> MutexGuard<'_, ()> {
         let gate = self.told.gate.lock().unwrap();
         let before = self.told.begun.load(Ordering::SeqCst);
-        ring();
-        eventually("the ring", || (self.told.begun.load(Ordering::SeqCst) > before).then_some(()));
+        packet();
+        eventually("the trigger", || {
+            (self.told.begun.load(Ordering::SeqCst) > before).then_some(())
+        });
         gate
     }
 
-    /// Returns who has rung and not been waited for, after a while in which nobody did.
-    pub(crate) fn rings(&self) -> Vec<(SandboxAddress, Ring)> {
-        let rings = self.rings.lock().unwrap();
-        std::iter::from_fn(|| rings.recv_timeout(SILENCE).ok()).collect()
+    /// Returns the triggers that were not waited for, once none comes for a while.
+    pub(crate) fn triggers(&self) -> Vec<(SandboxAddress, Trigger)> {
+        let triggers = self.triggers.lock().unwrap();
+        std::iter::from_fn(|| triggers.recv_timeout(SILENCE).ok()).collect()
     }
 
     pub(crate) fn runtime(&self) -> &Path {

@@ -73,7 +73,7 @@ fn batch(host: &Host) {
         let is_called = number % 5 == 0;
         if is_called {
             socket.send_to(b"?", (wanted.address.ip(), 53)).unwrap();
-            assert_eq!(host.rung().0, wanted.address);
+            assert_eq!(host.triggered().0, wanted.address);
         }
         if number == 0 {
             host.network.refuse(wanted.address);
@@ -85,7 +85,7 @@ fn batch(host: &Host) {
             guest.expect("what was held", |packet| packet.protocol == UDP);
         }
         drop(guest);
-        host.network.deafen(wanted.address);
+        host.network.stop_listening(wanted.address);
         host.network.remove(&wanted.id, wanted.address).unwrap();
     }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use dozed::{
-    net::{Error, Known, Network, RealNetwork, Wanted},
+    net::{Error, Known, LinuxNetwork, Network, Wanted},
     sandbox::network::{Destinations, Reach},
 };
 
@@ -213,7 +213,7 @@ fn what_is_not_ours_is_never_touched() {
         // Another daemon's sandboxes, and another's firewall.
         let plan = "10.214.0.0/16".parse().unwrap();
         let there = tempfile::tempdir().unwrap();
-        let other = RealNetwork::new(plan, there.path());
+        let other = LinuxNetwork::new(plan, there.path());
         let mut theirs = host.wanted("a", 0);
         theirs.address = plan.address(0).unwrap();
         let ready = other.ensure(&theirs).unwrap();
@@ -239,7 +239,7 @@ fn what_the_host_has_for_networks_goes_with_the_last_of_them_and_comes_back_with
         host.network.remove(&wanted.id, wanted.address).unwrap();
         host.network.retire().unwrap();
         // The daemon that ends need not be the one that made it.
-        let daemon = || RealNetwork::new(host.plan, host.runtime());
+        let daemon = || LinuxNetwork::new(host.plan, host.runtime());
         daemon().ensure(&wanted).unwrap();
         let next = daemon();
         next.remove(&wanted.id, wanted.address).unwrap();
@@ -302,7 +302,7 @@ fn add_link(host: &Host, name: &str, peer: &str, mark: &str) {
 fn what_another_daemon_made_for_the_same_range_is_left_alone() {
     on_a_host(|host| {
         let theirs = tempfile::tempdir().unwrap();
-        let other = RealNetwork::new(host.plan, theirs.path());
+        let other = LinuxNetwork::new(host.plan, theirs.path());
         let wanted = host.wanted("a", 0);
         let link = wanted.address.host_link();
         let ready = other.ensure(&wanted).unwrap();
@@ -326,7 +326,7 @@ fn what_another_daemon_made_for_the_same_range_is_left_alone() {
         host.network.dismantle().unwrap_err();
         assert!(nft("list tables").contains("dozed"));
         // Its successor finds all of it.
-        let next = RealNetwork::new(host.plan, theirs.path());
+        let next = LinuxNetwork::new(host.plan, theirs.path());
         assert_eq!(next.ensure(&wanted).unwrap(), ready);
         next.dismantle().unwrap();
     });

@@ -219,23 +219,23 @@ fn a_wake_and_a_change_of_policy_put_the_hosts_part_back_before_they_are_done() 
 }
 
 #[test]
-fn what_hears_for_sleepers_comes_back_with_its_device() {
+fn the_listener_for_sleepers_comes_back_with_its_device() {
     on_a_host(|host| {
         let sandbox = host.sandbox("a", 0);
         let asleep = host.plan.address(7).unwrap();
         let ports = WakePorts::new(&["udp/53"]).unwrap();
         let listen = || host.network.listen(&id("asleep"), asleep, Some(&ports)).unwrap();
         listen();
-        let rings = || {
+        let triggers = || {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
             socket.send_to(b"?", (asleep.ip(), 53)).unwrap();
-            let rung = host.rung().0;
+            let triggered = host.triggered().0;
             host.network.refuse(asleep);
-            host.network.deafen(asleep);
+            host.network.stop_listening(asleep);
             listen();
-            rung == asleep
+            triggered == asleep
         };
-        assert!(rings());
+        assert!(triggers());
         for how in ["down", "up-again", "gone", "routes"] {
             match how {
                 "down" => drop(ip(&format!("link set {DEVICE} down"))),
@@ -248,7 +248,7 @@ fn what_hears_for_sleepers_comes_back_with_its_device() {
             }
             let what = look_over(host, &sandbox);
             assert!(!what.is_empty(), "{how}");
-            assert!(rings(), "{how}: {what:?}");
+            assert!(triggers(), "{how}: {what:?}");
             assert_works(host, &sandbox);
             assert_eq!(look_over(host, &sandbox), [""; 0], "{how}");
         }

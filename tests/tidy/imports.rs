@@ -76,7 +76,7 @@ const LIBRARIES: [(&str, &[&str]); 21] = [
     ("netlink_packet_netfilter", &["src/net/"]),
     ("netlink_packet_route", &["src/net/"]),
     ("ipnet", &["src/sandbox/network/", "src/net/"]),
-    ("etherparse", &["src/net/doorbell/packet.rs"]),
+    ("etherparse", &["src/net/wake_on_packet/packet.rs"]),
 ];
 
 /// Returns the sources of the crate with what is in them besides tests.

@@ -1,7 +1,7 @@
 //! Networks for machines, on a host of the test's own.
 
 use dozed::{
-    net::{Network, Ready, RealNetwork, Wanted},
+    net::{LinuxNetwork, Network, Ready, Wanted},
     sandbox::network::{AddressPlan, Destinations, NetworkPolicy, Reach, SandboxAddress},
     sys::netns::{self, Namespace},
     vmm::PlannedNic,
@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 /// The networks of a host. Its own namespace is the one that the test's thread is in.
 pub(crate) struct Networks {
-    network: RealNetwork,
+    network: LinuxNetwork,
     plan: AddressPlan,
     _runtime: TempDir,
 }
@@ -20,7 +20,7 @@ pub(crate) fn on_a_host(test: impl FnOnce(&Networks) + Send + 'static) {
     netns::in_a_new_one(|_| {
         let runtime = tempfile::tempdir().unwrap();
         let plan = AddressPlan::default();
-        let network = RealNetwork::new(plan, runtime.path());
+        let network = LinuxNetwork::new(plan, runtime.path());
         test(&Networks { network, plan, _runtime: runtime });
     })
     .unwrap();

@@ -4,12 +4,12 @@ use std::{net::Ipv4Addr, sync::mpsc};
 
 use super::*;
 use crate::lifecycle::{
-    packet::answer,
+    packet::wake_for_packet,
     upkeep::{look_over_networks, renew_networks},
 };
 use crate::{
     lifecycle::{View, chain, testing::LINGER},
-    net::{Network, Ring, Wanted, fake::Fault as NetFault},
+    net::{Network, Trigger, Wanted, fake::Fault as NetFault},
     sandbox::{
         Cause, NetMode,
         network::{Destinations, Reach, SandboxAddress, Transport, WakeOn, WakePorts},
@@ -312,18 +312,18 @@ fn what_is_wrong_with_a_network_is_told_once_and_until_it_is_mended() {
 }
 
 /// A host on which `a` sleeps and is waked by packets, and whoever tells of them.
-fn ringing() -> (Host, mpsc::Sender<(SandboxAddress, Ring)>) {
+fn with_triggers() -> (Host, mpsc::Sender<(SandboxAddress, Trigger)>) {
     let host = connected();
     reconfigure(&host, |spec| spec.wake_on = WakeOn::Packet).unwrap();
-    let (ring, rings) = mpsc::channel();
-    host.daemon.attend_packets(rings).unwrap();
+    let (trigger, triggers) = mpsc::channel();
+    host.daemon.wake_on_packets(triggers).unwrap();
     host.wake("a").unwrap();
     host.sleep("a").unwrap();
-    (host, ring)
+    (host, trigger)
 }
 
-fn packet() -> Ring {
-    Ring { from: Ipv4Addr::LOCALHOST, transport: Transport::Tcp, port: 22 }
+fn packet() -> Trigger {
+    Trigger { from: Ipv4Addr::LOCALHOST, transport: Transport::Tcp, port: 22 }
 }
 
 fn address(host: &Host) -> SandboxAddress {
@@ -336,19 +336,19 @@ fn is_heard(host: &Host) -> bool {
 
 #[test]
 fn a_packet_wakes_a_sleeper_that_is_to_be_woken_by_it() {
-    let (host, ring) = ringing();
+    let (host, trigger) = with_triggers();
     assert!(is_heard(&host));
-    ring.send((address(&host), packet())).unwrap();
+    trigger.send((address(&host), packet())).unwrap();
     wait_for("the wake", || host.state("a") == State::Running && !is_heard(&host));
     assert_eq!(host.network.refused(), []);
     // It is awake, so a late one is none of anybody's business.
-    answer(&host.daemon, address(&host), packet());
+    wake_for_packet(&host.daemon, address(&host), packet());
     assert_eq!((host.state("a"), host.entry("a").record().wakes), (State::Running, 1));
     host.sleep("a").unwrap();
     assert!(is_heard(&host));
     reconfigure(&host, |spec| spec.wake_on = WakeOn::None).unwrap();
     assert!(!is_heard(&host), "at once");
-    answer(&host.daemon, address(&host), packet());
+    wake_for_packet(&host.daemon, address(&host), packet());
     assert_eq!(host.network.refused(), [address(&host)]);
     assert_eq!(host.state("a"), State::Snapshotted);
     reconfigure(&host, |spec| spec.wake_on = WakeOn::Packet).unwrap();
@@ -357,28 +357,28 @@ fn a_packet_wakes_a_sleeper_that_is_to_be_woken_by_it() {
 
 #[test]
 fn a_wake_that_fails_is_told_to_who_sent_the_packet_and_the_next_one_is_heard() {
-    let (host, _ring) = ringing();
+    let (host, _trigger) = with_triggers();
     for call in [Call::Restore, Call::Resume] {
         let told = host.network.refused().len();
         host.vmm.fail_next(call, Fault::Refuse);
-        answer(&host.daemon, address(&host), packet());
+        wake_for_packet(&host.daemon, address(&host), packet());
         assert!(host.network.refused().len() > told);
         assert_eq!((host.state("a"), is_heard(&host)), (State::Snapshotted, true), "{call:?}");
     }
-    answer(&host.daemon, address(&host), packet());
+    wake_for_packet(&host.daemon, address(&host), packet());
     assert_eq!(host.state("a"), State::Running);
     host.check("a");
 }
 
 #[test]
 fn packets_are_heard_of_after_a_restart_and_not_after_the_end_of_a_sandbox() {
-    let (mut host, _ring) = ringing();
-    let heard = address(&host);
-    host.network.deafen(heard);
+    let (mut host, _trigger) = with_triggers();
+    let listened = address(&host);
+    host.network.stop_listening(listened);
     host.restart();
     assert!(is_heard(&host));
     host.destroy("a").unwrap();
-    assert_eq!(host.network.wakes(heard), None);
+    assert_eq!(host.network.wakes(listened), None);
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! What a sandbox's network lets through, as a function of its policy. Pure.
 //!
-//! A packet of the guest passes, in this order: the door at its tap, where a frame that is
-//! not exactly the guest's is dropped; then the connection's state, which only tells whether
-//! the packet belongs to something that the host opened; then its destination, each time,
-//! also on a connection that was fine a moment ago. So a change of policy holds for every
-//! packet after it, and no connection need be cut for that. An answer comes in only
+//! A packet of the guest passes, in this order: the source check at its tap, where a frame
+//! that is not exactly the guest's is dropped; then the connection's state, which only tells
+//! whether the packet belongs to something that the host opened; then its destination, each
+//! time, also on a connection that was fine a moment ago. So a change of policy holds for
+//! every packet after it, and no connection need be cut for that. An answer comes in only
 //! where the guest may still send what it answers.
 //!
 //! Being on the list of public addresses lets a packet through; being on no list refuses
@@ -164,7 +164,7 @@ pub(super) fn of_sandbox(
             ])
             .collect(),
     };
-    Ruleset { tables: vec![door(), inside] }
+    Ruleset { tables: vec![source_check(), inside] }
 }
 
 /// The addresses that a policy comes down to.
@@ -201,7 +201,7 @@ impl Lists {
 /// Lets in what is exactly the guest's, and nothing else. There is no IPv6, and no tag of
 /// a VLAN, as neither has this type. What every guest with IPv6 sends, and a VMM after a
 /// wake to tell switches where the guest is, is not held against the guest.
-fn door() -> Table {
+fn source_check() -> Table {
     let field = |offset, length| Field { offset, length };
     let asks_for_its_gateway = rule([
         ether_type(TYPE_ARP),
@@ -255,7 +255,7 @@ fn refuse(counter: Option<&'static str>) -> Chain {
     Chain::inner(REFUSE, [rule([tcp(), counted.clone(), reset()]), rule([counted, prohibit()])])
 }
 
-/// Where every packet of a connection that the guest opened is judged, by destination.
+/// Where every packet of a connection that the guest opened is checked, by destination.
 fn by_destination(has_nameservers: bool) -> Chain {
     let transports = [Transport::Udp, Transport::Tcp];
     let mut rules: Vec<Rule> = Vec::new();
@@ -414,11 +414,11 @@ pub(super) fn host_table(plan: &AddressPlan) -> String {
 }
 
 /// What is in force on the host for all sandboxes of `plan`, whose sleepers' packets come to
-/// and from the device `doorbell`; it is the same however many there are. A second guard,
+/// and from the device `tun`; it is the same however many there are. A second check,
 /// should the first have a hole: nothing opens a connection to the host, no sandbox reaches
 /// another, and nothing but the host reaches a sandbox. It names what passes, so that packets
 /// of which the kernel keeps no connection (`notrack`) do not.
-pub(super) fn of_host(plan: &AddressPlan, doorbell: &str) -> Ruleset {
+pub(super) fn of_host(plan: &AddressPlan, tun: &str) -> Ruleset {
     let group = plan.link_group();
     let hook = |kind, at, priority| Hook { kind, at, priority, otherwise: Fate::Accept };
     let sandboxes = || from_group(group);
@@ -439,7 +439,7 @@ pub(super) fn of_host(plan: &AddressPlan, doorbell: &str) -> Ruleset {
             hook(Kind::Filter, At::Forward, FILTER),
             [
                 // What was held for a sandbox while it woke; only the daemon writes there.
-                rule([from_device(doorbell), to_group(group), accept()]),
+                rule([from_device(tun), to_group(group), accept()]),
                 rule([sandboxes(), to_group(group), goto(REFUSE)]),
                 rule([sandboxes(), not_ipv4(), drop_it()]),
                 rule([sandboxes(), not_from_network(plan.range()), drop_it()]),

@@ -73,7 +73,7 @@ fn every_chain_that_is_gone_to_is_there() {
     let full = policy(Reach::Internet, "9.9.9.9\n1.1.1.1", "8.8.8.8", "10.0.0.0/8");
     let ignored = Ignored::new(&["192.0.2.1", "tcp/9100"]).unwrap();
     let of_sandbox = of_sandbox(&plan, plan.address(0).unwrap(), &[], &full, &ignored);
-    for table in of_sandbox.tables.iter().chain(&of_host(&plan, "doorbell").tables) {
+    for table in of_sandbox.tables.iter().chain(&of_host(&plan, "tun").tables) {
         for step in table.chains.iter().flat_map(|chain| chain.rules.iter().flatten()) {
             let there = if let Step::Goto(name) = step {
                 table.chains.iter().any(|chain| chain.name == *name)

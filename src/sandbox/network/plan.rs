@@ -123,7 +123,7 @@ impl AddressPlan {
         (u32::MAX >> self.range.prefix_len()) - (RESERVED - 1)
     }
 
-    /// Returns the address of the sandbox that is number `slot`, counted from nought;
+    /// Returns the address of the sandbox that is number `slot`, counted from zero;
     /// `None` past the end of the range.
     #[must_use]
     pub fn address(&self, slot: u32) -> Option<SandboxAddress> {

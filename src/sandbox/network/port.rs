@@ -16,7 +16,7 @@ pub enum Transport {
 pub struct Ports {
     /// Whose ports they are.
     pub transport: Transport,
-    /// The lowest and the highest, both included. No port is nought.
+    /// The lowest and the highest, both included. No port is zero.
     pub range: RangeInclusive<u16>,
 }
 

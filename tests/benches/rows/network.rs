@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use dozed::{
-    net::{Network, RealNetwork, Wanted},
+    net::{LinuxNetwork, Network, Wanted},
     sandbox::network::{AddressPlan, Destinations, Nameservers, NetworkPolicy, Reach},
     sys::{clock::Stopwatch, command, netns},
 };
@@ -61,13 +61,13 @@ fn measure(dir: &std::path::Path, many: u32, rounds: u32) -> Result<(Taken, Take
     let ip = command::find("ip").ok_or("there is no ip; scripts/install-deps --tests has it")?;
     command::output(&ip, &["link", "set", "lo", "up"], PROGRAM_LIMIT)?;
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
-    let network = RealNetwork::new(AddressPlan::default(), dir);
+    let network = LinuxNetwork::new(AddressPlan::default(), dir);
     let done = at_both(&network, many, rounds);
     network.dismantle()?;
     done
 }
 
-fn at_both(network: &RealNetwork, many: u32, rounds: u32) -> Result<(Taken, Taken)> {
+fn at_both(network: &LinuxNetwork, many: u32, rounds: u32) -> Result<(Taken, Taken)> {
     let mut slots = 0_u32..;
     let mut next = move || wanted(slots.next().unwrap_or(u32::MAX));
     let mut taken = Vec::new();
@@ -85,7 +85,7 @@ fn at_both(network: &RealNetwork, many: u32, rounds: u32) -> Result<(Taken, Take
 }
 
 fn one_more(
-    network: &RealNetwork,
+    network: &LinuxNetwork,
     next: &mut impl FnMut() -> Result<Wanted>,
     rounds: u32,
 ) -> Result<Taken> {

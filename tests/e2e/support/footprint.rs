@@ -15,10 +15,10 @@ pub(super) struct Footprint {
 /// while, and those of the mount, which may start a moment after it serves.
 const PASSED_OVER: [&str; 4] = ["dozed-op", "fuser-0", "fuser-1", "fuser-bg"];
 
-/// The thread that hears packets for all sleepers, from the first of them on to the end.
-const DOORBELL: &str = "dozed-doorbell";
+/// The thread that listens for packets to all sleepers, from the first of them on to the end.
+const LISTENER: &str = "dozed-packets";
 /// What it has open: a device, a way to end it, and the kernel's links.
-const OF_DOORBELL: [&str; 3] = ["/dev/net/tun", "anon_inode", "socket"];
+const OF_LISTENER: [&str; 3] = ["/dev/net/tun", "anon_inode", "socket"];
 
 impl Footprint {
     /// Looks at the daemon `pid`, which has just started, until all its threads have
@@ -30,7 +30,7 @@ impl Footprint {
         })
     }
 
-    /// Waits until the daemon `pid` holds no more than in `before`, and a doorbell.
+    /// Waits until the daemon `pid` holds no more than in `before`, and the listener for packets.
     #[track_caller]
     pub(super) fn wait_for(pid: u32, before: &Self) {
         let mut grown = String::new();
@@ -63,12 +63,12 @@ impl Footprint {
 
     /// Returns what there is more of than in `before`, in words; empty if nothing is.
     fn growth(&self, before: &Self) -> String {
-        let has_doorbell = self.threads.contains_key(DOORBELL);
+        let has_listener = self.threads.contains_key(LISTENER);
         let grown = |now: &BTreeMap<String, usize>, then: &BTreeMap<String, usize>| {
             let more = |(kind, count): (&String, &usize)| {
-                let is_its = kind == DOORBELL || OF_DOORBELL.contains(&kind.as_str());
+                let is_its = kind == LISTENER || OF_LISTENER.contains(&kind.as_str());
                 let then = then.get(kind).copied().unwrap_or(0);
-                let then = then + usize::from(has_doorbell && is_its);
+                let then = then + usize::from(has_listener && is_its);
                 (*count > then).then(|| format!("{} more of {kind}; ", count - then))
             };
             now.iter().filter_map(more).collect::<String>()

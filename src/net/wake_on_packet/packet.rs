@@ -1,4 +1,4 @@
-//! What a packet is to the doorbell, and how its sender is told no. Pure.
+//! Parses packets to sleepers, and makes the packets that refuse them. Pure.
 
 use std::net::Ipv4Addr;
 
@@ -15,7 +15,7 @@ const TIME_TO_LIVE: u8 = 64;
 /// How much of a packet an error about it quotes: no error is longer than 576 bytes
 /// (RFC 1812, 4.3.2.3), of which 28 are the error's own headers.
 const QUOTE_MAX_BYTES: usize = 576 - 28;
-/// ICMP for "do you hear me?".
+/// The ICMP type of a ping.
 const ECHO_REQUEST: u8 = 8;
 
 /// What is known of a packet.
@@ -33,7 +33,7 @@ pub(super) enum What {
     Opening(Transport, u16),
     /// It is a TCP segment to a port, of a connection that was open. It may carry data.
     Segment(u16, Carries),
-    /// It asks whether anybody is there.
+    /// It is an ICMP echo request.
     Ping,
     /// Anything else.
     Other,
@@ -46,7 +46,7 @@ pub(super) enum Carries {
     Nothing,
 }
 
-/// How the sender of a packet is told that nobody will have it.
+/// How a packet is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refusal {
     /// That nobody is at the address.
@@ -91,8 +91,7 @@ impl Seen {
     }
 }
 
-/// Returns the packet that tells the sender of `bytes` no. `None`: such a packet is never
-/// answered.
+/// Returns the packet that refuses `bytes`. `None`: such a packet is never answered.
 pub(super) fn answer(bytes: &[u8], refusal: Refusal) -> Option<Vec<u8>> {
     match (Seen::of(bytes)?.what, refusal) {
         (What::Other, _) => None,
@@ -147,20 +146,20 @@ pub(super) mod tests {
 
     use super::*;
 
-    pub(in crate::net::doorbell) const HOST: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 1);
-    pub(in crate::net::doorbell) const GUEST: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 2);
+    pub(in crate::net::wake_on_packet) const HOST: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 1);
+    pub(in crate::net::wake_on_packet) const GUEST: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 2);
 
     fn ip(from: Ipv4Addr, to: Ipv4Addr) -> PacketBuilderStep<etherparse::IpHeaders> {
         PacketBuilder::ipv4(from.octets(), to.octets(), 64)
     }
 
-    pub(in crate::net::doorbell) fn syn(from: Ipv4Addr, to: Ipv4Addr, port: u16) -> Vec<u8> {
+    pub(in crate::net::wake_on_packet) fn syn(from: Ipv4Addr, to: Ipv4Addr, port: u16) -> Vec<u8> {
         let mut bytes = Vec::new();
         ip(from, to).tcp(40_000, port, 7, 64_000).syn().write(&mut bytes, &[]).unwrap();
         bytes
     }
 
-    pub(in crate::net::doorbell) fn udp(
+    pub(in crate::net::wake_on_packet) fn udp(
         from: Ipv4Addr,
         to: Ipv4Addr,
         port: u16,
@@ -171,14 +170,14 @@ pub(super) mod tests {
         bytes
     }
 
-    pub(in crate::net::doorbell) fn ping(from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
+    pub(in crate::net::wake_on_packet) fn ping(from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
         let mut bytes = Vec::new();
         ip(from, to).icmpv4_echo_request(1, 1).write(&mut bytes, b"?").unwrap();
         bytes
     }
 
     /// A segment of a connection that is open.
-    pub(in crate::net::doorbell) fn data(
+    pub(in crate::net::wake_on_packet) fn data(
         from: Ipv4Addr,
         to: Ipv4Addr,
         port: u16,

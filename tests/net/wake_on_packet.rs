@@ -9,7 +9,7 @@ use std::{
 };
 
 use dozed::{
-    net::{Error, Network, RealNetwork, Ring, Wanted},
+    net::{Error, LinuxNetwork, Network, Trigger, Wanted},
     sandbox::network::{GUEST_ADDRESS, Reach, Transport, WakePorts},
     sys::clock::Stopwatch,
 };
@@ -95,18 +95,18 @@ fn syns_again() -> u64 {
 
 /// Calls a sleeper and wakes it, until the call was not sent again before it was delivered:
 /// it is sent again after a second, which a busy machine may need for a wake.
-fn first_syn_comes(host: &Host, wanted: &Wanted, rung: impl Fn(&Ring)) -> Guest {
+fn first_syn_comes(host: &Host, wanted: &Wanted, triggered: impl Fn(&Trigger)) -> Guest {
     for _ in 0..20 {
         let before = syns_again();
         let caller = call(wanted, 22);
-        let (address, ring) = host.rung();
+        let (address, trigger) = host.triggered();
         assert_eq!(address, wanted.address);
-        rung(&ring);
+        triggered(&trigger);
         let guest = wake(host, wanted);
         answer(&guest, 22);
         let is_first = syns_again() == before;
         assert_eq!(caller.join().unwrap().unwrap(), b"welcome");
-        assert!(host.rings().is_empty());
+        assert!(host.triggers().is_empty());
         if is_first {
             return guest;
         }
@@ -117,30 +117,30 @@ fn first_syn_comes(host: &Host, wanted: &Wanted, rung: impl Fn(&Ring)) -> Guest 
 }
 
 #[test]
-fn a_connection_to_a_sleeper_rings_and_is_made_when_it_has_woken() {
+fn a_connection_to_a_sleeper_triggers_and_is_made_when_it_has_woken() {
     on_a_host(|host| {
         let wanted = sleeper(host, "a", 0);
-        let guest = first_syn_comes(host, &wanted, |ring| {
-            assert_eq!((ring.transport, ring.port), (Transport::Tcp, 22));
-            assert_eq!(ring.from, host.plan.host_address());
+        let guest = first_syn_comes(host, &wanted, |trigger| {
+            assert_eq!((trigger.transport, trigger.port), (Transport::Tcp, 22));
+            assert_eq!(trigger.from, host.plan.host_address());
         });
-        // It is awake, and has nothing to do with the doorbell any more.
+        // It is awake, and has nothing to do with the wake_on_packet any more.
         let caller = call(&wanted, 23);
         answer(&guest, 23);
         caller.join().unwrap().unwrap();
-        assert!(host.rings().is_empty());
+        assert!(host.triggers().is_empty());
     });
 }
 
 #[test]
-fn a_burst_of_datagrams_rings_once_and_arrives_in_order() {
+fn a_burst_of_datagrams_triggers_once_and_arrives_in_order() {
     on_a_host(|host| {
         let wanted = sleeper(host, "a", 0);
         let socket = asks(&wanted);
         for number in 0..40 {
             socket.send(format!("{number}").as_bytes()).unwrap();
         }
-        host.rung();
+        host.triggered();
         host.network.ensure(&wanted).unwrap();
         let guest = Guest::new(host.network.open_tap(&wanted.id).unwrap());
         // What is sent while it wakes comes after the rest, and before what is sent later.
@@ -152,7 +152,7 @@ fn a_burst_of_datagrams_rings_once_and_arrives_in_order() {
         for number in 0..=50 {
             assert_eq!(next_text(&guest), number.to_string());
         }
-        assert!(host.rings().is_empty());
+        assert!(host.triggers().is_empty());
         // The guest's answer gets to who asked.
         let from = socket.local_addr().unwrap();
         let to = (host.plan.host_address(), from.port());
@@ -174,9 +174,9 @@ fn many_who_call_many_sleepers_at_once_all_get_through() {
             sleepers.iter().flat_map(|wanted| PORTS.map(|port| call(wanted, port))).collect();
         let mut awake = Vec::new();
         for _ in 0..SLEEPERS {
-            let (address, _) = host.rung();
+            let (address, _) = host.triggered();
             let wanted = sleepers.iter().find(|wanted| wanted.address == address).unwrap();
-            assert!(!awake.contains(&address), "{address} rang twice");
+            assert!(!awake.contains(&address), "{address} tell twice");
             awake.push(address);
             let guest = wake(host, wanted);
             let answers = move || guest_of_three(&guest, PORTS);
@@ -185,7 +185,7 @@ fn many_who_call_many_sleepers_at_once_all_get_through() {
         for caller in callers {
             assert_eq!(caller.join().unwrap().unwrap(), b"welcome");
         }
-        assert!(host.rings().is_empty());
+        assert!(host.triggers().is_empty());
     });
 }
 
@@ -212,7 +212,7 @@ fn a_wake_that_fails_is_told_to_those_who_wait_and_for_a_while_to_all() {
     on_a_host(|host| {
         let wanted = sleeper(host, "a", 0);
         let caller = call(&wanted, 22);
-        host.rung();
+        host.triggered();
         let socket = asks(&wanted);
         // It is held with the other one, unless it comes after the refusal, which it does
         // not wait for either.
@@ -222,10 +222,10 @@ fn a_wake_that_fails_is_told_to_those_who_wait_and_for_a_while_to_all() {
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
         let error = socket.recv(&mut [0; 8]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::HostUnreachable);
-        // Packets ring again when the pause is over.
-        let caller = eventually("another ring", || {
+        // Packets trigger again when the pause is over.
+        let caller = eventually("another trigger", || {
             let caller = call(&wanted, 22);
-            if host.rings().is_empty() {
+            if host.triggers().is_empty() {
                 caller.join().unwrap().unwrap_err();
                 return None;
             }
@@ -250,18 +250,18 @@ fn what_does_not_wake_is_told_so_at_once() {
         socket.send(b"?").unwrap();
         let error = socket.recv(&mut [0; 8]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::HostUnreachable);
-        // One that is not heard for, or not any more, is as if it were not there.
+        // An address that is not listened for, or not any more, is unreachable.
         let other = host.wanted("b", 1);
         let error = call(&other, 22).join().unwrap().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::HostUnreachable);
-        host.network.deafen(wanted.address);
+        host.network.stop_listening(wanted.address);
         assert_eq!(refused(22), ErrorKind::HostUnreachable);
-        assert!(host.rings().is_empty());
+        assert!(host.triggers().is_empty());
     });
 }
 
 #[test]
-fn nobody_rings_who_could_not_speak_to_a_sandbox_that_is_awake() {
+fn no_sender_triggers_that_could_not_reach_a_running_sandbox() {
     on_a_host(|host| {
         let wanted = sleeper(host, "a", 0);
         let to = SocketAddr::from((wanted.address.ip(), 53));
@@ -272,14 +272,14 @@ fn nobody_rings_who_could_not_speak_to_a_sandbox_that_is_awake() {
         host.internet(move || ip(&format!("route add {range} via {HOST}")));
         let outside = host.udp_server(SERVER, 4000);
         outside.send_to(b"outside", to).unwrap();
-        assert!(host.rings().is_empty());
+        assert!(host.triggers().is_empty());
         // Nor does another sandbox.
         let sibling = host.sandbox("b", 1);
         sibling.guest.udp(5000, (wanted.address.ip(), 53), b"sibling");
-        assert!(host.rings().is_empty());
+        assert!(host.triggers().is_empty());
         // And the host itself does.
         asks(&wanted).send(b"host").unwrap();
-        host.rung();
+        host.triggered();
         let guest = wake(host, &wanted);
         assert_eq!(next_text(&guest), "host");
         assert_eq!(guest.packet(SILENCE, |packet| packet.protocol == UDP), None);
@@ -317,9 +317,9 @@ fn data_on_an_open_connection_wakes_its_sandbox_and_is_delivered() {
                 host.network.remove(&wanted.id, wanted.address).unwrap();
             }
             stream.write_all(b"are you there?").unwrap();
-            let (address, ring) = host.rung();
+            let (address, trigger) = host.triggered();
             assert_eq!(
-                (address, ring.transport, ring.port),
+                (address, trigger.transport, trigger.port),
                 (wanted.address, Transport::Tcp, 8080)
             );
             let guest = wake(host, &wanted);
@@ -329,7 +329,7 @@ fn data_on_an_open_connection_wakes_its_sandbox_and_is_delivered() {
             let mut text = [0; 3];
             stream.read_exact(&mut text).unwrap();
             assert_eq!(&text, b"yes");
-            assert!(host.rings().is_empty());
+            assert!(host.triggers().is_empty());
         });
     }
 }
@@ -354,7 +354,7 @@ fn data_that_wakes_nobody_is_reset_at_once_and_a_call_is_told_that_nobody_is_the
             };
             assert_eq!(kind, told);
         }
-        assert!(host.rings().is_empty());
+        assert!(host.triggers().is_empty());
     });
 }
 
@@ -384,7 +384,7 @@ fn a_server_that_speaks_to_a_sleeper_is_held_off_while_its_network_lingers_and_t
             let error = streams[1].read(&mut [0; 8]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ConnectionReset);
         }
-        assert!(host.rings().is_empty());
+        assert!(host.triggers().is_empty());
     });
 }
 
@@ -398,14 +398,14 @@ fn what_a_server_said_before_a_wake_and_is_looked_at_after_it_resets_no_connecti
         drop(guest);
         host.network.listen(&wanted.id, wanted.address, None).unwrap();
         let other = sleeper(host, "b", 1);
-        let held_up = host.hold_up_rings(|| {
+        let held_up = host.block_at_trigger(|| {
             asks(&other).send(b"are you there?").unwrap();
         });
         stream.write_all(b"said while it slept").unwrap();
         let guest = wake(host, &wanted);
         drop(held_up);
         guest.expect("what was said", |p| p.source == SERVER && p.text() == b"said while it slept");
-        assert_eq!(host.rung().0, other.address);
+        assert_eq!(host.triggered().0, other.address);
     });
 }
 
@@ -419,7 +419,7 @@ fn it_works_on_a_host_that_is_strict_and_does_not_forward() {
         let mut wanted = sleeper(host, "a", 0);
         wanted.policy.reach = Reach::Isolated;
         let caller = call(&wanted, 22);
-        host.rung();
+        host.triggered();
         let guest = wake(host, &wanted);
         answer(&guest, 22);
         assert_eq!(caller.join().unwrap().unwrap(), b"welcome");
@@ -447,11 +447,11 @@ fn a_scan_of_the_range_wakes_a_few_and_no_more() {
         }
         // However late they come, so many are told of.
         for _ in 0..32 {
-            host.rung();
+            host.triggered();
         }
-        let rings = 32 + host.rings().len();
+        let triggers = 32 + host.triggers().len();
         let seconds = usize::try_from(watch.elapsed().as_secs()).unwrap() + 1;
-        assert!(rings <= 64 + 16 * seconds, "{rings}");
+        assert!(triggers <= 64 + 16 * seconds, "{triggers}");
     });
 }
 
@@ -460,7 +460,7 @@ fn a_sandbox_that_cannot_be_passed_anything_refuses_it() {
     on_a_host(|host| {
         let wanted = sleeper(host, "a", 0);
         let caller = call(&wanted, 22);
-        host.rung();
+        host.triggered();
         // Nobody has made its network.
         host.network.deliver(&wanted.id, wanted.address).unwrap_err();
         let error = caller.join().unwrap().unwrap_err();
@@ -473,15 +473,15 @@ fn the_next_daemon_takes_over_what_a_killed_one_left() {
     on_a_host(|host| {
         let wanted = sleeper(host, "a", 0);
         // One daemon for each range.
-        let second = RealNetwork::new(host.plan, host.runtime())
-            .ringing(std::sync::Arc::new(|_, _| panic!("this one hears nothing")));
+        let second = LinuxNetwork::new(host.plan, host.runtime())
+            .on_trigger(std::sync::Arc::new(|_, _| panic!("this one receives nothing")));
         let error =
             second.listen(&wanted.id, wanted.address, Some(&WakePorts::default())).unwrap_err();
         assert!(matches!(error, Error::RangeInUse { .. }), "{error}");
         // A daemon that ends has nobody wait.
         host.network.dismantle().unwrap();
         // One that was killed leaves its route, and a device that nobody has open. The next one
-        // takes it away, whether it hears for somebody or not.
+        // takes it away, whether it listens or not.
         let device = "dozed0ad50000";
         ip(&format!("tuntap add {device} mode tun"));
         ip(&format!("link set {device} up"));
@@ -493,7 +493,7 @@ fn the_next_daemon_takes_over_what_a_killed_one_left() {
         listen(host, &wanted);
         host.network.reconcile(&[]).unwrap();
         asks(&wanted).send(b"hello").unwrap();
-        host.rung();
+        host.triggered();
         let guest = wake(host, &wanted);
         assert_eq!(next_text(&guest), "hello");
     });
@@ -510,12 +510,12 @@ fn a_device_that_somebody_removes_is_made_again_when_the_next_one_falls_asleep()
         };
         assert_eq!(nobody(), ErrorKind::HostUnreachable);
         let second = host.wanted("b", 1);
-        eventually("a doorbell that works", || {
+        eventually("a wake_on_packet that works", || {
             listen(host, &second);
             ip("-o link").contains("dozed0ad50000").then_some(())
         });
         asks(&first).send(b"hello").unwrap();
-        assert_eq!(host.rung().0, first.address);
+        assert_eq!(host.triggered().0, first.address);
         let guest = wake(host, &first);
         assert_eq!(next_text(&guest), "hello");
     });
@@ -524,7 +524,7 @@ fn a_device_that_somebody_removes_is_made_again_when_the_next_one_falls_asleep()
 #[test]
 fn without_anybody_who_is_told_nothing_is_waited_for() {
     on_a_host(|host| {
-        let silent = RealNetwork::new(host.plan, host.runtime());
+        let silent = LinuxNetwork::new(host.plan, host.runtime());
         let wanted = host.wanted("a", 0);
         silent.listen(&wanted.id, wanted.address, Some(&WakePorts::default())).unwrap();
         drop(host.sandbox("b", 1));

@@ -1,12 +1,12 @@
-//! Which packets ring, which are held, and which are refused. Pure: the time is given.
+//! Which packets trigger a wake, which are queued, and which are refused. Pure: the time is an
+//! argument.
 //!
-//! A packet rings if it opens something or carries data of a connection, is for a port that
-//! its sandbox is woken by, and comes from the host's own address, from which alone
-//! something may be opened to a sandbox that is awake. One ring is told for each wake; what
-//! else comes until the wake has ended is held with it. All that a sender can make us keep
-//! or do is bounded.
+//! A packet triggers a wake if it opens a connection or carries data of one, goes to a port
+//! that wakes its sandbox, and comes from the host's own address: only the host may connect to
+//! a running sandbox either. There is one trigger for each wake; later packets are queued
+//! until the wake has ended. Everything that a sender can make us keep or do is bounded.
 //!
-//! Data that wakes nobody is reset, so that its sender does not wait. So is every segment
+//! Data that wakes no sandbox is reset, so that its sender does not wait. So is every segment
 //! from elsewhere, unless the sandbox's network lingers: then its connection may live on.
 
 use std::{
@@ -15,23 +15,23 @@ use std::{
 };
 
 use super::{
-    Ring,
+    Trigger,
     packet::{Carries, Refusal, Seen, What},
 };
 use crate::sandbox::network::{AddressPlan, SandboxAddress, Transport, WakePorts};
 
-/// So many packets are held for one sandbox: as many clients as a service has at once
+/// So many packets are queued for one sandbox: as many clients as a service has at once
 /// that slept a moment ago. Others send theirs again.
-const HELD_MAX: usize = 64;
-/// So many are held in all, which at 1,500 bytes each are 6 MiB.
-const HELD_MAX_IN_ALL: usize = 4096;
-/// How long a packet is held. A resolver has given up by then, and whoever connects has
-/// sent its segment again after 1, 3 and 7 seconds, the last of which is held too.
-const HELD_FOR: Duration = Duration::from_secs(10);
+const QUEUED_MAX: usize = 64;
+/// So many are queued in all, which at 1,500 bytes each are 6 MiB.
+const QUEUED_MAX_IN_ALL: usize = 4096;
+/// How long a packet is queued. A resolver has given up by then, and whoever connects has
+/// sent its segment again after 1, 3 and 7 seconds, the last of which is queued too.
+const QUEUED_FOR: Duration = Duration::from_secs(10);
 /// So many sandboxes are woken a second, and so many at once after a pause. More than
 /// that is somebody who tries all addresses; a sender that is not one of them tries again.
-const RINGS_PER_SECOND: u32 = 16;
-const RINGS_BURST: u32 = 64;
+const TRIGGERS_PER_SECOND: u32 = 16;
+const TRIGGERS_BURST: u32 = 64;
 /// So many senders are told no in a second, and so many at once, as the firewall lets a
 /// guest open. The kernel's own limit is 1,000.
 const REFUSALS_PER_SECOND: u32 = 200;
@@ -41,31 +41,31 @@ const REFUSALS_BURST: u32 = 400;
 const BACK_OFF_FIRST: Duration = Duration::from_secs(1);
 const BACK_OFF_LIMIT: Duration = Duration::from_secs(60);
 /// A wake of which nobody has said for so long how it ended is forgotten, and the next
-/// packet rings again. No wake takes as long.
+/// packet triggers a wake again. No wake takes as long.
 const WAKE_FORGOTTEN_AFTER: Duration = Duration::from_secs(120);
 
 /// What becomes of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
-    /// It is held, and its sandbox is to be woken.
-    Ring(SandboxAddress, Ring),
-    /// It is held for a wake that was rung for.
-    Hold,
-    /// Its sender is told no.
+pub(super) enum Decision {
+    /// It is queued, and its sandbox is to be woken.
+    Trigger(SandboxAddress, Trigger),
+    /// It is queued for a wake that was triggered.
+    Queue,
+    /// It is refused.
     Refuse(Refusal),
     /// Nothing.
     Ignore,
 }
 
-/// Everything that is known of sleepers and of those who want something from them.
+/// What is known of sleepers and of the packets that were sent to them.
 #[derive(Debug)]
-pub(super) struct Judge {
+pub(super) struct WakePolicy {
     plan: AddressPlan,
     sleepers: BTreeMap<SandboxAddress, Sleeper>,
     waking: BTreeMap<SandboxAddress, Waking>,
     failed: BTreeMap<SandboxAddress, Failed>,
-    held: usize,
-    rings: Bucket,
+    queued: usize,
+    triggers: Bucket,
     refusals: Bucket,
     /// Of those from elsewhere, so that they take none from those of the host.
     resets: Bucket,
@@ -80,7 +80,7 @@ pub(in crate::net) struct Sleeper {
     pub(super) lingers: bool,
 }
 
-/// A sleeper that was rung for.
+/// A sleeper whose wake was triggered.
 #[derive(Debug)]
 struct Waking {
     since: Duration,
@@ -94,15 +94,15 @@ struct Failed {
     until: Duration,
 }
 
-impl Judge {
+impl WakePolicy {
     pub(super) fn new(plan: AddressPlan) -> Self {
         Self {
             plan,
             sleepers: BTreeMap::new(),
             waking: BTreeMap::new(),
             failed: BTreeMap::new(),
-            held: 0,
-            rings: Bucket::new(RINGS_PER_SECOND, RINGS_BURST),
+            queued: 0,
+            triggers: Bucket::new(TRIGGERS_PER_SECOND, TRIGGERS_BURST),
             refusals: Bucket::new(REFUSALS_PER_SECOND, REFUSALS_BURST),
             resets: Bucket::new(REFUSALS_PER_SECOND, REFUSALS_BURST),
         }
@@ -113,14 +113,14 @@ impl Judge {
         self.sleepers.insert(address, sleeper);
     }
 
-    /// Says whether packets to `address` may ring.
-    pub(super) fn hears(&self, address: SandboxAddress) -> bool {
+    /// Says whether packets to `address` may trigger a wake.
+    pub(super) fn may_wake(&self, address: SandboxAddress) -> bool {
         self.sleepers.get(&address).is_some_and(|sleeper| sleeper.wakes_on.is_some())
     }
 
     /// Notes that a sleeper has no network any more.
     pub(super) fn end_linger(&mut self, address: SandboxAddress) {
-        if self.hears(address) {
+        if self.may_wake(address) {
             self.sleepers.entry(address).and_modify(|sleeper| sleeper.lingers = false);
         } else {
             self.sleepers.remove(&address);
@@ -137,23 +137,23 @@ impl Judge {
         self.sleepers.len()
     }
 
-    /// Returns how many packets are held.
-    pub(super) fn held(&self) -> usize {
-        self.held
+    /// Returns how many packets are queued.
+    pub(super) fn queued(&self) -> usize {
+        self.queued
     }
 
-    /// Decides on a packet, and keeps it if it is to be held.
-    pub(super) fn hear(&mut self, now: Duration, bytes: &[u8]) -> Verdict {
-        let Some(seen) = Seen::of(bytes) else { return Verdict::Ignore };
+    /// Decides on a packet, and keeps it if it is to be queued.
+    pub(super) fn decide(&mut self, now: Duration, bytes: &[u8]) -> Decision {
+        let Some(seen) = Seen::of(bytes) else { return Decision::Ignore };
         if seen.from != self.plan.host_address() {
-            return self.hear_from_elsewhere(now, seen);
+            return self.decide_on_foreign(now, seen);
         }
         let address = self.plan.sandbox(seen.to);
         let wakes_on = address.and_then(|it| self.sleepers.get(&it)?.wakes_on.as_ref());
-        let rung = match seen.what {
+        let opened = match seen.what {
             // An error is never answered. What says nothing is no reason to wake, nor to end a
             // connection that may go on when its other end is awake.
-            What::Other | What::Segment(_, Carries::Nothing) => return Verdict::Ignore,
+            What::Other | What::Segment(_, Carries::Nothing) => return Decision::Ignore,
             What::Opening(transport, port) => Some((transport, port)),
             What::Segment(port, Carries::Data) => Some((Transport::Tcp, port)),
             What::Ping => None,
@@ -161,27 +161,31 @@ impl Judge {
         let (Some(address), Some(ports)) = (address, wakes_on) else {
             return self.refuse_one(now, Refusal::Unreachable);
         };
-        let Some((transport, port)) = rung.filter(|rung| ports.contain(rung.0, rung.1)) else {
+        let Some((transport, port)) = opened.filter(|it| ports.contain(it.0, it.1)) else {
             return self.refuse_one(now, Refusal::Refused);
         };
-        let ring = Ring { from: seen.from, transport, port };
+        let trigger = Trigger { from: seen.from, transport, port };
         self.expire(now, address);
         if self.waking.contains_key(&address) {
-            return if self.hold(now, address, bytes) { Verdict::Hold } else { Verdict::Ignore };
+            return if self.enqueue(now, address, bytes) {
+                Decision::Queue
+            } else {
+                Decision::Ignore
+            };
         }
         if self.failed.get(&address).is_some_and(|failed| now < failed.until) {
             return self.refuse_one(now, Refusal::Refused);
         }
         // Whoever is left out sends again soon, and is not told no: nothing has failed.
-        if self.held >= HELD_MAX_IN_ALL || !self.rings.take(now) {
-            return Verdict::Ignore;
+        if self.queued >= QUEUED_MAX_IN_ALL || !self.triggers.take(now) {
+            return Decision::Ignore;
         }
         self.waking.insert(address, Waking { since: now, packets: VecDeque::new() });
-        self.hold(now, address, bytes);
-        Verdict::Ring(address, ring)
+        self.enqueue(now, address, bytes);
+        Decision::Trigger(address, trigger)
     }
 
-    /// Ends a wake that went well, and returns what was held, in order. The sandbox is no
+    /// Ends a wake that went well, and returns what was queued, in order. The sandbox is no
     /// sleeper any more.
     pub(super) fn deliver(&mut self, now: Duration, address: SandboxAddress) -> Vec<Box<[u8]>> {
         self.expire(now, address);
@@ -190,8 +194,8 @@ impl Judge {
         self.end_wake(address)
     }
 
-    /// Ends a wake that failed, and returns what was held, whose senders are to be told. One
-    /// that was not rung for, or has ended, changes nothing.
+    /// Ends a wake that failed, and returns what was queued, whose senders are to be told. One
+    /// that was not triggered, or has ended, changes nothing.
     pub(super) fn refuse(&mut self, now: Duration, address: SandboxAddress) -> Vec<Box<[u8]>> {
         if self.waking.contains_key(&address) {
             let pause = self.failed.get(&address).map_or(BACK_OFF_FIRST, |failed| failed.pause * 2);
@@ -201,14 +205,14 @@ impl Judge {
         self.end_wake(address)
     }
 
-    /// Forgets a sandbox, and returns what was held, whose senders are to be told.
-    pub(super) fn deafen(&mut self, address: SandboxAddress) -> Vec<Box<[u8]>> {
+    /// Forgets a sandbox, and returns what was queued, whose senders are to be told.
+    pub(super) fn stop_listening(&mut self, address: SandboxAddress) -> Vec<Box<[u8]>> {
         self.sleepers.remove(&address);
         self.failed.remove(&address);
         self.end_wake(address)
     }
 
-    /// Drops what has been held for too long.
+    /// Drops what has been queued for too long.
     pub(super) fn sweep(&mut self, now: Duration) {
         let waking: Vec<SandboxAddress> = self.waking.keys().copied().collect();
         waking.into_iter().for_each(|address| self.expire(now, address));
@@ -216,26 +220,26 @@ impl Judge {
 
     fn end_wake(&mut self, address: SandboxAddress) -> Vec<Box<[u8]>> {
         let packets = self.waking.remove(&address).map(|waking| waking.packets).unwrap_or_default();
-        self.held -= packets.len();
+        self.queued -= packets.len();
         packets.into_iter().map(|(_, bytes)| bytes).collect()
     }
 
-    fn hold(&mut self, now: Duration, address: SandboxAddress, bytes: &[u8]) -> bool {
+    fn enqueue(&mut self, now: Duration, address: SandboxAddress, bytes: &[u8]) -> bool {
         let Some(waking) = self.waking.get_mut(&address) else { return false };
-        if waking.packets.len() >= HELD_MAX || self.held >= HELD_MAX_IN_ALL {
+        if waking.packets.len() >= QUEUED_MAX || self.queued >= QUEUED_MAX_IN_ALL {
             return false;
         }
         waking.packets.push_back((now, bytes.into()));
-        self.held += 1;
+        self.queued += 1;
         true
     }
 
     fn expire(&mut self, now: Duration, address: SandboxAddress) {
         let Some(waking) = self.waking.get_mut(&address) else { return };
-        let is_old = |at: Duration| now.saturating_sub(at) >= HELD_FOR;
+        let is_old = |at: Duration| now.saturating_sub(at) >= QUEUED_FOR;
         while waking.packets.front().is_some_and(|(at, _)| is_old(*at)) {
             waking.packets.pop_front();
-            self.held -= 1;
+            self.queued -= 1;
         }
         if now.saturating_sub(waking.since) >= WAKE_FORGOTTEN_AFTER {
             self.end_wake(address);
@@ -244,19 +248,19 @@ impl Judge {
 
     /// Decides on a packet that is not the host's, such as of a server that the guest has a
     /// connection to.
-    fn hear_from_elsewhere(&mut self, now: Duration, seen: Seen) -> Verdict {
+    fn decide_on_foreign(&mut self, now: Duration, seen: Seen) -> Decision {
         let is_segment = matches!(seen.what, What::Segment(..));
         let sleeper = self.plan.sandbox(seen.to).and_then(|it| self.sleepers.get(&it));
         let lives_on = sleeper.is_some_and(|sleeper| sleeper.lingers);
         if is_segment && !lives_on && self.resets.take(now) {
-            Verdict::Refuse(Refusal::Refused)
+            Decision::Refuse(Refusal::Refused)
         } else {
-            Verdict::Ignore
+            Decision::Ignore
         }
     }
 
-    fn refuse_one(&mut self, now: Duration, refusal: Refusal) -> Verdict {
-        if self.refusals.take(now) { Verdict::Refuse(refusal) } else { Verdict::Ignore }
+    fn refuse_one(&mut self, now: Duration, refusal: Refusal) -> Decision {
+        if self.refusals.take(now) { Decision::Refuse(refusal) } else { Decision::Ignore }
     }
 }
 

@@ -10,18 +10,17 @@ use std::{
 };
 
 use super::{
-    Activity, Applied, Changed, Count, Counters, Error, Known, Listener, Looked, Network, Ready,
-    Reconciled, Sampled, Wanted, chain,
-    doorbell::Doorbell,
-    firewall,
-    host::{self, Guard},
+    Activity, Applied, Changed, Count, Counters, Error, Known, Looked, Network, OnTrigger, Ready,
+    Reconciled, Sampled, Wanted, chain, firewall,
+    host::{self, HostFirewall},
     linger::Lingering,
     link,
-    namespace::{self, Design, Verdict},
+    namespace::{self, Design, Usability},
     netlink::{Answers, Kernel},
     protected::{InForce, Protected},
     range::{self, Owner, Range, Whose},
     route,
+    wake_on_packet::WakeOnPacket,
     watch::Watch,
 };
 use crate::{
@@ -58,9 +57,9 @@ struct Seen {
 ///
 /// # Locking
 /// `prepared` is held while the host is prepared, so that whoever comes second waits for
-/// it, and then `claim` may be locked. `doorbell` is held while the doorbell is hung up,
-/// and then `prepared` may be locked; whoever uses the doorbell holds neither.
-pub struct RealNetwork {
+/// it, and then `claim` may be locked. `wake_on_packet` is held while the
+/// listener is started, and then `prepared` may be locked; its users hold neither.
+pub struct LinuxNetwork {
     pub(super) plan: AddressPlan,
     store: PathBuf,
     owner: OnceLock<Owner>,
@@ -70,7 +69,7 @@ pub struct RealNetwork {
     lingering: Lingering,
     seen: Mutex<BTreeMap<SandboxId, Seen>>,
     /// What is in force for all; `None` before the first network is wanted.
-    pub(super) prepared: Mutex<Option<Guard>>,
+    pub(super) prepared: Mutex<Option<HostFirewall>>,
     /// The host's addresses that no guest reaches. `in_force` may be locked after it.
     pub(super) protected: Mutex<Protected>,
     pub(super) since: Stopwatch,
@@ -79,11 +78,11 @@ pub struct RealNetwork {
     /// Whose namespace is to be looked into next.
     pub(super) turn: AtomicUsize,
     watch: Mutex<Option<Watch>>,
-    pub(super) listener: Option<Arc<Listener>>,
-    doorbell: Mutex<Option<Arc<Doorbell>>>,
+    pub(super) on_trigger: Option<Arc<OnTrigger>>,
+    wake_on_packet: Mutex<Option<Arc<WakeOnPacket>>>,
 }
 
-impl RealNetwork {
+impl LinuxNetwork {
     /// Makes networks with the addresses of `plan`, pinned in the directory `runtime`, which
     /// also tells whose they are unless [`Self::of_store`] says it. Nothing of the host is
     /// touched before the first one is wanted, so that a host without nftables still has
@@ -105,17 +104,17 @@ impl RealNetwork {
             in_force: Mutex::default(),
             turn: AtomicUsize::new(0),
             watch: Mutex::default(),
-            listener: None,
-            doorbell: Mutex::new(None),
+            on_trigger: None,
+            wake_on_packet: Mutex::new(None),
         }
     }
 
-    /// Has `listener` told of packets to sandboxes that sleep, for it to wake them. It is
-    /// called by the thread that hears, and passes the news on. Without a listener nothing
-    /// but a write wakes anybody.
+    /// Calls `on_trigger` for packets to sleeping sandboxes, for it to wake them. It is called
+    /// by the listening thread, and only passes the trigger on. Without it only a write wakes
+    /// a sandbox.
     #[must_use]
-    pub fn ringing(self, listener: Arc<Listener>) -> Self {
-        Self { listener: Some(listener), ..self }
+    pub fn on_trigger(self, on_trigger: Arc<OnTrigger>) -> Self {
+        Self { on_trigger: Some(on_trigger), ..self }
     }
 
     /// Has the networks be those of the store in `dir`, as is written on them.
@@ -136,7 +135,7 @@ impl RealNetwork {
     /// Where something stays; the rest was removed all the same.
     pub fn dismantle(&self) -> Result<(), Error> {
         // Its thread has ended when nobody has it.
-        drop(lock(&self.doorbell).take());
+        drop(lock(&self.wake_on_packet).take());
         let mut prepared = lock(&self.prepared);
         let mut errors: Vec<String> = Vec::new();
         match self.reconcile(&[]) {
@@ -192,16 +191,19 @@ impl RealNetwork {
         Ok(())
     }
 
-    /// Returns the doorbell if there is one, which there is once somebody sleeps.
-    pub(super) fn doorbell(&self) -> Option<Arc<Doorbell>> {
-        lock(&self.doorbell).clone()
+    /// Returns the listener for packets, which exists once a sandbox sleeps.
+    pub(super) fn wake_on_packet(&self) -> Option<Arc<WakeOnPacket>> {
+        lock(&self.wake_on_packet).clone()
     }
 
-    /// Returns the doorbell, which is hung up if it is not there, or does not work.
-    pub(super) fn hang_up(&self, listener: &Arc<Listener>) -> Result<Arc<Doorbell>, Error> {
-        let mut doorbell = lock(&self.doorbell);
+    /// Returns the listener for packets, and starts it if there is none or it does not work.
+    pub(super) fn ensure_listener(
+        &self,
+        on_trigger: &Arc<OnTrigger>,
+    ) -> Result<Arc<WakeOnPacket>, Error> {
+        let mut wake_on_packet = lock(&self.wake_on_packet);
         let mut sleepers = Vec::new();
-        if let Some(there) = doorbell.as_ref() {
+        if let Some(there) = wake_on_packet.as_ref() {
             if there.works() {
                 return Ok(Arc::clone(there));
             }
@@ -210,28 +212,28 @@ impl RealNetwork {
             *lock(&self.prepared) = None;
         }
         self.prepare()?;
-        let new = Arc::new(Doorbell::start(self.plan, Arc::clone(listener), sleepers)?);
-        *doorbell = Some(Arc::clone(&new));
+        let new = Arc::new(WakeOnPacket::start(self.plan, Arc::clone(on_trigger), sleepers)?);
+        *wake_on_packet = Some(Arc::clone(&new));
         Ok(new)
     }
 
-    /// Says whether what is sent to the sandbox is held for now.
-    pub(super) fn is_held(&self, address: SandboxAddress) -> bool {
-        self.doorbell().is_some_and(|doorbell| doorbell.hears(address))
+    /// Says whether packets to the sandbox are queued for now.
+    pub(super) fn is_queueing(&self, address: SandboxAddress) -> bool {
+        self.wake_on_packet().is_some_and(|wake_on_packet| wake_on_packet.may_wake(address))
     }
 
     /// Takes the host's end of a sandbox's link into use. Its route comes last, and for one
-    /// that is still heard for not yet.
+    /// whose packets are still queued, not yet.
     fn connect(&self, address: SandboxAddress) -> Result<(), Error> {
         let links = link::here()?;
         namespace::connect(&links, &self.range()?, address)?;
-        if self.is_held(address) {
+        if self.is_queueing(address) {
             return Ok(());
         }
         namespace::route(&links, &self.plan, address)?;
         // Until now what came from elsewhere was for a sleeper, and not to be reset.
-        if let Some(doorbell) = self.doorbell() {
-            doorbell.deliver(address);
+        if let Some(wake_on_packet) = self.wake_on_packet() {
+            wake_on_packet.deliver(address);
         }
         Ok(())
     }
@@ -242,8 +244,8 @@ impl RealNetwork {
         let usable = match self.open(&wanted.id)? {
             None => None,
             Some(namespace) => match namespace::renew(&namespace, design.clone())? {
-                Verdict::Whole => Some(namespace),
-                Verdict::Unusable => None,
+                Usability::Whole => Some(namespace),
+                Usability::Unusable => None,
             },
         };
         let links = link::here()?;
@@ -290,8 +292,8 @@ impl RealNetwork {
             }
         };
         let unpinned = netns::unpin(&self.pin(id)).map_err(Error::host("removing the namespace"));
-        if let Some(doorbell) = self.doorbell().filter(|_| unpinned.is_ok()) {
-            doorbell.end_linger(address);
+        if let Some(wake_on_packet) = self.wake_on_packet().filter(|_| unpinned.is_ok()) {
+            wake_on_packet.end_linger(address);
         }
         unrouted.and(unpinned)
     }
@@ -331,7 +333,7 @@ impl RealNetwork {
     }
 }
 
-impl Network for RealNetwork {
+impl Network for LinuxNetwork {
     fn claim(&self) -> Result<(), Error> {
         let mut claim = lock(&self.claim);
         if claim.is_none() {
@@ -397,13 +399,15 @@ impl Network for RealNetwork {
         address: SandboxAddress,
         ports: Option<&WakePorts>,
     ) -> Result<(), Error> {
-        let Some(listener) = &self.listener else { return Ok(()) };
+        let Some(on_trigger) = &self.on_trigger else { return Ok(()) };
         let lingers = self.open(id)?.is_some();
-        self.hang_up(listener)?.listen(address, ports, lingers)
+        self.ensure_listener(on_trigger)?.listen(address, ports, lingers)
     }
 
     fn deliver(&self, id: &SandboxId, address: SandboxAddress) -> Result<(), Error> {
-        let Some(doorbell) = self.doorbell().filter(|doorbell| doorbell.hears(address)) else {
+        let Some(wake_on_packet) =
+            self.wake_on_packet().filter(|wake_on_packet| wake_on_packet.may_wake(address))
+        else {
             return Ok(());
         };
         let routed = self.open(id).and_then(|namespace| {
@@ -416,21 +420,21 @@ impl Network for RealNetwork {
             namespace::route(&links, &self.plan, address).map(drop)
         });
         match routed {
-            Ok(()) => doorbell.deliver(address),
-            Err(_) => doorbell.refuse(address),
+            Ok(()) => wake_on_packet.deliver(address),
+            Err(_) => wake_on_packet.refuse(address),
         }
         routed
     }
 
     fn refuse(&self, address: SandboxAddress) {
-        if let Some(doorbell) = self.doorbell() {
-            doorbell.refuse(address);
+        if let Some(wake_on_packet) = self.wake_on_packet() {
+            wake_on_packet.refuse(address);
         }
     }
 
-    fn deafen(&self, address: SandboxAddress) {
-        if let Some(doorbell) = self.doorbell() {
-            doorbell.deafen(address);
+    fn stop_listening(&self, address: SandboxAddress) {
+        if let Some(wake_on_packet) = self.wake_on_packet() {
+            wake_on_packet.stop_listening(address);
         }
     }
 
@@ -493,9 +497,9 @@ impl Network for RealNetwork {
             found.left.push(chain(&error));
             return Ok(found);
         }
-        // A daemon that was killed has left its doorbell's route. Whoever calls is not to wait
-        // for a daemon that hears for nobody.
-        if lock(&self.doorbell).is_none() {
+        // A daemon that was killed has left the route to its device. Callers are not to wait
+        // for a daemon that does not listen.
+        if lock(&self.wake_on_packet).is_none() {
             links.apply(vec![route::remove(self.plan.range())], Answers::Each)?;
         }
         for link in link::list(&links)? {
@@ -571,7 +575,7 @@ impl Network for RealNetwork {
     }
 }
 
-impl RealNetwork {
+impl LinuxNetwork {
     /// Says whether an earlier daemon of this store has left anything on this host.
     fn has_left_something(&self) -> Result<bool, Error> {
         if self.pins.exists() {
@@ -599,12 +603,12 @@ impl RealNetwork {
     }
 }
 
-impl fmt::Debug for RealNetwork {
+impl fmt::Debug for LinuxNetwork {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RealNetwork")
+        f.debug_struct("LinuxNetwork")
             .field("plan", &self.plan)
             .field("pins", &self.pins)
-            .field("doorbell", &self.doorbell())
+            .field("wake_on_packet", &self.wake_on_packet())
             .finish_non_exhaustive()
     }
 }
