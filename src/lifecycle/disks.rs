@@ -1,19 +1,18 @@
 //! A sandbox's own copies of its writable disks.
 
-use std::{cell::Cell, io, path::PathBuf, rc::Rc};
+use std::{io, path::PathBuf};
 
 use super::{
-    Entry, Error, Lifecycle,
+    Error, Lifecycle,
     create::free_name,
     error::{host_failed, snapshot_failed},
     files::Files,
-    operation::Operation,
-    undo::Undo,
+    operation::Op,
+    undo::ActId,
 };
 use crate::{
     sandbox::{Disk, Record, Spec},
     snapshot::{Home, SLEEP_RESERVE_BYTES},
-    sync::Arc,
     sys::files::{PieceError, bytes_to_copy, copy_image, remove_file, rename_durably},
 };
 
@@ -22,25 +21,23 @@ const MAX_DISKS: usize = 16;
 
 impl Lifecycle {
     /// Makes the copies that the sandbox does not have yet. They are removed if the boot fails,
-    /// unless the guest may have run by then, which the caller notes in what this returns.
+    /// unless the guest may have run by then: the caller has what it returns forgotten.
     ///
     /// A copy takes as long as it takes, so those who copy have a place of their own and wait
     /// for none of those who wake.
     pub(super) fn make_disks<'a>(
         &'a self,
-        entry: &'a Arc<Entry>,
+        op: &mut Op<'a>,
         files: &Files,
-        operation: &Operation<'_>,
-        undo: &mut Undo<'a>,
-    ) -> Result<Rc<Cell<bool>>, Error> {
-        let may_have_run = Rc::new(Cell::new(false));
+    ) -> Result<Option<ActId>, Error> {
+        let entry = op.entry;
         let record = entry.record();
         let home = self.home(&record);
         let missing: Vec<_> = missing_disks(&record, &home).collect();
         if missing.is_empty() {
-            return Ok(may_have_run);
+            return Ok(None);
         }
-        let _place = self.admission.copy(&record.id, &operation.cancel)?;
+        let _place = self.admission.copy(&record.id, &op.cancel)?;
         let (mut bytes, mut images) = (0, Vec::new());
         for (number, disk) in &missing {
             let image = files.image(disk).and_then(|(image, size)| {
@@ -53,21 +50,17 @@ impl Lifecycle {
         home.check_space(bytes + SLEEP_RESERVE_BYTES)
             .map_err(snapshot_failed(entry, "finding space for the disks of"))?;
         let copies: Vec<_> = images.iter().map(|(copy, _)| copy.clone()).collect();
-        let ran = Rc::clone(&may_have_run);
-        undo.push("removing its copies of disks", move || {
-            if ran.get() {
-                return Ok(());
-            }
+        let removing = op.undo.push("removing its copies of disks", move || {
             copies.iter().try_for_each(|copy| Ok(remove_file(copy)?))
         });
         for (copy, image) in images {
-            let copied = copy_image(&image, &copy, &operation.cancel);
+            let copied = copy_image(&image, &copy, &op.cancel);
             copied.map_err(|error| match error {
                 PieceError::CalledOff(_) => Error::Gone { id: record.id.clone() },
                 PieceError::Io(source) => host_failed(entry, "copying a disk of")(source),
             })?;
         }
-        Ok(may_have_run)
+        Ok(Some(removing))
     }
 }
 

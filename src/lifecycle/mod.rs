@@ -22,6 +22,7 @@
 //! off, by a crash of the daemon or a panic, leaves one of the three states in the
 //! middle, and `reconcile` brings that to an end from what is on disk and what runs.
 
+mod boot;
 mod chores;
 mod create;
 mod destroy;
@@ -46,6 +47,7 @@ mod room;
 mod sampling;
 mod sleep;
 mod stale;
+mod start;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -74,7 +76,7 @@ pub use metrics::{Gauges, Metrics};
 use network::NetworkParts;
 pub use network::Networks;
 use notes::Notes;
-use operation::Operations;
+use operation::{Op, Operations};
 use page_cache::PageCache;
 pub use policy::Policy;
 pub use stale::{CLOCK_KEY, Stale};
@@ -562,6 +564,24 @@ impl Lifecycle {
         if matches!(record.state(), State::Running | State::Snapshotted) {
             self.reaper_wakeup.notify(); // It has a deadline now, which may be the next of all.
         }
+    }
+
+    /// Records what an operation is about to do, and tells. A crash after this is found at
+    /// start-up.
+    fn intend(
+        &self,
+        op: &mut Op<'_>,
+        step: Step,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(), Error> {
+        let (_, commit) = self.step_unsynced(op.held, op.entry, step, change)?;
+        op.intent = Some(commit);
+        Ok(())
+    }
+
+    /// Waits until the intent of an operation is on the disk.
+    fn sync_intent(&self, op: &Op<'_>) -> Result<(), Error> {
+        op.intent.map_or(Ok(()), |commit| self.sync(op.entry, commit))
     }
 
     /// Waits until what was recorded is on the disk.

@@ -19,7 +19,9 @@ use std::{
     time::Duration,
 };
 
-use super::{Entry, Error, Held, Outcome, chain, error::net_failed, trouble::Troubles, undo::Undo};
+use super::{
+    Entry, Error, Held, Outcome, chain, error::net_failed, operation::Op, trouble::Troubles,
+};
 use crate::{
     activity::Reading,
     events::Wakeup,
@@ -153,19 +155,15 @@ impl Networks {
 
     /// Sees to it that the network of a sandbox is there, with today's policy, and returns the
     /// guest's device. `None` where it is to have none.
-    pub(super) fn connect<'a>(
-        &'a self,
-        held: &Held,
-        entry: &'a Entry,
-        undo: &mut Undo<'a>,
-    ) -> Result<Option<PlannedNic>, Error> {
-        self.give_address(held, entry)?;
+    pub(super) fn connect<'a>(&'a self, op: &mut Op<'a>) -> Result<Option<PlannedNic>, Error> {
+        let entry = op.entry;
+        self.give_address(op.held, entry)?;
         let Some(wanted) = self.wanted(&entry.record()) else {
             return Ok(None);
         };
         if entry.record().snapshot().is_none() {
-            // That of a sleeper stays with it, see `end_failed`.
-            undo.push("removing its network", move || Ok(self.disconnect(entry)?));
+            // That of a sleeper stays with it, see `end_failed_start`.
+            op.undo.push("removing its network", move || Ok(self.disconnect(entry)?));
         }
         let ready = self.host.ensure(&wanted);
         let Ready { namespace, tap, mac, .. } =

@@ -11,9 +11,8 @@ use std::{
     time::Duration,
 };
 
-use super::{Entry, Error, Lifecycle, chain};
+use super::{Commit, Entry, Error, Held, Lifecycle, chain, undo::Undo};
 use crate::{
-    lifecycle::Held,
     sandbox::{Cause, RowId, Timestamp},
     sync::{Arc, Condvar, Mutex, lock, wait_while_within},
     sys::cancel::Cancel,
@@ -66,12 +65,18 @@ pub(super) enum Claim {
     Gone,
 }
 
-/// One operation under way; ended when dropped.
+/// An operation under way, which each of its steps gets. It has ended when it is dropped.
 #[derive(Debug)]
-pub(super) struct Operation<'a> {
-    operations: &'a Operations,
-    row: RowId,
+pub(super) struct Op<'a> {
+    pub(super) held: &'a Held,
+    pub(super) entry: &'a Arc<Entry>,
+    /// Called off if the sandbox is to be deleted.
     pub(super) cancel: Arc<Cancel>,
+    /// How to take back what was done so far.
+    pub(super) undo: Undo<'a>,
+    /// What says in the index that it is under way, once that is recorded.
+    pub(super) intent: Option<Commit>,
+    operations: &'a Operations,
 }
 
 impl Operations {
@@ -188,8 +193,12 @@ impl Operations {
         self.ended.notify_all();
     }
 
-    /// Begins an operation. The caller has the sandbox's lock.
-    pub(super) fn begin(&self, entry: &Entry) -> Result<Operation<'_>, Error> {
+    /// Begins an operation.
+    pub(super) fn begin<'a>(
+        &'a self,
+        held: &'a Held,
+        entry: &'a Arc<Entry>,
+    ) -> Result<Op<'a>, Error> {
         let mut table = lock(&self.table);
         let deletion = table.deletions.get(&entry.row());
         if deletion.is_some_and(|deletion| deletion.phase != DeletionPhase::Claimed) {
@@ -200,7 +209,8 @@ impl Operations {
         }
         let cancel = Arc::new(Cancel::default());
         table.under_way.insert(entry.row(), Arc::clone(&cancel));
-        Ok(Operation { operations: self, row: entry.row(), cancel })
+        let undo = Undo::default();
+        Ok(Op { held, entry, cancel, undo, intent: None, operations: self })
     }
 
     /// Lets no more begin, and waits for those under way. Returns how many are left.
@@ -220,48 +230,47 @@ impl Table {
     }
 }
 
-impl Drop for Operation<'_> {
+impl Drop for Op<'_> {
     fn drop(&mut self) {
-        lock(&self.operations.table).under_way.remove(&self.row);
+        lock(&self.operations.table).under_way.remove(&self.entry.row());
         self.operations.ended.notify_all();
     }
 }
 
 impl Lifecycle {
     /// Runs one operation: registered, its panic caught, its result recorded.
-    pub(super) fn operate<T>(
-        &self,
-        held: &Held,
-        entry: &Arc<Entry>,
-        work: impl FnOnce(&Operation<'_>) -> Result<T, Error>,
+    pub(super) fn operate<'a, T>(
+        &'a self,
+        held: &'a Held,
+        entry: &'a Arc<Entry>,
+        work: impl FnOnce(&mut Op<'a>) -> Result<T, Error>,
     ) -> Result<T, Error> {
         self.operate_unless(held, entry, |_| false, work)
     }
 
     /// As `operate`, but where nothing was done, as `is_nothing` says, nothing is recorded:
     /// nobody asked for what the reaper thinks better of, and so it is no success of theirs.
-    pub(super) fn operate_unless<T>(
-        &self,
-        held: &Held,
-        entry: &Arc<Entry>,
+    pub(super) fn operate_unless<'a, T>(
+        &'a self,
+        held: &'a Held,
+        entry: &'a Arc<Entry>,
         is_nothing: impl FnOnce(&T) -> bool,
-        work: impl FnOnce(&Operation<'_>) -> Result<T, Error>,
+        work: impl FnOnce(&mut Op<'a>) -> Result<T, Error>,
     ) -> Result<T, Error> {
         // The row may have gone, and another of that name come, while we waited.
         if self.index.by_row(entry.row()).is_none() {
             return Err(Error::Gone { id: entry.id().clone() });
         }
-        let operation = self.operations.begin(entry)?;
+        let mut op = self.operations.begin(held, entry)?;
         let generation = entry.record().generation;
         let _in =
             tracing::debug_span!("operation", id = %entry.id(), generation, cause = %held.cause())
                 .entered();
-        let result = catch_unwind(AssertUnwindSafe(|| work(&operation))).unwrap_or_else(|payload| {
+        let result = catch_unwind(AssertUnwindSafe(|| work(&mut op))).unwrap_or_else(|payload| {
             #[cfg(test)]
             let payload = super::testing::CrashPlan::pass_on(payload);
             drop(payload);
-            let recovered = self.recover(held, entry, &operation);
-            if let Err(error) = recovered {
+            if let Err(error) = self.recover(&op) {
                 tracing::error!(id = %entry.id(), error = chain(&error), "recovering from a panic");
                 self.settle_later(entry.row());
             }

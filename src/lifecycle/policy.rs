@@ -57,7 +57,7 @@ impl Lifecycle {
     /// that cannot be allowed.
     pub fn set(&self, held: &Held, entry: &Arc<Entry>, policy: Policy) -> Result<(), Error> {
         let what = policy.word();
-        self.operate(held, entry, |operation| {
+        self.operate(held, entry, |op| {
             let before = entry.record();
             let mut after = Record::clone(&before);
             apply(&mut after, policy.clone());
@@ -65,7 +65,7 @@ impl Lifecycle {
             if let Policy::Spec(spec) | Policy::Config(spec, _) = &policy
                 && !before.spec.is_equal_but_for_activity(spec)
             {
-                self.settle(held, entry, operation)?;
+                self.settle(op)?;
                 let state = entry.record().state();
                 if state != State::Stopped && !before.spec.is_same_machine(spec) {
                     return Err(Error::NotStopped { id: entry.id().clone(), state });

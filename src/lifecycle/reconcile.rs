@@ -48,7 +48,7 @@ use super::{
     exits::LOST,
     files::Files,
     memory_of,
-    operation::Operation,
+    operation::Op,
 };
 use crate::{
     lifecycle::Held,
@@ -56,7 +56,7 @@ use crate::{
     sandbox::{Cause, Record, RowId, SnapshotFacts, State, Step},
     snapshot::{self, Memory},
     sync::{Arc, Condvar, Mutex, lock, wait_while_within},
-    sys::{cancel::Cancel, clock::boot_id, files::sync_dir, process::Process},
+    sys::{clock::boot_id, files::sync_dir, process::Process},
 };
 
 /// How many sandboxes are settled at once at start-up. A VMM that does not answer takes
@@ -156,14 +156,12 @@ impl Lifecycle {
         if self.index.by_row(entry.row()).is_none() || self.is_settled(entry) {
             return;
         }
-        let operation = match self.operations.begin(entry) {
-            Ok(operation) => Some(operation),
-            Err(Error::ShuttingDown) => return,
-            Err(_) => None, // Its deletion is what is to be finished.
-        };
-        let cancel = operation.as_ref().map(|operation| Arc::clone(&operation.cancel));
         let before = entry.record().state();
-        let recovered = self.recover_with(&held, entry, &cancel.unwrap_or_default());
+        let recovered = match self.operations.begin(&held, entry) {
+            Ok(op) => self.recover(&op),
+            Err(Error::ShuttingDown) => return,
+            Err(_) => self.destroy(&held, entry), // Its deletion is what is to be finished.
+        };
         let adopted = before == State::Running && self.machines.get(entry.row()).is_some();
         let mut table = lock(&settling.table);
         match &recovered {
@@ -224,13 +222,8 @@ impl Lifecycle {
     }
 
     /// Brings what an earlier operation left to an end, before a new one begins.
-    pub(super) fn settle(
-        &self,
-        held: &Held,
-        entry: &Arc<Entry>,
-        operation: &Operation<'_>,
-    ) -> Result<(), Error> {
-        if self.is_unsettled(entry) { self.recover(held, entry, operation) } else { Ok(()) }
+    pub(super) fn settle(&self, op: &Op<'_>) -> Result<(), Error> {
+        if self.is_unsettled(op.entry) { self.recover(op) } else { Ok(()) }
     }
 
     /// Brings what an operation left that could not be taken back to an end, if that can be
@@ -240,53 +233,35 @@ impl Lifecycle {
     /// # Errors
     /// Where it still cannot.
     pub fn settle_leftover(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
-        let operation = self.operations.begin(entry)?;
+        let op = self.operations.begin(held, entry)?;
         if self.is_settled(entry) {
             return Ok(Outcome::Already);
         }
-        self.recover(held, entry, &operation).map(|()| Outcome::Done)
+        self.recover(&op).map(|()| Outcome::Done)
     }
 
     /// Brings a record to the state that the table above says.
-    pub(super) fn recover(
-        &self,
-        held: &Held,
-        entry: &Arc<Entry>,
-        operation: &Operation<'_>,
-    ) -> Result<(), Error> {
-        self.recover_with(held, entry, &operation.cancel)
-    }
-
-    fn recover_with(
-        &self,
-        held: &Held,
-        entry: &Arc<Entry>,
-        cancel: &Arc<Cancel>,
-    ) -> Result<(), Error> {
+    pub(super) fn recover(&self, op: &Op<'_>) -> Result<(), Error> {
+        let (held, entry) = (op.held, op.entry);
         if self.operations.is_deleting(entry.row()) {
             return self.destroy(held, entry);
         }
         let process = self.process_of(entry)?;
         let record = entry.record();
         match (record.state(), process) {
-            (State::Running, Some(process)) => self.take_over(entry, &process, cancel).map(drop),
+            (State::Running, Some(process)) => self.take_over(op, &process).map(drop),
             (State::Running, None) => self.lose(held, entry, &self.why_lost(entry)),
-            (State::Snapshotting, process) => self.recover_sleep(held, entry, process, cancel),
-            (State::Restoring, process) => self.recover_wake(held, entry, process, cancel),
-            (State::Booting, process) => self.recover_boot(held, entry, process, cancel),
+            (State::Snapshotting, process) => self.recover_sleep(op, process),
+            (State::Restoring, process) => self.recover_wake(op, process),
+            (State::Booting, process) => self.recover_boot(op, process),
             (State::Deleting, _) => self.destroy(held, entry),
             (State::Stopped | State::Snapshotted, _) => Ok(()),
         }
     }
 
     /// Before the arrow `commit` a sleep is undone; after it, finished.
-    fn recover_sleep(
-        &self,
-        held: &Held,
-        entry: &Arc<Entry>,
-        process: Option<Arc<Process>>,
-        cancel: &Arc<Cancel>,
-    ) -> Result<(), Error> {
+    fn recover_sleep(&self, op: &Op<'_>, process: Option<Arc<Process>>) -> Result<(), Error> {
+        let (held, entry) = (op.held, op.entry);
         let record = entry.record();
         let home = self.home(&record);
         let generation = record.generation + 1;
@@ -317,19 +292,14 @@ impl Lifecycle {
         let failed = snapshot_failed(entry, "undoing the snapshot of");
         let memory = memory_of(self.vmms.of(&record)?.as_ref(), &record);
         home.recover_partials(memory).map_err(failed)?;
-        self.take_over(entry, &process, cancel)?;
+        self.take_over(op, &process)?;
         self.step(held, entry, Step::Undo, |_| ())?;
         Ok(())
     }
 
     /// Before the arrow `consume` a wake is undone; after it, finished.
-    fn recover_wake(
-        &self,
-        held: &Held,
-        entry: &Arc<Entry>,
-        process: Option<Arc<Process>>,
-        cancel: &Arc<Cancel>,
-    ) -> Result<(), Error> {
+    fn recover_wake(&self, op: &Op<'_>, process: Option<Arc<Process>>) -> Result<(), Error> {
+        let (held, entry) = (op.held, op.entry);
         let record = entry.record();
         let home = self.home(&record);
         let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
@@ -342,7 +312,7 @@ impl Lifecycle {
         }
         match process {
             Some(process) if consumed => {
-                self.take_over(entry, &process, cancel)?;
+                self.take_over(op, &process)?;
                 // Else it would be idle since before it slept, and sleep again at once.
                 self.activity.saw(entry, Signal::Wake);
                 let process = process.identity().clone();
@@ -365,7 +335,7 @@ impl Lifecycle {
             let proves = memory()? == Memory::Mapped && self.is_of_this_boot(entry)?;
             let back = generation
                 .filter(|_| proves)
-                .map(|generation| home.unconsume(&record.id, generation, cancel));
+                .map(|generation| home.unconsume(&record.id, generation, &op.cancel));
             match back {
                 Some(Ok(())) => {}
                 // It has run, or its memory is damaged.
@@ -392,19 +362,14 @@ impl Lifecycle {
     }
 
     /// A boot that got as far as running is finished; an inert VMM is ended.
-    fn recover_boot(
-        &self,
-        held: &Held,
-        entry: &Arc<Entry>,
-        process: Option<Arc<Process>>,
-        cancel: &Arc<Cancel>,
-    ) -> Result<(), Error> {
+    fn recover_boot(&self, op: &Op<'_>, process: Option<Arc<Process>>) -> Result<(), Error> {
+        let (held, entry) = (op.held, op.entry);
         if let Some(process) = process {
             // One that was not recorded has not been told to run, unless the index lost its end.
             // Whether it runs its VMM says; while one that was recorded does not answer, the
             // guest may run.
             let is_recorded = entry.record().process() == Some(process.identity());
-            let runs = self.attach(entry, &process, cancel).and_then(|live| {
+            let runs = self.attach(op, &process).and_then(|live| {
                 lock(&live.machine).running().map_err(vmm_failed(entry, "looking at"))
             });
             match runs {
@@ -430,13 +395,9 @@ impl Lifecycle {
     }
 
     /// Enters a process as the machine of a sandbox, and sees to it that its vCPUs run.
-    fn take_over(
-        &self,
-        entry: &Arc<Entry>,
-        process: &Arc<Process>,
-        cancel: &Arc<Cancel>,
-    ) -> Result<Arc<Live>, Error> {
-        let live = self.attach(entry, process, cancel)?;
+    fn take_over(&self, op: &Op<'_>, process: &Arc<Process>) -> Result<Arc<Live>, Error> {
+        let entry = op.entry;
+        let live = self.attach(op, process)?;
         let mut machine = lock(&live.machine);
         if !machine.running().map_err(vmm_failed(entry, "looking at"))? {
             machine.resume().map_err(vmm_failed(entry, "resuming"))?;
@@ -447,12 +408,8 @@ impl Lifecycle {
         Ok(live)
     }
 
-    fn attach(
-        &self,
-        entry: &Arc<Entry>,
-        process: &Arc<Process>,
-        cancel: &Arc<Cancel>,
-    ) -> Result<Arc<Live>, Error> {
+    fn attach(&self, op: &Op<'_>, process: &Arc<Process>) -> Result<Arc<Live>, Error> {
+        let entry = op.entry;
         if let Some(live) = self.machines.get(entry.row())
             && Arc::ptr_eq(&live.process, process)
         {
@@ -461,7 +418,7 @@ impl Lifecycle {
         let record = entry.record();
         let life = self.home(&record).live_dir(record.generation);
         // It has its files.
-        let plan = self.plan(&record, &life, &Files::default(), None, cancel)?;
+        let plan = self.plan(&record, &life, &Files::default(), None, &op.cancel)?;
         let vmm = self.vmms.of(&record)?;
         let machine =
             vmm.adopt(&plan, Arc::clone(process)).map_err(vmm_failed(entry, "adopting"))?;

@@ -1,18 +1,14 @@
 //! Putting to sleep: a durable snapshot, and then nothing of it left in RAM.
 
-use std::{cell::RefCell, rc::Rc};
-
 use super::{
     Arrow, Entry, Error, Lifecycle, Outcome, Why,
     error::{host_failed, snapshot_failed, vmm_failed},
     memory_of,
-    operation::Operation,
+    operation::Op,
     sampling::Counted,
-    undo::Undo,
-    wake::{machine_of, named},
+    start::{machine_of, named},
 };
 use crate::{
-    index::Commit,
     lifecycle::Held,
     machines::{
         Live, Slot,
@@ -41,6 +37,17 @@ enum Wanted {
     UnlessUsedSince(Counted),
 }
 
+/// A guest that is being put to sleep.
+struct Guest {
+    /// Its record of before the intent.
+    record: Arc<Record>,
+    live: Arc<Live>,
+    /// The VMM that runs it.
+    identity: Arc<VmmIdentity>,
+    memory: Memory,
+    slot: Slot,
+}
+
 impl Lifecycle {
     /// Makes a sandbox `snapshotted`.
     ///
@@ -48,15 +55,15 @@ impl Lifecycle {
     /// After an error the guest runs on, or was lost together with its VMM.
     pub fn sleep(&self, held: &Held, entry: &Arc<Entry>, why: Why) -> Result<Outcome, Error> {
         let is_spared = |outcome: &Outcome| *outcome == Outcome::Spared;
-        self.operate_unless(held, entry, is_spared, |operation| {
-            self.settle(held, entry, operation)?;
+        self.operate_unless(held, entry, is_spared, |op| {
+            self.settle(op)?;
             let record = entry.record();
             let wanted = self.is_wanted(entry, &record, why)?;
             match record.state() {
                 State::Snapshotted => Ok(Outcome::Already),
                 State::Running => match wanted {
                     None => Ok(Outcome::Spared),
-                    Some(wanted) => self.save(held, entry, operation, why, wanted),
+                    Some(wanted) => self.save(op, why, wanted),
                 },
                 State::Stopped
                 | State::Booting
@@ -109,15 +116,8 @@ impl Lifecycle {
         }
     }
 
-    fn save(
-        &self,
-        held: &Held,
-        entry: &Arc<Entry>,
-        operation: &Operation<'_>,
-        why: Why,
-        wanted: Wanted,
-    ) -> Result<Outcome, Error> {
-        let (took, record) = (Stopwatch::start(), entry.record());
+    fn save<'a>(&'a self, op: &mut Op<'a>, why: Why, wanted: Wanted) -> Result<Outcome, Error> {
+        let (took, entry, record) = (Stopwatch::start(), op.entry, op.entry.record());
         let slot = self.admission.sleep(&record.id)?;
         let live =
             self.machines.get(record.row).ok_or_else(|| Error::Gone { id: record.id.clone() })?;
@@ -125,6 +125,7 @@ impl Lifecycle {
         let bytes = lock(&live.machine).save_bytes() + SLEEP_RESERVE_BYTES;
         self.home(&record).check_space(bytes).map_err(no_space)?;
         let vmm = self.vmms.of(&record)?;
+        let memory = memory_of(vmm.as_ref(), &record);
         let identity =
             live.identity(vmm.as_ref()).map_err(vmm_failed(entry, "asking what runs"))?;
         let unwakeable = why_unwakeable(vmm.as_ref(), &identity);
@@ -135,43 +136,152 @@ impl Lifecycle {
             Some(why) => return Err(Error::Unwakeable { id: record.id.clone(), why }),
         }
 
-        // A crash after this line is found at start-up.
-        let (_, intent) = self.step_unsynced(held, entry, Step::Sleep, |_| ())?;
+        self.intend(op, Step::Sleep, |_| ())?;
         self.reach(Arrow::SleepIntended);
+        let guest = Guest { record, live, identity, memory, slot };
         // To the end, so that neither the sleep nor what takes it back fails for want of it.
-        let failed = |error: &Error| self.end_failed_sleep(held, entry, operation, &live, error);
+        let connected = guest.live.connect().map_err(vmm_failed(entry, "pausing"));
         let _connected =
-            live.connect().map_err(vmm_failed(entry, "pausing")).inspect_err(failed)?;
-        let mut undo = Undo::new();
-        let (first, begun) = (wanted, (record.as_ref(), why));
-        let wanted = self.last_look(entry, begun, operation, &live, first, &mut undo);
-        let Ok(Some(wanted)) = wanted else {
-            deflate(&entry.record(), &live);
-            self.activity.restart_samples(entry.row());
-            self.step(held, entry, Step::Undo, |_| ())
-                .inspect_err(|_| self.settle_later(entry.row()))?;
-            return wanted.map(|_| Outcome::Spared);
+            connected.inspect_err(|error| self.end_failed_sleep(op, &guest.live, error))?;
+        let wanted = match self.last_look(op, &guest, why, wanted) {
+            Ok(Some(wanted)) => wanted,
+            not_wanted => {
+                deflate(&entry.record(), &guest.live);
+                self.activity.restart_samples(entry.row());
+                self.step(op.held, entry, Step::Undo, |_| ())
+                    .inspect_err(|_| self.settle_later(entry.row()))?;
+                return not_wanted.map(|_| Outcome::Spared);
+            }
         };
-        let begun = (intent, wanted, &slot);
-        let committed = match self.save_acts(entry, operation, &live, &identity, begun, &mut undo) {
+        let committed = match self.save_acts(op, &guest, wanted) {
             Ok(committed) => committed,
             Err(cause) => {
                 // Of a VMM that died there is nothing to take back; `lose` clears up after it.
-                let dead = live.process.exited().is_some();
-                let error = if dead { cause } else { undo.run(cause) };
-                failed(&error);
+                let dead = guest.live.process.exited().is_some();
+                let error = if dead { cause } else { op.undo.run(cause) };
+                self.end_failed_sleep(op, &guest.live, &error);
                 let is_used = why == Why::Idle && matches!(error, Error::Active { .. });
                 return if is_used { Ok(Outcome::Spared) } else { Err(error) };
             }
         };
         self.reach(Arrow::SleepCommitted);
+        self.end_sleep(op, &guest, &committed, &took)
+    }
 
-        // The snapshot is the truth now; this guest never runs again.
-        live.process.kill();
+    /// Returns how the sleep is still wanted, which whoever touched the sandbox while it was
+    /// still seen running decides; and likewise in the seconds that its guest may take to
+    /// give up memory, if it is asked to. `first` is of before the intent.
+    fn last_look<'a>(
+        &'a self,
+        op: &mut Op<'a>,
+        guest: &Guest,
+        why: Why,
+        first: Wanted,
+    ) -> Result<Option<Wanted>, Error> {
+        let (entry, record) = (op.entry, &guest.record);
+        if self.is_wanted(entry, record, why)?.is_none() {
+            return Ok(None);
+        }
+        if !record.spec.inflate_before_sleep {
+            // Who saw that it is about to sleep may have called it since.
+            return Ok(Some(first));
+        }
+        let inflated = Arc::clone(&guest.live);
+        op.undo.push("giving its memory back", move || {
+            deflate(&entry.record(), &inflated);
+            Ok(())
+        });
+        inflate(record, &guest.live, &op.cancel);
+        self.reach(Arrow::SleepInflated);
+        // In so long a time even an idle guest has traffic below the threshold.
+        self.is_wanted(entry, record, why)
+    }
+
+    /// Does everything up to and with the commit point.
+    fn save_acts<'a>(
+        &'a self,
+        op: &mut Op<'a>,
+        guest: &Guest,
+        wanted: Wanted,
+    ) -> Result<Committed, Error> {
+        let (entry, home) = (op.entry, self.home(&guest.record));
+        // A file system that does not answer keeps the guest from nothing.
+        let disks = self.disk_facts(entry, &op.cancel)?;
+
+        // A pause that we did not hear the end of may have been one.
+        let paused = Arc::clone(&guest.live);
+        op.undo.push("resuming", move || Ok(lock(&paused.machine).resume()?));
+        let pause = || lock(&guest.live.machine).pause().map_err(vmm_failed(entry, "pausing"));
+        match wanted {
+            Wanted::InAnyCase => pause()?,
+            Wanted::UnlessUsedSince(counted) => self.pause_unless_used(entry, counted, pause)?,
+        }
+        guest.slot.answered();
+        self.reach(Arrow::SleepPaused);
+
+        let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
+        let life = survey.live.ok_or_else(|| {
+            snapshot_failed(entry, "finding the memory of")(snapshot::Error::Absent {
+                dir: home.dir().to_owned(),
+            })
+        })?;
+        let mut staged = home
+            .stage(guest.record.generation + 1, guest.memory)
+            .map_err(snapshot_failed(entry, "beginning the snapshot of"))?;
+        self.reach(Arrow::SleepStaged);
+        let filled = self.fill(op, guest, life, &mut staged);
+        let facts = filled.and_then(|()| self.facts(entry, &guest.identity, disks));
+        // Else a power cut could leave the snapshot beside a record that says `running`.
+        match facts.and_then(|facts| self.sync_intent(op).map(|()| facts)) {
+            Ok(facts) => staged.commit(facts, &op.cancel).map_err(|error| {
+                discard_later(op, *error.staged);
+                snapshot_failed(entry, "committing the snapshot of")(error.source)
+            }),
+            Err(error) => {
+                discard_later(op, staged);
+                Err(error)
+            }
+        }
+    }
+
+    /// Saves the paused guest, and moves its memory into the snapshot.
+    fn fill(
+        &self,
+        op: &Op<'_>,
+        guest: &Guest,
+        life: u64,
+        staged: &mut Staged,
+    ) -> Result<(), Error> {
+        let entry = op.entry;
+        if guest.memory == Memory::Mapped {
+            staged.read_memory(life, &op.cancel);
+        }
+        self.prepare_disks(op, staged)?;
+        let saved = lock(&guest.live.machine).save(&staged.dir());
+        saved.map_err(vmm_failed(entry, "saving"))?;
+        self.reach(Arrow::SleepSaved);
+        if guest.memory == Memory::Mapped {
+            let taken = staged.take_memory(life);
+            taken.map_err(snapshot_failed(entry, "committing the snapshot of"))?;
+        }
+        Ok(())
+    }
+
+    /// Ends a sleep whose snapshot is committed: it is the truth now, and this guest never runs
+    /// again.
+    fn end_sleep(
+        &self,
+        op: &Op<'_>,
+        guest: &Guest,
+        committed: &Committed,
+        took: &Stopwatch,
+    ) -> Result<Outcome, Error> {
+        let (entry, record) = (op.entry, &guest.record);
+        guest.live.process.kill();
         // It takes a moment to go; meanwhile we tidy up. What stays, the next wake removes.
-        self.home(&record).end_life().ok();
+        self.home(record).end_life().ok();
         self.release(entry).inspect_err(|_| self.settle_later(entry.row()))?;
-        let left = self.give_back_room(&record, committed.generation);
+        let left = self.give_back_room(record, committed.generation);
         self.reach(Arrow::SleepKilled);
         // After a power cut the record says at least `snapshotting`, and the manifest the rest.
         let snapshot = SnapshotFacts {
@@ -179,10 +289,10 @@ impl Lifecycle {
             bytes: left.unwrap_or(committed.bytes),
             at: self.now(),
         };
-        let recorded = self.step_unsynced(held, entry, Step::Slept(snapshot), |record| {
+        let recorded = self.step_unsynced(op.held, entry, Step::Slept(snapshot), |record| {
             record.generation += 1;
             record.sleeps += 1;
-            record.vmm = Some(named(&identity));
+            record.vmm = Some(named(&guest.identity));
             record.retry_at = None;
             record.last_sleep = Some(took.elapsed());
         });
@@ -196,124 +306,17 @@ impl Lifecycle {
         Ok(Outcome::Done)
     }
 
-    /// Returns how the sleep is still wanted, which whoever touched the sandbox while it was
-    /// still seen running decides; and likewise in the seconds that its guest may take to
-    /// give up memory, if it is asked to. `record` is of before the intent, and `first` too.
-    fn last_look<'a>(
-        &'a self,
-        entry: &'a Entry,
-        (record, why): (&Record, Why),
-        operation: &Operation<'_>,
-        live: &Arc<Live>,
-        first: Wanted,
-        undo: &mut Undo<'a>,
-    ) -> Result<Option<Wanted>, Error> {
-        if self.is_wanted(entry, record, why)?.is_none() {
-            return Ok(None);
-        }
-        if !record.spec.inflate_before_sleep {
-            // Who saw that it is about to sleep may have called it since.
-            return Ok(Some(first));
-        }
-        let inflated = Arc::clone(live);
-        undo.push("giving its memory back", move || {
-            deflate(&entry.record(), &inflated);
-            Ok(())
-        });
-        inflate(record, live, &operation.cancel);
-        self.reach(Arrow::SleepInflated);
-        // In so long a time even an idle guest has traffic below the threshold.
-        self.is_wanted(entry, record, why)
-    }
-
-    /// Does everything up to and with the commit point.
-    fn save_acts(
-        &self,
-        entry: &Arc<Entry>,
-        operation: &Operation<'_>,
-        live: &Arc<Live>,
-        identity: &VmmIdentity,
-        (intent, wanted, slot): (Commit, Wanted, &Slot),
-        undo: &mut Undo<'_>,
-    ) -> Result<Committed, Error> {
-        let record = entry.record();
-        let memory = memory_of(self.vmms.of(&record)?.as_ref(), &record);
-        let home = self.home(&record);
-        // A file system that does not answer keeps the guest from nothing.
-        let disks = self.disk_facts(entry, &operation.cancel)?;
-
-        // A pause that we did not hear the end of may have been one.
-        let paused = Arc::clone(live);
-        undo.push("resuming", move || Ok(lock(&paused.machine).resume()?));
-        let pause = || lock(&live.machine).pause().map_err(vmm_failed(entry, "pausing"));
-        match wanted {
-            Wanted::InAnyCase => pause()?,
-            Wanted::UnlessUsedSince(counted) => self.pause_unless_used(entry, counted, pause)?,
-        }
-        slot.answered();
-        self.reach(Arrow::SleepPaused);
-
-        let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
-        let life = survey.live.ok_or_else(|| {
-            snapshot_failed(entry, "finding the memory of")(snapshot::Error::Absent {
-                dir: home.dir().to_owned(),
-            })
-        })?;
-        let mut staged = home
-            .stage(record.generation + 1, memory)
-            .map_err(snapshot_failed(entry, "beginning the snapshot of"))?;
-        let dir = staged.dir();
-        if memory == Memory::Mapped {
-            staged.read_memory(life, &operation.cancel);
-        }
-        let staged = Rc::new(RefCell::new(Some(staged)));
-        let discarded = Rc::clone(&staged);
-        undo.push("discarding the snapshot", move || {
-            discarded.borrow_mut().take().map_or(Ok(()), |staged| Ok(staged.discard()?))
-        });
-        self.reach(Arrow::SleepStaged);
-
-        self.prepare_disks(entry, operation, &staged)?;
-        lock(&live.machine).save(&dir).map_err(vmm_failed(entry, "saving"))?;
-        self.reach(Arrow::SleepSaved);
-
-        let facts = self.facts(entry, identity, disks)?;
-        let failed = snapshot_failed(entry, "committing the snapshot of");
-        let mut sealed = staged.borrow_mut().take().expect("nothing was undone so far");
-        if memory == Memory::Mapped
-            && let Err(error) = sealed.take_memory(life)
-        {
-            *staged.borrow_mut() = Some(sealed);
-            return Err(failed(error));
-        }
-        // Else a power cut could leave the snapshot beside a record that says `running`.
-        if let Err(error) = self.sync(entry, intent) {
-            *staged.borrow_mut() = Some(sealed);
-            return Err(error);
-        }
-        sealed.commit(facts, &operation.cancel).map_err(|error| {
-            *staged.borrow_mut() = Some(*error.staged);
-            failed(error.source)
-        })
-    }
-
     /// Has the disks of the paused machine synced by nobody who would not notice what an earlier
     /// sync lost.
-    fn prepare_disks(
-        &self,
-        entry: &Entry,
-        operation: &Operation<'_>,
-        staged: &RefCell<Option<Staged>>,
-    ) -> Result<(), Error> {
-        let staged = staged.borrow();
-        let staged = staged.as_ref().expect("nothing was undone so far");
+    fn prepare_disks(&self, op: &Op<'_>, staged: &Staged) -> Result<(), Error> {
+        let entry = op.entry;
         if staged.follows_failed_sync() {
             let record = entry.record();
             let home = self.home(&record);
             tracing::warn!(id = %entry.id(), "a sync failed: all that it has is written anew");
             let disks = record.spec.disks.iter().enumerate().filter(|(_, disk)| !disk.readonly);
             for (number, _) in disks {
-                write_anew(&home.disk(number), &operation.cancel).map_err(|error| match error {
+                write_anew(&home.disk(number), &op.cancel).map_err(|error| match error {
                     PieceError::CalledOff(_) => Error::Gone { id: record.id.clone() },
                     PieceError::Io(source) => host_failed(entry, "writing a disk anew of")(source),
                 })?;
@@ -368,21 +371,15 @@ impl Lifecycle {
     }
 
     /// After a failed and undone sleep: the guest runs on, unless its VMM died.
-    fn end_failed_sleep(
-        &self,
-        held: &Held,
-        entry: &Arc<Entry>,
-        operation: &Operation<'_>,
-        live: &Live,
-        error: &Error,
-    ) {
+    fn end_failed_sleep(&self, op: &Op<'_>, live: &Live, error: &Error) {
+        let entry = op.entry;
         if self.operations.is_deleting(entry.row()) {
             return; // The next to have the lock removes it from whatever state.
         }
         let ended = match live.process.exited() {
-            Some(exit) => self.lose(held, entry, &self.reason(entry, exit)),
-            None if matches!(error, Error::Undo { .. }) => self.recover(held, entry, operation),
-            None => self.step(held, entry, Step::Undo, |_| ()).map(drop),
+            Some(exit) => self.lose(op.held, entry, &self.reason(entry, exit)),
+            None if matches!(error, Error::Undo { .. }) => self.recover(op),
+            None => self.step(op.held, entry, Step::Undo, |_| ()).map(drop),
         };
         self.activity.restart_samples(entry.row());
         if let Err(error) = ended {
@@ -390,6 +387,11 @@ impl Lifecycle {
             self.settle_later(entry.row());
         }
     }
+}
+
+/// Has a snapshot that came to nothing discarded with the rest.
+fn discard_later(op: &mut Op<'_>, staged: Staged) {
+    op.undo.push("discarding the snapshot", move || Ok(staged.discard()?));
 }
 
 /// Returns why a guest that runs by `runs` could not be woken by what is installed of its

@@ -10,30 +10,35 @@ type Act<'a> = Box<dyn FnOnce() -> Result<(), Box<dyn std::error::Error>> + 'a>;
 #[derive(Default)]
 #[must_use = "an operation that fails has to run it"]
 pub(super) struct Undo<'a> {
-    acts: Vec<(&'static str, Act<'a>)>,
+    acts: Vec<Option<(&'static str, Act<'a>)>>,
 }
 
-impl<'a> Undo<'a> {
-    /// Starts with nothing done.
-    pub(super) fn new() -> Self {
-        Self::default()
-    }
+/// One of the acts, by which it is forgotten.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ActId(usize);
 
+impl<'a> Undo<'a> {
     /// Notes how to take back what was just done.
     pub(super) fn push(
         &mut self,
         name: &'static str,
         act: impl FnOnce() -> Result<(), Box<dyn std::error::Error>> + 'a,
-    ) {
-        self.acts.push((name, Box::new(act)));
+    ) -> ActId {
+        self.acts.push(Some((name, Box::new(act))));
+        ActId(self.acts.len() - 1)
+    }
+
+    /// Forgets an act: it must not be taken back any more.
+    pub(super) fn forget(&mut self, act: ActId) {
+        self.acts[act.0] = None;
     }
 
     /// Takes everything back, the last act first, and goes on past failures.
     ///
     /// Returns `cause`, together with what could not be taken back.
-    pub(super) fn run(self, cause: Error) -> Error {
+    pub(super) fn run(&mut self, cause: Error) -> Error {
         let mut failures = Vec::new();
-        for (name, act) in self.acts.into_iter().rev() {
+        for (name, act) in self.acts.drain(..).rev().flatten() {
             if let Err(error) = act() {
                 failures.push(format!("{name}: {}", chain(error.as_ref())));
             }
@@ -48,7 +53,7 @@ impl<'a> Undo<'a> {
 
 impl std::fmt::Debug for Undo<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list().entries(self.acts.iter().map(|(name, _)| name)).finish()
+        f.debug_list().entries(self.acts.iter().flatten().map(|(name, _)| name)).finish()
     }
 }
 
@@ -61,7 +66,7 @@ mod tests {
     #[test]
     fn acts_are_taken_back_in_reverse_past_failures_and_all_are_reported() {
         let order = RefCell::new(Vec::new());
-        let mut undo = Undo::new();
+        let mut undo = Undo::default();
         for name in ["first", "second", "third"] {
             let order = &order;
             undo.push(name, move || {
