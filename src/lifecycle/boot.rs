@@ -1,7 +1,7 @@
 //! Booting: a guest begins anew, on the disks that it had.
 
 use super::{
-    Arrow, Error, Lifecycle, Signal,
+    CrashPoint, Error, Lifecycle, Signal,
     disks::take_back_disks,
     error::{host_failed, snapshot_failed, vmm_failed},
     images::check_formats,
@@ -51,30 +51,30 @@ impl Lifecycle {
 
         self.intend(op, Step::Boot, |record| record.vmm = Some(named(&identity)))?;
         self.sync_intent(op)?;
-        self.reach(Arrow::BootIntended);
+        self.crash_point(CrashPoint::BootIntended);
 
         home.create().map_err(snapshot_failed(entry, "making the directory of"))?;
         self.check_room(entry, memory, 0)?;
-        let life = home
-            .begin_life(record.generation, memory, record.spec.memory_bytes)
+        let run = home
+            .begin_run(record.generation, memory, record.spec.memory_bytes)
             .map_err(snapshot_failed(entry, "making the memory of"))?;
-        op.undo.push("removing its memory", move || Ok(self.home(&entry.record()).end_life()?));
+        op.undo.push("removing its memory", move || Ok(self.home(&entry.record()).end_run()?));
         let copies = self.make_disks(op, &files)?;
         let _slot = self.admission.wake(&record.id)?;
 
         let nic = self.networks.connect(op)?;
-        self.reach(Arrow::BootConnected);
+        self.crash_point(CrashPoint::BootConnected);
 
         // Also where the VMM does not start there are its sockets.
         op.undo.push("ending the VMM", move || Ok(self.release(entry)?));
-        let plan = self.plan(&entry.record(), &life, &files, nic, &op.cancel)?;
+        let plan = self.plan(&entry.record(), &run, &files, nic, &op.cancel)?;
         let machine = vmm.boot(&plan).map_err(vmm_failed(entry, "booting"))?;
         let live = self.enter(entry, machine)?;
-        self.reach(Arrow::BootSpawned);
+        self.crash_point(CrashPoint::BootSpawned);
 
         let process = live.process.identity().clone();
         self.amend(op.held, entry, |record| record.phase.set_process(process.clone()))?;
-        self.reach(Arrow::BootRecorded);
+        self.crash_point(CrashPoint::BootRecorded);
 
         let _connected = live.connect().map_err(vmm_failed(entry, "reaching"))?;
         // From here on the guest may have written to them.
@@ -82,7 +82,7 @@ impl Lifecycle {
             op.undo.forget(copies);
         }
         lock(&live.machine).resume().map_err(vmm_failed(entry, "starting"))?;
-        self.reach(Arrow::BootResumed);
+        self.crash_point(CrashPoint::BootResumed);
         Ok(process)
     }
 }

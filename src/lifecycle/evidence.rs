@@ -7,7 +7,7 @@
 //! not proven is killed or removed later.
 //!
 //! A crash or a power cut leaves none of this: each step is in the index before its files or
-//! its VMM are changed, see `reconcile`.
+//! its VMM are changed, see `recover`.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -123,7 +123,7 @@ impl Lifecycle {
             if vmms.is_empty() && is_at_rest(entry.record().state()) {
                 continue; // Looked at when somebody wants it, however many there are.
             }
-            // Two snapshots, say: `reconcile` tells, and changes nothing.
+            // Two snapshots, say: `recover` tells, and changes nothing.
             let Ok(survey) = self.home(&entry.record()).survey() else { continue };
             found.extend(contradiction(&entry.record(), &survey, &vmms));
         }

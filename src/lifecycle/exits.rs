@@ -65,7 +65,7 @@ impl Lifecycle {
         remove_sockets(entry.id(), &self.runtime_dir(entry.row()));
         self.admission.give_back(entry.row());
         self.networks.abandon(entry);
-        if let Err(error) = self.home(&entry.record()).end_life() {
+        if let Err(error) = self.home(&entry.record()).end_run() {
             // The next boot or the deletion removes what is left.
             tracing::warn!(id = %entry.id(), error = chain(&error), "clearing up after a guest");
         }

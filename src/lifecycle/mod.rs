@@ -16,16 +16,17 @@
 //! A word in small letters is a change of the record. What announces an operation is on
 //! the disk before the word in capitals, which is the operation's commit point, and gets
 //! there while the acts in between are under way. What records a sleep or a wake that is
-//! done is not waited for: it is proven by the files. `reconcile` has the reasons.
+//! done is not waited for: it is proven by the files. `recover` has the reasons.
 //!
 //! An operation that fails before its commit point is taken back. One that is cut
 //! off, by a crash of the daemon or a panic, leaves one of the three states in the
-//! middle, and `reconcile` brings that to an end from what is on disk and what runs.
+//! middle, and `recover` brings that to an end from what is on disk and what runs.
 
 mod boot;
 mod chores;
+mod configure;
 mod create;
-mod destroy;
+mod delete;
 mod disks;
 mod error;
 mod evidence;
@@ -39,9 +40,8 @@ mod notes;
 mod operation;
 mod packet;
 mod page_cache;
-mod policy;
 mod publish;
-mod reconcile;
+mod recover;
 mod resume;
 mod room;
 mod sampling;
@@ -67,6 +67,7 @@ use std::{
     time::Duration,
 };
 
+pub use configure::Policy;
 use error::vmm_failed;
 pub use error::{Error, Fault};
 pub use evidence::{Contradicted, check_index_file};
@@ -78,7 +79,6 @@ pub use network::Networks;
 use notes::Notes;
 use operation::{Op, Operations};
 use page_cache::PageCache;
-pub use policy::Policy;
 pub use stale::{CLOCK_KEY, Stale};
 use unsettled::Unsettled;
 
@@ -159,7 +159,7 @@ pub enum Outcome {
     /// It was so already.
     Already,
     /// The reason had gone by the time the lock was had.
-    Spared,
+    Skipped,
 }
 
 /// All sandboxes, and all that can be done with them.
@@ -280,7 +280,7 @@ impl Lifecycle {
             emptying: Arc::default(),
             pool: parts.pool,
             openers: parts.openers,
-            deletions: Pool::with_limit(destroy::DELETIONS_MAX),
+            deletions: Pool::with_limit(delete::DELETIONS_MAX),
             reaper_wakeup,
             feed: Arc::default(),
             metrics: Metrics::default(),
@@ -653,15 +653,15 @@ impl Lifecycle {
         ConsoleLog::at(self.home(record).console_log())
     }
 
-    /// Marks a place between two steps, where a test may crash the daemon.
+    /// Marks a crash point: a test may have the daemon crash here.
     #[cfg(not(test))]
     #[inline]
     #[allow(clippy::unused_self, reason = "the twin for tests uses it")]
-    fn reach(&self, _: Arrow) {}
+    fn crash_point(&self, _: CrashPoint) {}
 
     #[cfg(test)]
-    fn reach(&self, arrow: Arrow) {
-        self.crash.reach(arrow);
+    fn crash_point(&self, point: CrashPoint) {
+        self.crash.reached(point);
     }
 }
 
@@ -684,10 +684,10 @@ pub enum Wait {
     Never,
 }
 
-/// The places between the steps of the main roads, as the pictures above have them.
+/// The crash points: between any two steps of the operations, as the diagrams above show them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(not(test), allow(dead_code, reason = "only tests crash at them"))]
-pub(crate) enum Arrow {
+pub(crate) enum CrashPoint {
     SleepIntended,
     SleepInflated,
     SleepPaused,

@@ -301,7 +301,7 @@ impl Networks {
         let until = self.host.lingers_until(entry.id());
         let is_due = until.is_some_and(|until| until <= self.clock.now());
         if !is_due || entry.record().state() != State::Snapshotted {
-            return Ok(Outcome::Spared);
+            return Ok(Outcome::Skipped);
         }
         self.disconnect(entry).inspect_err(|_| {
             self.host.linger(entry.id(), self.clock.now().after(REMOVE_AGAIN));

@@ -100,9 +100,9 @@ impl Lifecycle {
         // Who is at work on it knows better, and may be about to give it back.
         let Some(_lock) = self.locks.try_lock(entry.id()) else { return };
         let still = self.machines.get(record.row).is_some_and(|now| Arc::ptr_eq(&now, live));
-        let life = self.home(&record).survey().ok().and_then(|survey| survey.live);
-        if let (true, Some(life)) = (still && entry.record().state() == State::Running, life)
-            && let Err(error) = take_room(&self.home(&record).live_memory(life), bytes)
+        let run = self.home(&record).survey().ok().and_then(|survey| survey.live);
+        if let (true, Some(run)) = (still && entry.record().state() == State::Running, run)
+            && let Err(error) = take_room(&self.home(&record).live_memory(run), bytes)
         {
             tracing::warn!(
                 id = %record.id, %error,
@@ -154,7 +154,7 @@ impl Lifecycle {
 fn memory_taken(home: &Home) -> u64 {
     let Ok(survey) = home.survey() else { return 0 };
     let dir = match (survey.live, survey.committed) {
-        (Some(life), _) => home.live_dir(life),
+        (Some(run), _) => home.live_dir(run),
         (None, Some(generation)) => home.snapshot_dir(generation),
         (None, None) => return 0,
     };

@@ -1,7 +1,7 @@
 //! Putting to sleep: a durable snapshot, and then nothing of it left in RAM.
 
 use super::{
-    Arrow, Entry, Error, Lifecycle, Outcome, Why,
+    CrashPoint, Entry, Error, Lifecycle, Outcome, Why,
     error::{host_failed, snapshot_failed, vmm_failed},
     memory_of,
     operation::Op,
@@ -54,15 +54,15 @@ impl Lifecycle {
     /// # Errors
     /// After an error the guest runs on, or was lost together with its VMM.
     pub fn sleep(&self, held: &Held, entry: &Arc<Entry>, why: Why) -> Result<Outcome, Error> {
-        let is_spared = |outcome: &Outcome| *outcome == Outcome::Spared;
-        self.operate_unless(held, entry, is_spared, |op| {
+        let is_skipped = |outcome: &Outcome| *outcome == Outcome::Skipped;
+        self.operate_unless(held, entry, is_skipped, |op| {
             self.settle(op)?;
             let record = entry.record();
             let wanted = self.is_wanted(entry, &record, why)?;
             match record.state() {
                 State::Snapshotted => Ok(Outcome::Already),
                 State::Running => match wanted {
-                    None => Ok(Outcome::Spared),
+                    None => Ok(Outcome::Skipped),
                     Some(wanted) => self.save(op, why, wanted),
                 },
                 State::Stopped
@@ -70,7 +70,7 @@ impl Lifecycle {
                 | State::Snapshotting
                 | State::Restoring
                 | State::Deleting => match record.phase.after(&Step::Sleep) {
-                    Err(_) if why == Why::Idle => Ok(Outcome::Spared),
+                    Err(_) if why == Why::Idle => Ok(Outcome::Skipped),
                     Err(refused) => Err(Error::Refused(refused)),
                     Ok(_) => Err(Error::Gone { id: record.id.clone() }),
                 },
@@ -132,12 +132,12 @@ impl Lifecycle {
         lock(&live.unwakeable).clone_from(&unwakeable);
         match unwakeable {
             None => {}
-            Some(_) if why == Why::Idle => return Ok(Outcome::Spared),
+            Some(_) if why == Why::Idle => return Ok(Outcome::Skipped),
             Some(why) => return Err(Error::Unwakeable { id: record.id.clone(), why }),
         }
 
         self.intend(op, Step::Sleep, |_| ())?;
-        self.reach(Arrow::SleepIntended);
+        self.crash_point(CrashPoint::SleepIntended);
         let guest = Guest { record, live, identity, memory, slot };
         // To the end, so that neither the sleep nor what takes it back fails for want of it.
         let connected = guest.live.connect().map_err(vmm_failed(entry, "pausing"));
@@ -150,7 +150,7 @@ impl Lifecycle {
                 self.activity.restart_samples(entry.row());
                 self.step(op.held, entry, Step::Undo, |_| ())
                     .inspect_err(|_| self.settle_later(entry.row()))?;
-                return not_wanted.map(|_| Outcome::Spared);
+                return not_wanted.map(|_| Outcome::Skipped);
             }
         };
         let committed = match self.save_acts(op, &guest, wanted) {
@@ -161,10 +161,10 @@ impl Lifecycle {
                 let error = if dead { cause } else { op.undo.run(cause) };
                 self.end_failed_sleep(op, &guest.live, &error);
                 let is_used = why == Why::Idle && matches!(error, Error::Active { .. });
-                return if is_used { Ok(Outcome::Spared) } else { Err(error) };
+                return if is_used { Ok(Outcome::Skipped) } else { Err(error) };
             }
         };
-        self.reach(Arrow::SleepCommitted);
+        self.crash_point(CrashPoint::SleepCommitted);
         self.end_sleep(op, &guest, &committed, &took)
     }
 
@@ -192,7 +192,7 @@ impl Lifecycle {
             Ok(())
         });
         inflate(record, &guest.live, &op.cancel);
-        self.reach(Arrow::SleepInflated);
+        self.crash_point(CrashPoint::SleepInflated);
         // In so long a time even an idle guest has traffic below the threshold.
         self.is_wanted(entry, record, why)
     }
@@ -217,10 +217,10 @@ impl Lifecycle {
             Wanted::UnlessUsedSince(counted) => self.pause_unless_used(entry, counted, pause)?,
         }
         guest.slot.answered();
-        self.reach(Arrow::SleepPaused);
+        self.crash_point(CrashPoint::SleepPaused);
 
         let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
-        let life = survey.live.ok_or_else(|| {
+        let run = survey.live.ok_or_else(|| {
             snapshot_failed(entry, "finding the memory of")(snapshot::Error::Absent {
                 dir: home.dir().to_owned(),
             })
@@ -228,8 +228,8 @@ impl Lifecycle {
         let mut staged = home
             .stage(guest.record.generation + 1, guest.memory)
             .map_err(snapshot_failed(entry, "beginning the snapshot of"))?;
-        self.reach(Arrow::SleepStaged);
-        let filled = self.fill(op, guest, life, &mut staged);
+        self.crash_point(CrashPoint::SleepStaged);
+        let filled = self.fill(op, guest, run, &mut staged);
         let facts = filled.and_then(|()| self.facts(entry, &guest.identity, disks));
         // Else a power cut could leave the snapshot beside a record that says `running`.
         match facts.and_then(|facts| self.sync_intent(op).map(|()| facts)) {
@@ -245,23 +245,17 @@ impl Lifecycle {
     }
 
     /// Saves the paused guest, and moves its memory into the snapshot.
-    fn fill(
-        &self,
-        op: &Op<'_>,
-        guest: &Guest,
-        life: u64,
-        staged: &mut Staged,
-    ) -> Result<(), Error> {
+    fn fill(&self, op: &Op<'_>, guest: &Guest, run: u64, staged: &mut Staged) -> Result<(), Error> {
         let entry = op.entry;
         if guest.memory == Memory::Mapped {
-            staged.read_memory(life, &op.cancel);
+            staged.read_memory(run, &op.cancel);
         }
         self.prepare_disks(op, staged)?;
         let saved = lock(&guest.live.machine).save(&staged.dir());
         saved.map_err(vmm_failed(entry, "saving"))?;
-        self.reach(Arrow::SleepSaved);
+        self.crash_point(CrashPoint::SleepSaved);
         if guest.memory == Memory::Mapped {
-            let taken = staged.take_memory(life);
+            let taken = staged.take_memory(run);
             taken.map_err(snapshot_failed(entry, "committing the snapshot of"))?;
         }
         Ok(())
@@ -279,10 +273,10 @@ impl Lifecycle {
         let (entry, record) = (op.entry, &guest.record);
         guest.live.process.kill();
         // It takes a moment to go; meanwhile we tidy up. What stays, the next wake removes.
-        self.home(record).end_life().ok();
+        self.home(record).end_run().ok();
         self.release(entry).inspect_err(|_| self.settle_later(entry.row()))?;
         let left = self.give_back_room(record, committed.generation);
-        self.reach(Arrow::SleepKilled);
+        self.crash_point(CrashPoint::SleepKilled);
         // After a power cut the record says at least `snapshotting`, and the manifest the rest.
         let snapshot = SnapshotFacts {
             generation: committed.generation,

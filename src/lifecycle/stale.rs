@@ -35,7 +35,7 @@ impl Lifecycle {
             {
                 self.postpone(held, entry, later.at)?;
             }
-            return Ok(Outcome::Spared);
+            return Ok(Outcome::Skipped);
         }
         self.check_sleeps_as_recorded(entry)?;
         self.delete_locked(held, entry)

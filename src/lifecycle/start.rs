@@ -56,12 +56,12 @@ impl Lifecycle {
         given.map(drop).ok_or_else(|| Error::NoUser { id: entry.id().clone(), users })
     }
 
-    /// Says everything that a driver has to know; `life` is the directory of its memory, and
+    /// Says everything that a driver has to know; `run` is the directory of its memory, and
     /// `nic` its network device, where one is to be opened.
     pub(super) fn plan(
         &self,
         record: &Record,
-        life: &Path,
+        run: &Path,
         files: &Files,
         nic: Option<PlannedNic>,
         cancel: &Arc<Cancel>,
@@ -97,7 +97,7 @@ impl Lifecycle {
             balloon: record.spec.balloon,
             vsock: record.spec.vsock.then(|| PlannedVsock::new(&runtime_dir, record.owner)),
             nic,
-            memory: life.join(snapshot::MEMORY),
+            memory: run.join(snapshot::MEMORY),
             runtime_dir,
             console_log: home.console_log(),
             vmm_log: home.vmm_log(),
@@ -117,7 +117,7 @@ impl Lifecycle {
     }
 
     /// After a failed and undone wake or boot: takes the intent back too. Where undoing
-    /// failed, the rules of `reconcile` say what is left.
+    /// failed, the rules of `recover` say what is left.
     fn end_failed_start(&self, op: &Op<'_>, error: &Error) {
         let entry = op.entry;
         if self.operations.is_deleting(entry.row()) {

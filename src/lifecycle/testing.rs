@@ -2,7 +2,7 @@
 //!
 //! The machines are real processes, the store is a real directory and the index is a
 //! real one; only the guest and the clock are not. A "crash" leaves everything as it
-//! is at that arrow and starts another daemon on it.
+//! is at that point and starts another daemon on it.
 
 use std::{
     any::Any,
@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Arrow, Entry, Error, Lifecycle, Outcome, Parts, Policy, Settings, Wait, Why};
+use super::{CrashPoint, Entry, Error, Lifecycle, Outcome, Parts, Policy, Settings, Wait, Why};
 use crate::{
     index::Index,
     net::{Network, fake::FakeNetwork},
@@ -35,16 +35,16 @@ use crate::{
 /// Where the daemon is to crash.
 #[derive(Debug, Default)]
 pub(crate) struct CrashPlan {
-    at: Mutex<Option<Arrow>>,
+    at: Mutex<Option<CrashPoint>>,
 }
 
 /// What a planned crash panics with.
 struct Crash;
 
 impl CrashPlan {
-    pub(super) fn reach(&self, arrow: Arrow) {
+    pub(super) fn reached(&self, point: CrashPoint) {
         let mut at = lock(&self.at);
-        if *at == Some(arrow) {
+        if *at == Some(point) {
             *at = None;
             drop(at);
             panic_any(Crash);
@@ -198,9 +198,9 @@ impl Host {
         self.daemon = start_on(&dir, &index, &self.vmm, &self.network, &self.clock, budget_bytes);
     }
 
-    /// Does what crashes at `arrow`, if it gets there. Says whether it did.
-    pub(crate) fn crashes_at(&self, arrow: Arrow, operation: impl FnOnce()) -> bool {
-        *lock(&self.daemon.crash.at) = Some(arrow);
+    /// Does what crashes at `point`, if it gets there. Says whether it did.
+    pub(crate) fn crashes_at(&self, point: CrashPoint, operation: impl FnOnce()) -> bool {
+        *lock(&self.daemon.crash.at) = Some(point);
         match catch_unwind(AssertUnwindSafe(operation)) {
             Ok(()) => {
                 *lock(&self.daemon.crash.at) = None;
@@ -222,10 +222,10 @@ impl Host {
             live.process.kill();
             live.process.wait(PATIENCE).unwrap();
             let home = Home::new(&self.daemon.settings.store, row);
-            let life = home.survey().unwrap().live;
-            if let (Some(life), Pages::Lost) = (life, pages) {
-                let memory = std::fs::File::options().write(true).open(home.live_memory(life));
-                let before = runs_in(&home.live_memory(life)) - 1;
+            let run = home.survey().unwrap().live;
+            if let (Some(run), Pages::Lost) = (run, pages) {
+                let memory = std::fs::File::options().write(true).open(home.live_memory(run));
+                let before = runs_in(&home.live_memory(run)) - 1;
                 memory.unwrap().write_all_at(&before.to_le_bytes(), 0).unwrap();
             }
         }
@@ -479,9 +479,9 @@ pub(crate) fn wait_for(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// Runs an operation that crashes at `arrow`.
-pub(crate) fn crash(host: &mut Host, arrow: Arrow, operation: impl FnOnce(&Host)) {
-    *lock(&host.daemon.crash.at) = Some(arrow);
+/// Runs an operation that crashes at `point`.
+pub(crate) fn crash(host: &mut Host, point: CrashPoint, operation: impl FnOnce(&Host)) {
+    *lock(&host.daemon.crash.at) = Some(point);
     let crashed = catch_unwind(AssertUnwindSafe(|| operation(host)));
     let payload = crashed.expect_err("it crashes before it ends");
     assert!(payload.is::<Crash>(), "it crashed by a bug");

@@ -3,7 +3,7 @@
 use std::thread;
 
 use super::{
-    Arrow, Entry, Error, Held, Lifecycle, Outcome, Signal,
+    CrashPoint, Entry, Error, Held, Lifecycle, Outcome, Signal,
     error::{host_failed, snapshot_failed, vmm_failed},
     memory_of,
     operation::Op,
@@ -89,7 +89,7 @@ impl Lifecycle {
         let files = self.open_to_wake(&record, &op.cancel)?;
 
         self.intend(op, Step::Wake, |record| record.vmm = Some(named(&identity)))?;
-        self.reach(Arrow::WakeIntended);
+        self.crash_point(CrashPoint::WakeIntended);
 
         if memory == Memory::Mapped {
             op.undo.push("giving back its room", move || {
@@ -105,20 +105,20 @@ impl Lifecycle {
         }
 
         let nic = self.networks.connect(op)?;
-        self.reach(Arrow::WakeConnected);
+        self.crash_point(CrashPoint::WakeConnected);
 
         // Also where the VMM does not start there are its sockets.
         op.undo.push("ending the VMM", move || Ok(self.release(entry)?));
         let plan = self.plan(&entry.record(), &snapshot.dir(), &files, nic, &op.cancel)?;
         let machine = self.load(entry, vmm.as_ref(), &plan, &snapshot)?;
         let live = self.enter(entry, machine)?;
-        self.reach(Arrow::WakeRestored);
+        self.crash_point(CrashPoint::WakeRestored);
 
         let process = live.process.identity().clone();
         // No process outlasts a power cut.
         let (_, _moot) = self
             .amend_unsynced(op.held, entry, |record| record.phase.set_process(process.clone()))?;
-        self.reach(Arrow::WakeRecorded);
+        self.crash_point(CrashPoint::WakeRecorded);
 
         let _connected = live.connect().map_err(vmm_failed(entry, "reaching"))?;
         // Else a power cut could leave a record that says `snapshotted`, and no snapshot.
@@ -136,12 +136,12 @@ impl Lifecycle {
             }
             Ok(self.unconsume(entry, facts.generation, &cancel)?)
         });
-        self.reach(Arrow::WakeConsumed);
+        self.crash_point(CrashPoint::WakeConsumed);
 
         self.networks.deliver(entry)?;
         self.let_run(entry, &live, memory, facts.generation)?;
         deflate(&entry.record(), &live);
-        self.reach(Arrow::WakeResumed);
+        self.crash_point(CrashPoint::WakeResumed);
         Ok((memory, process))
     }
 

@@ -228,7 +228,7 @@ fn one_that_is_held_is_not_put_to_sleep_and_idles_from_the_end_of_its_hold() {
         look(&host);
     }
     // Also where the reaper had found it before it was held.
-    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
+    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Skipped);
     assert!(matches!(
         host.sleep_because("a", Why::Asked),
         Err(Error::Hold(HoldError::Held { .. }))
@@ -286,7 +286,7 @@ fn one_that_was_just_woken_stays_awake_for_the_minimum_unless_it_is_asked_to_sle
     let reaper = reap(&host);
     host.clock.advance(Duration::from_secs(9));
     look(&host);
-    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
+    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Skipped);
     assert_eq!(host.state("a"), State::Running);
     host.clock.advance(Duration::from_secs(1));
     look(&host);
@@ -564,7 +564,7 @@ fn what_passed_since_the_last_look_counts_when_its_sandbox_is_about_to_sleep() {
     host.daemon.sample_activity();
     let inward = Count { packets: 1, bytes: 60 };
     host.network.set_activity(&"a".parse().unwrap(), Activity { inward, ..Activity::default() });
-    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
+    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Skipped);
     assert_eq!(host.vmm.count(Call::Pause), 0);
 }
 

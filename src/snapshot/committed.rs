@@ -19,7 +19,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Snapshot {
     home: Home,
-    /// Where it is: in its own directory, or in that of the life that was woken from it.
+    /// Where it is: in its own directory, or in that of the run that was woken from it.
     dir: PathBuf,
     manifest: Manifest,
 }
@@ -94,7 +94,7 @@ impl Snapshot {
         )))
     }
 
-    /// Marks the snapshot consumed, by making it the directory of a life, and returns that.
+    /// Marks the snapshot consumed, by making it the directory of a run, and returns that.
     /// When it returns this is on the disk: the guest may run, and nobody will ever wake
     /// it from here again. The directories of earlier lives are removed before.
     ///
@@ -186,18 +186,18 @@ impl Home {
         Snapshot::open(self.clone(), self.snapshot_dir(generation), id, generation)
     }
 
-    /// Makes the snapshot that the life `generation` was woken from the truth again, if its
+    /// Makes the snapshot that the run `generation` was woken from the truth again, if its
     /// memory is as it was. The VMM must be gone.
     ///
     /// Memory that was mapped proves by this that the guest has not run: one that executes
     /// anything changes it. Memory that was copied is as it was whatever the guest did
     /// since, so the caller must know by other means.
     ///
-    /// It is checked where the life has it, and only then named a snapshot: a crash in
+    /// It is checked where the run has it, and only then named a snapshot: a crash in
     /// between leaves no snapshot whose guest may have run.
     ///
     /// # Errors
-    /// As [`Home::open`] and [`Snapshot::check_memory`]; the life is then as it was. `Damaged`
+    /// As [`Home::open`] and [`Snapshot::check_memory`]; the run is then as it was. `Damaged`
     /// and `Absent` are final: the memory has changed, or is not there.
     pub fn unconsume(&self, id: &SandboxId, generation: u64, cancel: &Cancel) -> Result<(), Error> {
         let (live, dir) = (self.live_dir(generation), self.snapshot_dir(generation));
@@ -206,7 +206,7 @@ impl Home {
             .map_err(Error::io(|| format!("taking back {}", live.display())))
     }
 
-    /// Makes sure that the memory of the life `generation` is as in the snapshot that it was
+    /// Makes sure that the memory of the run `generation` is as in the snapshot that it was
     /// woken from.
     ///
     /// # Errors

@@ -77,7 +77,7 @@ impl Home {
         self.row
     }
 
-    /// Returns the directory of the machine that came to life at `generation`.
+    /// Returns the directory of the machine whose run began at `generation`.
     #[must_use]
     pub fn live_dir(&self, generation: u64) -> PathBuf {
         self.dir.join(format!("{generation}.live"))
@@ -140,13 +140,13 @@ impl Home {
         })
     }
 
-    /// Makes the directory of a new life, with a memory file of zeros if its VMM is to map
+    /// Makes the directory of a new run, with a memory file of zeros if its VMM is to map
     /// one, and returns it. The file has all the room that it needs, where the file system can
-    /// do that. Every earlier life is over and its directory is removed.
+    /// do that. Every earlier run is over and its directory is removed.
     ///
     /// # Errors
-    /// Where the store cannot be written, or has no room. Then there is no life.
-    pub fn begin_life(
+    /// Where the store cannot be written, or has no room. Then there is no run.
+    pub fn begin_run(
         &self,
         generation: u64,
         memory: Memory,
@@ -217,10 +217,10 @@ impl Home {
     }
 
     /// Takes back each sleep that was cut before its commit point while the VMM is alive:
-    /// memory that it maps goes back to where its life has it, and the rest is removed.
+    /// memory that it maps goes back to where its run has it, and the rest is removed.
     ///
     /// # Errors
-    /// Where the store cannot be written, or where there is no life that the memory
+    /// Where the store cannot be written, or where there is no run that the memory
     /// could belong to; memory that is mapped is never removed.
     pub fn recover_partials(&self, memory: Memory) -> Result<(), Error> {
         let survey = self.survey()?;
@@ -247,10 +247,10 @@ impl Home {
         };
         if is_there(&memory)? {
             let Some(live) = live else {
-                let why = "it holds the memory of a life that has no directory".to_owned();
+                let why = "it holds the memory of a run that has no directory".to_owned();
                 return Err(Error::Damaged { dir, why });
             };
-            // Where the life still has its memory this one is a copy.
+            // Where the run still has its memory this one is a copy.
             let home = self.live_memory(live);
             if !is_there(&home)? {
                 files::rename(&memory, &home)
@@ -270,12 +270,12 @@ impl Home {
         removed.map_err(Error::io(|| format!("removing {}", dir.display())))
     }
 
-    /// Removes the files of the snapshot that the life `generation` was woken from, when
-    /// they are copies of what the VMM has and the guest runs. The life stays. It may be
+    /// Removes the files of the snapshot that the run `generation` was woken from, when
+    /// they are copies of what the VMM has and the guest runs. The run stays. It may be
     /// over already, or its sandbox deleted.
     ///
     /// # Errors
-    /// Where something cannot be removed. It is then removed with the life.
+    /// Where something cannot be removed. It is then removed with the run.
     pub fn drop_copy(&self, generation: u64) -> Result<(), Error> {
         let dir = self.live_dir(generation);
         let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
@@ -307,7 +307,7 @@ impl Home {
     ///
     /// # Errors
     /// Where something cannot be removed.
-    pub fn end_life(&self) -> Result<(), Error> {
+    pub fn end_run(&self) -> Result<(), Error> {
         self.remove_lives()?;
         for generation in self.list()?.partials {
             self.remove_partial(generation)?;

@@ -14,7 +14,7 @@
 //!
 //! The memory of a machine is a file that the VMM maps shared, so falling asleep moves
 //! it by a rename and writes only what is still dirty. Or the VMM has it in its process
-//! and writes it at each sleep; then a life has no memory, but for a while after a wake
+//! and writes it at each sleep; then a run has no memory, but for a while after a wake
 //! the copy that it was woken from. Every directory has one meaning, told by its name
 //! alone, so that after a crash a look at the names says how far it came.
 //!
@@ -45,7 +45,7 @@ pub use staged::{CommitError, Committed, Staged};
 /// Where the memory of a guest is that is awake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Memory {
-    /// In a file of its life, which its VMM maps.
+    /// In a file of its run, which its VMM maps.
     Mapped,
     /// In the process of its VMM. What is in a file is a copy.
     Copied,

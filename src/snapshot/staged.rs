@@ -24,7 +24,7 @@ use crate::{
 pub struct Staged {
     home: Home,
     generation: u64,
-    /// The life that the memory was taken from, while it is here.
+    /// The run that the memory was taken from, while it is here.
     taken_from: Option<u64>,
     /// The memory, if it is read already.
     reading: Option<Box<Reading>>,
@@ -64,7 +64,7 @@ impl Staged {
         self.rewrites
     }
 
-    /// Notes that files of the machine are about to be synced. The note goes with the life of
+    /// Notes that files of the machine are about to be synced. The note goes with the run of
     /// the machine, and so stays if this sleep fails or the daemon dies: the kernel reports a
     /// page that it could not write once, and to whoever syncs next it says that all is well.
     /// It is made before the first sync, as afterwards the disk may refuse it, and need not
@@ -85,7 +85,7 @@ impl Staged {
         self.home.partial_dir(self.generation)
     }
 
-    /// Begins to read the memory that is mapped by the machine of the life `live`, which is
+    /// Begins to read the memory that is mapped by the machine of the run `live`, which is
     /// paused, so that the commit has less to do. It need not work.
     pub fn read_memory(&mut self, live: u64, cancel: &Arc<Cancel>) {
         if self.rewrites {
@@ -94,7 +94,7 @@ impl Staged {
         self.reading = Reading::begin(&self.home.live_memory(live), cancel).ok().map(Box::new);
     }
 
-    /// Moves the memory here from the life that began at `live`. The VMM keeps its mapping.
+    /// Moves the memory here from the run that began at `live`. The VMM keeps its mapping.
     ///
     /// # Errors
     /// Where it is not there; it then stays where it was.
@@ -130,8 +130,8 @@ impl Staged {
     }
 
     /// Makes the snapshot the truth: when it returns, it is on the disk, whole. The
-    /// machine must not run, nor anything write to the files. The life that the memory was
-    /// taken from is empty then, and goes with [`Home::end_life`] or at the next wake.
+    /// machine must not run, nor anything write to the files. The run that the memory was
+    /// taken from is empty then, and goes with [`Home::end_run`] or at the next wake.
     ///
     /// # Errors
     /// Before the commit point, for whatever reason or because it was called off: the

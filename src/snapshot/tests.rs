@@ -39,7 +39,7 @@ impl Store {
     /// One whose machine lives since `generation`, and has written to its memory.
     fn alive(generation: u64) -> Self {
         let store = Self::new();
-        store.home.begin_life(generation, Memory::Mapped, MEMORY_BYTES).unwrap();
+        store.home.begin_run(generation, Memory::Mapped, MEMORY_BYTES).unwrap();
         let memory = write_open(&store.home.live_memory(generation));
         memory.write_all_at(b"a guest", 3 << 20).unwrap();
         store
@@ -50,7 +50,7 @@ impl Store {
         let store = Self::alive(3);
         let staged = store.staged(3, 4);
         staged.commit(facts("web-1", MEMORY_BYTES), &Cancel::default()).unwrap();
-        store.home.end_life().unwrap();
+        store.home.end_run().unwrap();
         store
     }
 
@@ -103,7 +103,7 @@ fn a_guest_falls_asleep_and_is_woken_with_its_memory() {
         store.staged(3, 4).commit(facts("web-1", MEMORY_BYTES), &Cancel::default()).unwrap();
     assert_eq!(committed.generation, 4);
     assert!((8192..1 << 20).contains(&committed.bytes), "{committed:?}");
-    store.home.end_life().unwrap();
+    store.home.end_run().unwrap();
     assert_eq!(store.names(), ["4"]);
 
     let snapshot = store.open().unwrap();
@@ -121,7 +121,7 @@ fn a_guest_falls_asleep_and_is_woken_with_its_memory() {
     // And once more, from what the wake left.
     let again = store.staged(4, 5);
     again.commit(facts("web-1", MEMORY_BYTES), &Cancel::default()).unwrap();
-    store.home.end_life().unwrap();
+    store.home.end_run().unwrap();
     assert_eq!(store.names(), ["5"]);
 }
 
@@ -208,9 +208,9 @@ fn after_a_commit_that_failed_the_next_one_writes_all_anew() {
     staged.commit(facts.clone(), &Cancel::default()).unwrap();
     assert_ne!(memory.metadata().unwrap().modified().unwrap(), before);
     assert!(has_the_guest(&store.file("memory")));
-    store.home.end_life().unwrap();
+    store.home.end_run().unwrap();
     assert_eq!(store.names(), ["4"]);
-    // With the life the note is gone.
+    // With the run the note is gone.
     store.open().unwrap().consume().unwrap();
     memory.set_modified(before).unwrap();
     let staged = store.staged(4, 5);
@@ -413,7 +413,7 @@ fn a_crash_between_any_two_steps_of_a_sleep_is_told_by_the_names() {
     assert_eq!(store.survey(), (Some(3), vec![], None));
     assert!(has_the_guest(&store.home.live_memory(3)));
 
-    // From the commit point on the snapshot is, even if the old life is still in the way.
+    // From the commit point on the snapshot is, even if the old run is still in the way.
     store.staged(3, 4).commit(facts("web-1", MEMORY_BYTES), &Cancel::default()).unwrap();
     assert_eq!(store.names(), ["3.live", "4", "unsynced"]);
     assert_eq!(store.survey(), (Some(3), vec![], Some(4)));
@@ -441,7 +441,7 @@ fn a_memory_that_has_no_life_to_go_back_to_is_kept() {
     drop(store.staged(3, 4));
     fs::remove_dir(store.home.live_dir(3)).unwrap();
     let error = store.home.recover_partials(Memory::Mapped).unwrap_err();
-    assert!(error.to_string().contains("a life that has no directory"), "{error}");
+    assert!(error.to_string().contains("a run that has no directory"), "{error}");
     assert!(has_the_guest(&store.home.dir().join("4.partial/memory")));
 }
 
@@ -472,9 +472,9 @@ fn names_that_are_not_ours_are_passed_over() {
 #[test]
 fn a_new_life_ends_the_one_before() {
     let store = Store::alive(3);
-    store.home.begin_life(3, Memory::Mapped, MEMORY_BYTES).unwrap();
+    store.home.begin_run(3, Memory::Mapped, MEMORY_BYTES).unwrap();
     assert!(!has_the_guest(&store.home.live_memory(3)));
-    store.home.begin_life(5, Memory::Mapped, MEMORY_BYTES).unwrap();
+    store.home.begin_run(5, Memory::Mapped, MEMORY_BYTES).unwrap();
     assert_eq!(store.names(), ["5.live"]);
 }
 
@@ -484,7 +484,7 @@ fn the_end_of_a_life_leaves_the_snapshot_and_the_disks() {
     fs::create_dir(store.home.live_dir(3)).unwrap();
     fs::create_dir(store.home.dir().join("5.partial")).unwrap();
     fs::write(store.home.disk(0), "a disk").unwrap();
-    store.home.end_life().unwrap();
+    store.home.end_run().unwrap();
     assert_eq!(store.names(), ["4", "disk-0.img"]);
 }
 

@@ -147,7 +147,7 @@ fn a_touch_while_the_guest_gives_memory_wins() {
             host.daemon.activity().saw(&host.entry("a"), Signal::Touch);
             let slept = sleep.join().unwrap();
             if idle {
-                assert_eq!(slept.unwrap(), Outcome::Spared);
+                assert_eq!(slept.unwrap(), Outcome::Skipped);
             } else {
                 assert!(matches!(slept, Err(Error::Active { .. })));
             }
@@ -174,19 +174,19 @@ fn deleting_does_not_wait_for_a_guest_that_gives_memory() {
 
 #[test]
 fn a_later_daemon_gives_back_what_an_earlier_one_asked_for() {
-    for arrow in [Arrow::SleepInflated, Arrow::SleepPaused, Arrow::SleepSaved] {
+    for point in [CrashPoint::SleepInflated, CrashPoint::SleepPaused, CrashPoint::SleepSaved] {
         let mut host = running();
-        crash(&mut host, arrow, |host| {
+        crash(&mut host, point, |host| {
             host.sleep("a").expect("it crashes, it does not fail");
         });
         assert_eq!(balloon(&host), SPARE);
         host.restart();
-        assert_eq!((host.state("a"), balloon(&host)), (State::Running, 0), "{arrow:?}");
+        assert_eq!((host.state("a"), balloon(&host)), (State::Running, 0), "{point:?}");
         host.check("a");
     }
     let mut host = running();
     host.sleep("a").unwrap();
-    crash(&mut host, Arrow::WakeConsumed, |host| {
+    crash(&mut host, CrashPoint::WakeConsumed, |host| {
         host.wake("a").expect("it crashes, it does not fail");
     });
     host.restart();

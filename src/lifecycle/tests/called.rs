@@ -58,7 +58,7 @@ fn nothing_that_reaches_a_guest_between_the_look_and_the_pause_is_swallowed() {
         let why = why(&host);
         host.network.act_after_reads(reads, event(&host));
         match host.sleep_because("a", why) {
-            Ok(outcome) => assert_eq!((why, outcome), (Why::Idle, Outcome::Spared), "{reads}"),
+            Ok(outcome) => assert_eq!((why, outcome), (Why::Idle, Outcome::Skipped), "{reads}"),
             Err(error) => assert!(matches!(error, Error::Active { .. }), "{why:?}: {error}"),
         }
         assert!(host.guest_runs("a"), "{why:?}: after {reads} readings");

@@ -13,11 +13,11 @@ fn asleep() -> Host {
     host
 }
 
-/// Returns the names of the files of the life that a sandbox lives.
+/// Returns the names of the files of the run of a sandbox.
 fn files_of_life(host: &Host) -> Vec<String> {
     let home = host.daemon.home(&host.entry("a").record());
-    let life = home.live_dir(home.survey().unwrap().live.unwrap());
-    let names = std::fs::read_dir(life).unwrap().map(|file| file.unwrap().file_name());
+    let run = home.live_dir(home.survey().unwrap().live.unwrap());
+    let names = std::fs::read_dir(run).unwrap().map(|file| file.unwrap().file_name());
     names.map(|name| name.into_string().unwrap()).collect()
 }
 
@@ -99,14 +99,14 @@ fn a_damaged_copy_is_refused_before_the_guest_runs_and_kept() {
     assert!(copy.exists());
 }
 
-/// Has the daemon crash at `arrow` on the way from `from`, the VMM too if `vmm_dies`, and
+/// Has the daemon crash at `point` on the way from `from`, the VMM too if `vmm_dies`, and
 /// returns what the next daemon makes of it.
-fn after_crash(arrow: Arrow, from: State, vmm_dies: bool) -> State {
+fn after_crash(point: CrashPoint, from: State, vmm_dies: bool) -> State {
     let mut host = asleep();
     if from == State::Running {
         host.wake("a").unwrap();
     }
-    crash(&mut host, arrow, |host| {
+    crash(&mut host, point, |host| {
         let done = if from == State::Running { host.sleep("a") } else { host.wake("a") };
         done.expect("it crashes, it does not fail");
     });
@@ -124,34 +124,34 @@ fn after_crash(arrow: Arrow, from: State, vmm_dies: bool) -> State {
 
 #[test]
 fn what_a_crash_cut_is_undone_before_its_commit_point_and_finished_after_it() {
-    for (arrow, from, then) in [
-        (Arrow::SleepIntended, State::Running, State::Running),
-        (Arrow::SleepPaused, State::Running, State::Running),
-        (Arrow::SleepStaged, State::Running, State::Running),
-        (Arrow::SleepSaved, State::Running, State::Running),
-        (Arrow::SleepCommitted, State::Running, State::Snapshotted),
-        (Arrow::SleepKilled, State::Running, State::Snapshotted),
-        (Arrow::WakeIntended, State::Snapshotted, State::Snapshotted),
-        (Arrow::WakeRestored, State::Snapshotted, State::Snapshotted),
-        (Arrow::WakeRecorded, State::Snapshotted, State::Snapshotted),
-        (Arrow::WakeConsumed, State::Snapshotted, State::Running),
-        (Arrow::WakeResumed, State::Snapshotted, State::Running),
+    for (point, from, then) in [
+        (CrashPoint::SleepIntended, State::Running, State::Running),
+        (CrashPoint::SleepPaused, State::Running, State::Running),
+        (CrashPoint::SleepStaged, State::Running, State::Running),
+        (CrashPoint::SleepSaved, State::Running, State::Running),
+        (CrashPoint::SleepCommitted, State::Running, State::Snapshotted),
+        (CrashPoint::SleepKilled, State::Running, State::Snapshotted),
+        (CrashPoint::WakeIntended, State::Snapshotted, State::Snapshotted),
+        (CrashPoint::WakeRestored, State::Snapshotted, State::Snapshotted),
+        (CrashPoint::WakeRecorded, State::Snapshotted, State::Snapshotted),
+        (CrashPoint::WakeConsumed, State::Snapshotted, State::Running),
+        (CrashPoint::WakeResumed, State::Snapshotted, State::Running),
     ] {
-        assert_eq!(after_crash(arrow, from, false), then, "{arrow:?}");
+        assert_eq!(after_crash(point, from, false), then, "{point:?}");
     }
 }
 
 #[test]
 fn a_guest_that_died_with_the_daemon_is_asleep_only_if_its_snapshot_is_not_consumed() {
-    for (arrow, from, then) in [
-        (Arrow::SleepSaved, State::Running, State::Stopped),
-        (Arrow::SleepCommitted, State::Running, State::Snapshotted),
-        (Arrow::WakeRecorded, State::Snapshotted, State::Snapshotted),
+    for (point, from, then) in [
+        (CrashPoint::SleepSaved, State::Running, State::Stopped),
+        (CrashPoint::SleepCommitted, State::Running, State::Snapshotted),
+        (CrashPoint::WakeRecorded, State::Snapshotted, State::Snapshotted),
         // It had not run, but nobody is left who knows.
-        (Arrow::WakeConsumed, State::Snapshotted, State::Stopped),
-        (Arrow::WakeResumed, State::Snapshotted, State::Stopped),
+        (CrashPoint::WakeConsumed, State::Snapshotted, State::Stopped),
+        (CrashPoint::WakeResumed, State::Snapshotted, State::Stopped),
     ] {
-        assert_eq!(after_crash(arrow, from, true), then, "{arrow:?}");
+        assert_eq!(after_crash(point, from, true), then, "{point:?}");
     }
 }
 

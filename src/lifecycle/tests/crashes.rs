@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// What becomes of a sandbox that is `from` when the daemon crashes at `arrow`.
-fn after_crash(arrow: Arrow, from: State) -> State {
+/// What becomes of a sandbox that is `from` when the daemon crashes at `point`.
+fn after_crash(point: CrashPoint, from: State) -> State {
     let mut host = Host::new();
     host.create("a");
     if from != State::Stopped {
@@ -12,7 +12,7 @@ fn after_crash(arrow: Arrow, from: State) -> State {
     if from == State::Snapshotted {
         host.sleep("a").unwrap();
     }
-    crash(&mut host, arrow, |host| {
+    crash(&mut host, point, |host| {
         let done = if from == State::Running { host.sleep("a") } else { host.wake("a") };
         done.expect("it crashes, it does not fail");
     });
@@ -24,43 +24,48 @@ fn after_crash(arrow: Arrow, from: State) -> State {
 
 #[test]
 fn a_sleep_that_was_cut_before_its_commit_point_is_undone() {
-    for arrow in [Arrow::SleepIntended, Arrow::SleepPaused, Arrow::SleepStaged, Arrow::SleepSaved] {
-        assert_eq!(after_crash(arrow, State::Running), State::Running, "{arrow:?}");
+    for point in [
+        CrashPoint::SleepIntended,
+        CrashPoint::SleepPaused,
+        CrashPoint::SleepStaged,
+        CrashPoint::SleepSaved,
+    ] {
+        assert_eq!(after_crash(point, State::Running), State::Running, "{point:?}");
     }
 }
 
 #[test]
 fn a_sleep_that_was_cut_after_its_commit_point_is_finished() {
-    for arrow in [Arrow::SleepCommitted, Arrow::SleepKilled] {
-        assert_eq!(after_crash(arrow, State::Running), State::Snapshotted, "{arrow:?}");
+    for point in [CrashPoint::SleepCommitted, CrashPoint::SleepKilled] {
+        assert_eq!(after_crash(point, State::Running), State::Snapshotted, "{point:?}");
     }
 }
 
 #[test]
 fn a_wake_that_was_cut_before_its_commit_point_is_undone() {
-    for arrow in [Arrow::WakeIntended, Arrow::WakeRestored, Arrow::WakeRecorded] {
-        assert_eq!(after_crash(arrow, State::Snapshotted), State::Snapshotted, "{arrow:?}");
+    for point in [CrashPoint::WakeIntended, CrashPoint::WakeRestored, CrashPoint::WakeRecorded] {
+        assert_eq!(after_crash(point, State::Snapshotted), State::Snapshotted, "{point:?}");
     }
 }
 
 #[test]
 fn a_wake_that_was_cut_after_its_commit_point_is_finished() {
-    for arrow in [Arrow::WakeConsumed, Arrow::WakeResumed] {
-        assert_eq!(after_crash(arrow, State::Snapshotted), State::Running, "{arrow:?}");
+    for point in [CrashPoint::WakeConsumed, CrashPoint::WakeResumed] {
+        assert_eq!(after_crash(point, State::Snapshotted), State::Running, "{point:?}");
     }
 }
 
 #[test]
 fn a_boot_that_was_cut_is_finished_if_the_guest_runs_and_undone_otherwise() {
-    for arrow in [Arrow::BootIntended, Arrow::BootSpawned, Arrow::BootRecorded] {
-        assert_eq!(after_crash(arrow, State::Stopped), State::Stopped, "{arrow:?}");
+    for point in [CrashPoint::BootIntended, CrashPoint::BootSpawned, CrashPoint::BootRecorded] {
+        assert_eq!(after_crash(point, State::Stopped), State::Stopped, "{point:?}");
     }
-    assert_eq!(after_crash(Arrow::BootResumed, State::Stopped), State::Running);
+    assert_eq!(after_crash(CrashPoint::BootResumed, State::Stopped), State::Running);
 }
 
 #[test]
 fn a_delete_that_was_cut_is_finished() {
-    for arrow in [Arrow::DeleteIntended, Arrow::DeleteKilled, Arrow::DeleteTrashed] {
+    for point in [CrashPoint::DeleteIntended, CrashPoint::DeleteKilled, CrashPoint::DeleteTrashed] {
         for steps in 0..3 {
             let mut host = Host::new();
             host.create("a");
@@ -70,11 +75,11 @@ fn a_delete_that_was_cut_is_finished() {
             if steps >= 2 {
                 host.sleep("a").unwrap();
             }
-            crash(&mut host, arrow, |host| {
+            crash(&mut host, point, |host| {
                 host.destroy("a").expect("it crashes, it does not fail");
             });
             host.restart();
-            assert!(host.daemon.by_id(&name("a")).is_none(), "{arrow:?} {steps}");
+            assert!(host.daemon.by_id(&name("a")).is_none(), "{point:?} {steps}");
             host.check_nothing_left();
         }
     }
@@ -82,14 +87,14 @@ fn a_delete_that_was_cut_is_finished() {
 
 #[test]
 fn a_guest_that_died_with_the_daemon_is_stopped_or_asleep_as_its_files_prove() {
-    for (arrow, from, then) in [
-        (Arrow::SleepSaved, State::Running, State::Stopped),
-        (Arrow::SleepCommitted, State::Running, State::Snapshotted),
-        (Arrow::WakeRecorded, State::Snapshotted, State::Snapshotted),
+    for (point, from, then) in [
+        (CrashPoint::SleepSaved, State::Running, State::Stopped),
+        (CrashPoint::SleepCommitted, State::Running, State::Snapshotted),
+        (CrashPoint::WakeRecorded, State::Snapshotted, State::Snapshotted),
         // It had not run: its memory is as it was.
-        (Arrow::WakeConsumed, State::Snapshotted, State::Snapshotted),
-        (Arrow::WakeResumed, State::Snapshotted, State::Stopped),
-        (Arrow::BootResumed, State::Stopped, State::Stopped),
+        (CrashPoint::WakeConsumed, State::Snapshotted, State::Snapshotted),
+        (CrashPoint::WakeResumed, State::Snapshotted, State::Stopped),
+        (CrashPoint::BootResumed, State::Stopped, State::Stopped),
     ] {
         let mut host = Host::new();
         host.create("a");
@@ -99,7 +104,7 @@ fn a_guest_that_died_with_the_daemon_is_stopped_or_asleep_as_its_files_prove() {
         if from == State::Snapshotted {
             host.sleep("a").unwrap();
         }
-        crash(&mut host, arrow, |host| {
+        crash(&mut host, point, |host| {
             let done = if from == State::Running { host.sleep("a") } else { host.wake("a") };
             done.expect("it crashes, it does not fail");
         });
@@ -110,7 +115,7 @@ fn a_guest_that_died_with_the_daemon_is_stopped_or_asleep_as_its_files_prove() {
         live.process.kill();
         live.process.wait(PATIENCE).unwrap();
         host.restart();
-        assert_eq!(host.state("a"), then, "{arrow:?}");
+        assert_eq!(host.state("a"), then, "{point:?}");
         if then == State::Stopped {
             assert!(host.error("a").contains("died"), "{}", host.error("a"));
         }
@@ -164,12 +169,12 @@ fn a_memory_that_cannot_be_read_at_a_start_is_kept_until_it_can_be() {
     host.wake("a").unwrap();
     host.sleep("a").unwrap();
     let runs = host.runs("a");
-    crash(&mut host, Arrow::WakeConsumed, |host| drop(host.wake("a")));
+    crash(&mut host, CrashPoint::WakeConsumed, |host| drop(host.wake("a")));
     kill_unseen(&host, "a");
     let record = host.entry("a").record();
-    let life = host.daemon.home(&record).live_dir(record.snapshot().unwrap().generation);
+    let run = host.daemon.home(&record).live_dir(record.snapshot().unwrap().generation);
     // Opening a link to itself fails, as it does on a disk with an I/O error.
-    let (manifest, kept) = (life.join("manifest"), host.dir.path().join("manifest"));
+    let (manifest, kept) = (run.join("manifest"), host.dir.path().join("manifest"));
     crate::sys::files::rename(&manifest, &kept).unwrap();
     std::os::unix::fs::symlink("manifest", &manifest).unwrap();
     host.restart_after(false, |_| ());
@@ -188,7 +193,7 @@ fn a_memory_that_cannot_be_read_at_a_start_is_kept_until_it_can_be() {
 fn a_boot_whose_vmm_does_not_answer_at_a_start_is_not_taken_for_one_that_never_ran() {
     let mut host = Host::new();
     host.create("a");
-    crash(&mut host, Arrow::BootResumed, |host| drop(host.wake("a")));
+    crash(&mut host, CrashPoint::BootResumed, |host| drop(host.wake("a")));
     let vmm = host.vmm.living();
     host.vmm.fail_next(Call::Adopt, Fault::Refuse);
     host.restart_after(false, |_| ());
@@ -200,9 +205,9 @@ fn a_boot_whose_vmm_does_not_answer_at_a_start_is_not_taken_for_one_that_never_r
     host.check("a");
 }
 
-/// What becomes of a sandbox that is `from` when the host loses power at `arrow`, or when
+/// What becomes of a sandbox that is `from` when the host loses power at `point`, or when
 /// the operation has just returned.
-fn after_power_cut(arrow: Option<Arrow>, from: State, pages: Pages) -> State {
+fn after_power_cut(point: Option<CrashPoint>, from: State, pages: Pages) -> State {
     let mut host = Host::new();
     host.create("a");
     if from != State::Stopped {
@@ -215,8 +220,8 @@ fn after_power_cut(arrow: Option<Arrow>, from: State, pages: Pages) -> State {
         let done = if from == State::Running { host.sleep("a") } else { host.wake("a") };
         assert_eq!(done.unwrap(), Outcome::Done);
     };
-    match arrow {
-        Some(arrow) => crash(&mut host, arrow, act),
+    match point {
+        Some(point) => crash(&mut host, point, act),
         None => act(&host),
     }
     host.cut_power(pages);
@@ -227,43 +232,48 @@ fn after_power_cut(arrow: Option<Arrow>, from: State, pages: Pages) -> State {
 
 #[test]
 fn a_sleep_that_returned_outlasts_a_power_cut_and_one_before_its_commit_point_does_not() {
-    for arrow in [Arrow::SleepIntended, Arrow::SleepPaused, Arrow::SleepStaged, Arrow::SleepSaved] {
-        let state = after_power_cut(Some(arrow), State::Running, Pages::Kept);
-        assert_eq!(state, State::Stopped, "{arrow:?}");
+    for point in [
+        CrashPoint::SleepIntended,
+        CrashPoint::SleepPaused,
+        CrashPoint::SleepStaged,
+        CrashPoint::SleepSaved,
+    ] {
+        let state = after_power_cut(Some(point), State::Running, Pages::Kept);
+        assert_eq!(state, State::Stopped, "{point:?}");
     }
-    for arrow in [Some(Arrow::SleepCommitted), Some(Arrow::SleepKilled), None] {
-        let state = after_power_cut(arrow, State::Running, Pages::Kept);
-        assert_eq!(state, State::Snapshotted, "{arrow:?}");
+    for point in [Some(CrashPoint::SleepCommitted), Some(CrashPoint::SleepKilled), None] {
+        let state = after_power_cut(point, State::Running, Pages::Kept);
+        assert_eq!(state, State::Snapshotted, "{point:?}");
     }
 }
 
 #[test]
 fn a_snapshot_that_was_consumed_before_a_power_cut_is_never_woken_again() {
-    for arrow in [Arrow::WakeIntended, Arrow::WakeRestored, Arrow::WakeRecorded] {
-        let state = after_power_cut(Some(arrow), State::Snapshotted, Pages::Kept);
-        assert_eq!(state, State::Snapshotted, "{arrow:?}");
+    for point in [CrashPoint::WakeIntended, CrashPoint::WakeRestored, CrashPoint::WakeRecorded] {
+        let state = after_power_cut(Some(point), State::Snapshotted, Pages::Kept);
+        assert_eq!(state, State::Snapshotted, "{point:?}");
     }
     for pages in [Pages::Kept, Pages::Lost] {
-        for arrow in [Some(Arrow::WakeResumed), None] {
-            let state = after_power_cut(arrow, State::Snapshotted, pages);
-            assert_eq!(state, State::Stopped, "{arrow:?} {pages:?}");
+        for point in [Some(CrashPoint::WakeResumed), None] {
+            let state = after_power_cut(point, State::Snapshotted, pages);
+            assert_eq!(state, State::Stopped, "{point:?} {pages:?}");
         }
     }
-    let state = after_power_cut(Some(Arrow::WakeConsumed), State::Snapshotted, Pages::Kept);
+    let state = after_power_cut(Some(CrashPoint::WakeConsumed), State::Snapshotted, Pages::Kept);
     assert_eq!(state, State::Stopped);
 }
 
 #[test]
 fn a_boot_ends_with_the_power_whatever_it_had_come_to() {
-    for arrow in [
-        Some(Arrow::BootIntended),
-        Some(Arrow::BootSpawned),
-        Some(Arrow::BootRecorded),
-        Some(Arrow::BootResumed),
+    for point in [
+        Some(CrashPoint::BootIntended),
+        Some(CrashPoint::BootSpawned),
+        Some(CrashPoint::BootRecorded),
+        Some(CrashPoint::BootResumed),
         None,
     ] {
-        let state = after_power_cut(arrow, State::Stopped, Pages::Kept);
-        assert_eq!(state, State::Stopped, "{arrow:?}");
+        let state = after_power_cut(point, State::Stopped, Pages::Kept);
+        assert_eq!(state, State::Stopped, "{point:?}");
     }
 }
 

@@ -76,7 +76,7 @@ fn a_recorded_deletion_that_fails_is_out_of_sight_and_finished_later() {
 fn a_deletion_that_was_cut_off_when_it_had_cancelled_an_operation_is_finished() {
     let mut host = running();
     let slept = during_a_sleep(&host, || {
-        let crashed = host.crashes_at(Arrow::DeleteIntended, || {
+        let crashed = host.crashes_at(CrashPoint::DeleteIntended, || {
             host.destroy("a").expect("it crashes, it does not fail");
         });
         assert!(crashed);

@@ -238,7 +238,7 @@ fn the_vmms_of_the_store_that_this_is_a_copy_of_are_not_ours() {
 fn a_guest_that_runs_is_not_ended_where_the_index_lost_that_its_vmm_was_recorded() {
     let mut host = Host::new();
     host.create("a");
-    crash(&mut host, Arrow::BootSpawned, |host| drop(host.wake("a")));
+    crash(&mut host, CrashPoint::BootSpawned, |host| drop(host.wake("a")));
     assert_eq!(host.entry("a").record().process(), None);
     let copy = host.copy_index();
     let live = host.daemon.machines.get(host.entry("a").row()).unwrap();

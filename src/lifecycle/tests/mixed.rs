@@ -29,20 +29,20 @@ fn asleep(mode: MemoryMode) -> Host {
     host
 }
 
-/// Says whether the life that a sandbox lives has a memory file.
+/// Says whether the run of a sandbox has a memory file.
 fn has_memory_file(host: &Host, id: &str) -> bool {
     let home = host.daemon.home(&host.entry(id).record());
     home.live_memory(home.survey().unwrap().live.unwrap()).exists()
 }
 
-/// Has the daemon crash at `arrow` on the way of `a` from `from`, the VMM too if `vmm_dies`,
+/// Has the daemon crash at `point` on the way of `a` from `from`, the VMM too if `vmm_dies`,
 /// and returns what the next daemon makes of it.
-fn after_crash(mode: MemoryMode, arrow: Arrow, from: State, vmm_dies: bool) -> State {
+fn after_crash(mode: MemoryMode, point: CrashPoint, from: State, vmm_dies: bool) -> State {
     let mut host = asleep(mode);
     if from == State::Running {
         host.wake("a").unwrap();
     }
-    crash(&mut host, arrow, |host| {
+    crash(&mut host, point, |host| {
         let done = if from == State::Running { host.sleep("a") } else { host.wake("a") };
         done.expect("it crashes, it does not fail");
     });
@@ -55,7 +55,7 @@ fn after_crash(mode: MemoryMode, arrow: Arrow, from: State, vmm_dies: bool) -> S
     host.restart();
     let state = host.state("a");
     if state == State::Running && mode == MemoryMode::File {
-        assert!(has_memory_file(&host, "a"), "{arrow:?}");
+        assert!(has_memory_file(&host, "a"), "{point:?}");
     }
     host.check("a");
     host.check("b");
@@ -86,34 +86,34 @@ fn each_sleeps_and_wakes_as_its_own_config_says() {
 #[test]
 fn what_a_crash_cut_is_settled_by_where_its_own_memory_is() {
     for mode in [MemoryMode::File, MemoryMode::Shared] {
-        for (arrow, from, then) in [
-            (Arrow::SleepPaused, State::Running, State::Running),
-            (Arrow::SleepStaged, State::Running, State::Running),
-            (Arrow::SleepSaved, State::Running, State::Running),
-            (Arrow::SleepCommitted, State::Running, State::Snapshotted),
-            (Arrow::SleepKilled, State::Running, State::Snapshotted),
-            (Arrow::WakeRestored, State::Snapshotted, State::Snapshotted),
-            (Arrow::WakeRecorded, State::Snapshotted, State::Snapshotted),
-            (Arrow::WakeConsumed, State::Snapshotted, State::Running),
-            (Arrow::WakeResumed, State::Snapshotted, State::Running),
+        for (point, from, then) in [
+            (CrashPoint::SleepPaused, State::Running, State::Running),
+            (CrashPoint::SleepStaged, State::Running, State::Running),
+            (CrashPoint::SleepSaved, State::Running, State::Running),
+            (CrashPoint::SleepCommitted, State::Running, State::Snapshotted),
+            (CrashPoint::SleepKilled, State::Running, State::Snapshotted),
+            (CrashPoint::WakeRestored, State::Snapshotted, State::Snapshotted),
+            (CrashPoint::WakeRecorded, State::Snapshotted, State::Snapshotted),
+            (CrashPoint::WakeConsumed, State::Snapshotted, State::Running),
+            (CrashPoint::WakeResumed, State::Snapshotted, State::Running),
         ] {
-            assert_eq!(after_crash(mode, arrow, from, false), then, "{mode:?} {arrow:?}");
+            assert_eq!(after_crash(mode, point, from, false), then, "{mode:?} {point:?}");
         }
     }
 }
 
 #[test]
 fn a_guest_that_died_with_the_daemon_is_asleep_again_only_if_its_own_memory_proves_it() {
-    for (arrow, from, in_file, in_process) in [
-        (Arrow::SleepSaved, State::Running, State::Stopped, State::Stopped),
-        (Arrow::SleepCommitted, State::Running, State::Snapshotted, State::Snapshotted),
-        (Arrow::WakeRecorded, State::Snapshotted, State::Snapshotted, State::Snapshotted),
+    for (point, from, in_file, in_process) in [
+        (CrashPoint::SleepSaved, State::Running, State::Stopped, State::Stopped),
+        (CrashPoint::SleepCommitted, State::Running, State::Snapshotted, State::Snapshotted),
+        (CrashPoint::WakeRecorded, State::Snapshotted, State::Snapshotted, State::Snapshotted),
         // It had not run, which only a file that is mapped can tell.
-        (Arrow::WakeConsumed, State::Snapshotted, State::Snapshotted, State::Stopped),
-        (Arrow::WakeResumed, State::Snapshotted, State::Stopped, State::Stopped),
+        (CrashPoint::WakeConsumed, State::Snapshotted, State::Snapshotted, State::Stopped),
+        (CrashPoint::WakeResumed, State::Snapshotted, State::Stopped, State::Stopped),
     ] {
         for (mode, then) in [(MemoryMode::File, in_file), (MemoryMode::Shared, in_process)] {
-            assert_eq!(after_crash(mode, arrow, from, true), then, "{mode:?} {arrow:?}");
+            assert_eq!(after_crash(mode, point, from, true), then, "{mode:?} {point:?}");
         }
     }
 }

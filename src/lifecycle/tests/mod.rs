@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    Arrow, Error, Fault as Comes, Outcome, Policy, Signal, Wait, Why,
+    CrashPoint, Error, Fault as Comes, Outcome, Policy, Signal, Wait, Why,
     testing::{Host, PATIENCE, Pages, actor, crash, name, start, wait_for},
 };
 use crate::{

@@ -218,28 +218,29 @@ fn addresses_are_given_for_good_and_given_again_when_their_sandbox_is_gone() {
 
 #[test]
 fn what_a_crash_left_of_a_network_is_put_in_order_by_the_next_start() {
-    for (arrow, woken_before) in [
-        (Arrow::BootConnected, false),
-        (Arrow::BootSpawned, false),
-        (Arrow::WakeConnected, true),
-        (Arrow::WakeRestored, true),
-        (Arrow::SleepKilled, true),
+    for (point, woken_before) in [
+        (CrashPoint::BootConnected, false),
+        (CrashPoint::BootSpawned, false),
+        (CrashPoint::WakeConnected, true),
+        (CrashPoint::WakeRestored, true),
+        (CrashPoint::SleepKilled, true),
     ] {
         let mut host = connected();
         if woken_before {
             host.wake("a").unwrap();
-            if arrow != Arrow::SleepKilled {
+            if point != CrashPoint::SleepKilled {
                 host.sleep("a").unwrap();
             }
         }
-        crash(&mut host, arrow, |host| {
-            let done = if arrow == Arrow::SleepKilled { host.sleep("a") } else { host.wake("a") };
+        crash(&mut host, point, |host| {
+            let done =
+                if point == CrashPoint::SleepKilled { host.sleep("a") } else { host.wake("a") };
             done.unwrap();
         });
         host.restart();
         let lingers = host.daemon.networks().next_lingered().is_some();
         let wanted = (woken_before, woken_before);
-        assert_eq!((in_force(&host).is_some(), lingers), wanted, "{arrow:?}");
+        assert_eq!((in_force(&host).is_some(), lingers), wanted, "{point:?}");
         host.check("a");
     }
 }

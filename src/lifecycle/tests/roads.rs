@@ -187,10 +187,10 @@ fn the_reaper_s_reason_is_looked_at_again_under_the_lock() {
     host.create("a");
     host.wake("a").unwrap();
     host.clock.advance(Duration::from_secs(59));
-    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
+    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Skipped);
     host.clock.advance(Duration::from_secs(1));
     host.daemon.activity().saw(&host.entry("a"), Signal::Touch);
-    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Spared);
+    assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Skipped);
     host.clock.advance(Duration::from_secs(60));
     assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Done);
     // It sleeps already, which is no reason to do anything.

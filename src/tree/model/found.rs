@@ -7,7 +7,7 @@ use super::{
     run,
 };
 use crate::{
-    lifecycle::Arrow,
+    lifecycle::CrashPoint,
     vmm::fake::{Call, Fault},
 };
 
@@ -43,15 +43,15 @@ fn a_look_of_the_reaper_that_does_nothing_leaves_the_error_of_a_command() {
 
 #[test]
 fn a_wake_that_a_crash_cut_off_counts_as_activity() {
-    for arrow in [Arrow::WakeConsumed, Arrow::WakeResumed] {
-        let wake = verb(Verb::Wake, Trouble::Crash(arrow));
+    for point in [CrashPoint::WakeConsumed, CrashPoint::WakeResumed] {
+        let wake = verb(Verb::Wake, Trouble::Crash(point));
         run(&[Op::Mkdir(0), WAKE, TICK, pass(60), TICK, pass(60), wake, TICK]);
     }
 }
 
 #[test]
 fn a_boot_that_a_crash_cut_off_counts_as_activity() {
-    let boot = verb(Verb::Wake, Trouble::Crash(Arrow::BootResumed));
+    let boot = verb(Verb::Wake, Trouble::Crash(CrashPoint::BootResumed));
     run(&[Op::Mkdir(0), pass(60), boot, TICK]);
 }
 
@@ -64,7 +64,7 @@ fn a_wake_whose_driver_panicked_and_that_was_finished_counts_as_activity() {
 #[test]
 fn a_retry_that_was_put_off_is_not_remembered_beyond_a_sleep_or_wake_that_a_crash_cut_off() {
     let failing = Op::Tick(Trouble::Faults(vec![(Call::Save, Fault::Refuse)]));
-    let cut_off = verb(Verb::Sleep, Trouble::Crash(Arrow::SleepCommitted));
+    let cut_off = verb(Verb::Sleep, Trouble::Crash(CrashPoint::SleepCommitted));
     let stale = Op::Set(0, Setting::DeleteAfter(Some(1)));
     run(&[Op::Mkdir(0), WAKE, pass(60), failing, stale, cut_off, pass(1), TICK]);
 }

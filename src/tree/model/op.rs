@@ -10,7 +10,7 @@ use proptest::{
 };
 
 use crate::{
-    lifecycle::Arrow,
+    lifecycle::CrashPoint,
     vmm::fake::{Call, Fault},
 };
 
@@ -38,7 +38,7 @@ pub(super) enum Trouble {
     /// The VMM fails these calls.
     Faults(Vec<(Call, Fault)>),
     /// The daemon crashes there, if it comes there, and is started again.
-    Crash(Arrow),
+    Crash(CrashPoint),
 }
 
 /// A value that is set by a write.
@@ -175,8 +175,8 @@ fn faults(plans: &'static [&'static [(Call, Fault)]]) -> impl Strategy<Value = T
     prop_oneof![3 => Just(Trouble::None), 1 => plan]
 }
 
-fn crash(arrows: &'static [Arrow]) -> impl Strategy<Value = Trouble> {
-    let at = any::<Index>().prop_map(|which| Trouble::Crash(*which.get(arrows)));
+fn crash(points: &'static [CrashPoint]) -> impl Strategy<Value = Trouble> {
+    let at = any::<Index>().prop_map(|which| Trouble::Crash(*which.get(points)));
     prop_oneof![1 => Just(Trouble::None), 1 => at]
 }
 
@@ -214,27 +214,28 @@ const TICK: &[&[(Call, Fault)]] = &[
     &[(Call::Save, Fault::Die)],
 ];
 
-const ROADS: &[Arrow] = &[
-    Arrow::SleepIntended,
-    Arrow::SleepPaused,
-    Arrow::SleepStaged,
-    Arrow::SleepSaved,
-    Arrow::SleepCommitted,
-    Arrow::SleepKilled,
-    Arrow::WakeIntended,
-    Arrow::WakeConnected,
-    Arrow::WakeRestored,
-    Arrow::WakeRecorded,
-    Arrow::WakeConsumed,
-    Arrow::WakeResumed,
-    Arrow::BootIntended,
-    Arrow::BootConnected,
-    Arrow::BootSpawned,
-    Arrow::BootRecorded,
-    Arrow::BootResumed,
+const ROADS: &[CrashPoint] = &[
+    CrashPoint::SleepIntended,
+    CrashPoint::SleepPaused,
+    CrashPoint::SleepStaged,
+    CrashPoint::SleepSaved,
+    CrashPoint::SleepCommitted,
+    CrashPoint::SleepKilled,
+    CrashPoint::WakeIntended,
+    CrashPoint::WakeConnected,
+    CrashPoint::WakeRestored,
+    CrashPoint::WakeRecorded,
+    CrashPoint::WakeConsumed,
+    CrashPoint::WakeResumed,
+    CrashPoint::BootIntended,
+    CrashPoint::BootConnected,
+    CrashPoint::BootSpawned,
+    CrashPoint::BootRecorded,
+    CrashPoint::BootResumed,
 ];
 
-const DELETE: &[Arrow] = &[Arrow::DeleteIntended, Arrow::DeleteKilled, Arrow::DeleteTrashed];
+const DELETE: &[CrashPoint] =
+    &[CrashPoint::DeleteIntended, CrashPoint::DeleteKilled, CrashPoint::DeleteTrashed];
 
 /// Writes that are no command: the file, what is written, and a part of what `error` says
 /// then, or nothing where the write is none and so succeeds.

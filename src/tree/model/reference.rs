@@ -5,7 +5,7 @@
 
 use super::op::{End, NAMES, NONSENSE, Name, Op, Setting, Trouble, Verb};
 use crate::{
-    lifecycle::Arrow,
+    lifecycle::CrashPoint,
     sandbox::State,
     tree::Errno,
     vmm::fake::{Call, Fault},
@@ -97,7 +97,7 @@ pub(super) enum Answer {
 /// What goes wrong on the way.
 struct Course {
     faults: Vec<(Call, Fault)>,
-    crash: Option<Arrow>,
+    crash: Option<CrashPoint>,
 }
 
 impl Course {
@@ -105,7 +105,7 @@ impl Course {
         match trouble {
             Trouble::None => Self { faults: Vec::new(), crash: None },
             Trouble::Faults(faults) => Self { faults: faults.clone(), crash: None },
-            Trouble::Crash(arrow) => Self { faults: Vec::new(), crash: Some(*arrow) },
+            Trouble::Crash(point) => Self { faults: Vec::new(), crash: Some(*point) },
         }
     }
 
@@ -114,8 +114,8 @@ impl Course {
         Some(self.faults.remove(planned).1)
     }
 
-    fn crashes(&self, arrows: &[Arrow]) -> bool {
-        self.crash.is_some_and(|arrow| arrows.contains(&arrow))
+    fn crashes(&self, points: &[CrashPoint]) -> bool {
+        self.crash.is_some_and(|point| points.contains(&point))
     }
 }
 
@@ -633,7 +633,7 @@ impl Reference {
 
 /// A sleep that is wanted, by the reaper if `idle`.
 fn save(known: &mut Known, now: Moment, idle: bool, course: &mut Course) -> Done {
-    if course.crashes(&[Arrow::SleepIntended]) {
+    if course.crashes(&[CrashPoint::SleepIntended]) {
         known.stays(now);
         return Err(Stop::Crashed);
     }
@@ -646,7 +646,7 @@ fn save(known: &mut Known, now: Moment, idle: bool, course: &mut Course) -> Done
         course.meets(Call::Resume);
         return Err(refused(fault, "pausing"));
     }
-    if course.crashes(&[Arrow::SleepPaused, Arrow::SleepStaged, Arrow::SleepSaved]) {
+    if course.crashes(&[CrashPoint::SleepPaused, CrashPoint::SleepStaged, CrashPoint::SleepSaved]) {
         known.stays(now);
         known.runs += 1;
         return Err(Stop::Crashed);
@@ -663,20 +663,20 @@ fn save(known: &mut Known, now: Moment, idle: bool, course: &mut Course) -> Done
         return Err(refused(fault, "saving"));
     }
     known.slept(now, idle);
-    if course.crashes(&[Arrow::SleepCommitted, Arrow::SleepKilled]) {
+    if course.crashes(&[CrashPoint::SleepCommitted, CrashPoint::SleepKilled]) {
         return Err(Stop::Crashed);
     }
     Ok(())
 }
 
 fn restore(known: &mut Known, now: Moment, course: &mut Course) -> Done {
-    if course.crashes(&[Arrow::WakeIntended, Arrow::WakeConnected]) {
+    if course.crashes(&[CrashPoint::WakeIntended, CrashPoint::WakeConnected]) {
         return Err(Stop::Crashed);
     }
     if let Some(fault) = course.meets(Call::Restore) {
         return Err(refused(fault, "restoring"));
     }
-    if course.crashes(&[Arrow::WakeRestored, Arrow::WakeRecorded]) {
+    if course.crashes(&[CrashPoint::WakeRestored, CrashPoint::WakeRecorded]) {
         return Err(Stop::Crashed);
     }
     match course.meets(Call::Resume) {
@@ -692,7 +692,7 @@ fn restore(known: &mut Known, now: Moment, course: &mut Course) -> Done {
     }
     known.runs += 1;
     known.woken(now);
-    if course.crashes(&[Arrow::WakeConsumed, Arrow::WakeResumed]) {
+    if course.crashes(&[CrashPoint::WakeConsumed, CrashPoint::WakeResumed]) {
         known.kept = now; // It is the next daemon that finishes it.
         return Err(Stop::Crashed);
     }
@@ -700,20 +700,20 @@ fn restore(known: &mut Known, now: Moment, course: &mut Course) -> Done {
 }
 
 fn boot(known: &mut Known, now: Moment, course: &mut Course) -> Done {
-    if course.crashes(&[Arrow::BootIntended, Arrow::BootConnected]) {
+    if course.crashes(&[CrashPoint::BootIntended, CrashPoint::BootConnected]) {
         return Err(Stop::Crashed);
     }
     if let Some(fault) = course.meets(Call::Boot) {
         return Err(refused(fault, "booting"));
     }
-    if course.crashes(&[Arrow::BootSpawned, Arrow::BootRecorded]) {
+    if course.crashes(&[CrashPoint::BootSpawned, CrashPoint::BootRecorded]) {
         return Err(Stop::Crashed);
     }
     if let Some(fault) = course.meets(Call::Resume) {
         return Err(refused(fault, "starting"));
     }
     known.booted(now);
-    if course.crashes(&[Arrow::BootResumed]) {
+    if course.crashes(&[CrashPoint::BootResumed]) {
         known.kept = now;
         return Err(Stop::Crashed);
     }

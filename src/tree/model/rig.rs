@@ -97,13 +97,13 @@ impl Rig {
     }
 
     fn act_in_trouble(&mut self, op: &Op, trouble: &Trouble) -> Answer {
-        let Trouble::Crash(arrow) = trouble else {
+        let Trouble::Crash(point) = trouble else {
             return Answer::Is(self.act_plainly(op));
         };
         // What is open does not outlive a crash, so it need not be known.
         let mut done = Ok(());
         let (tree, handles) = (Arc::clone(&self.tree), &mut self.handles);
-        let crashed = self.host.crashes_at(*arrow, || done = plainly(&tree, handles, op));
+        let crashed = self.host.crashes_at(*point, || done = plainly(&tree, handles, op));
         if !crashed {
             return Answer::Is(done);
         }

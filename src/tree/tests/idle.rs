@@ -226,7 +226,7 @@ fn one_that_nothing_could_wake_is_passed_over_and_says_so() {
     host.vmm.upgrade("2.0");
     host.clock.advance(Duration::from_secs(60));
     let passed_over = host.sleep_because("a", Why::Idle).unwrap();
-    assert_eq!(passed_over, crate::lifecycle::Outcome::Spared);
+    assert_eq!(passed_over, crate::lifecycle::Outcome::Skipped);
     let idle = read(&tree(&host), "a", File::Idle);
     let says = "verdict exempt\nbecause nothing here could wake it: its guest runs by a fake with \
                 version `1.0`";

@@ -19,7 +19,9 @@ use std::{
     time::Duration,
 };
 
-use super::{Arrow, Entry, Error, Lifecycle, Outcome, chain, error::host_failed, operation::Claim};
+use super::{
+    CrashPoint, Entry, Error, Lifecycle, Outcome, chain, error::host_failed, operation::Claim,
+};
 use crate::{
     lifecycle::Held,
     machines::end,
@@ -85,7 +87,7 @@ impl Lifecycle {
     /// The index's, and then nothing has changed.
     pub(super) fn delete_locked(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
         if !matches!(self.try_claim(entry, held.cause()), Ok(Claim::Taken)) {
-            return Ok(Outcome::Spared);
+            return Ok(Outcome::Skipped);
         }
         self.intend_deletion(held, entry)
             .inspect_err(|_| self.operations.forget_deletion(entry.row()))?;
@@ -152,7 +154,7 @@ impl Lifecycle {
         }
         self.record_deletion(entry, cause)
             .inspect_err(|_| self.operations.forget_deletion(entry.row()))?;
-        self.reach(Arrow::DeleteIntended);
+        self.crash_point(CrashPoint::DeleteIntended);
         if let Some(live) = self.machines.get(entry.row()) {
             live.process.kill();
         }
@@ -256,10 +258,10 @@ impl Lifecycle {
         // Nobody removes them later, as no other sandbox has their directory.
         remove_tree(&self.runtime_dir(entry.row()))
             .map_err(host_failed(entry, "removing the sockets of"))?;
-        self.reach(Arrow::DeleteKilled);
+        self.crash_point(CrashPoint::DeleteKilled);
         self.networks.disconnect(entry)?;
         self.set_aside(entry.row()).map_err(host_failed(entry, "setting aside the files of"))?;
-        self.reach(Arrow::DeleteTrashed);
+        self.crash_point(CrashPoint::DeleteTrashed);
         self.index
             .remove(held, entry)
             .map_err(|source| Error::Index { id: entry.id().clone(), source })?;

@@ -259,7 +259,7 @@ impl Lifecycle {
         }
     }
 
-    /// Before the arrow `commit` a sleep is undone; after it, finished.
+    /// A sleep is undone before its commit point, and finished after it.
     fn recover_sleep(&self, op: &Op<'_>, process: Option<Arc<Process>>) -> Result<(), Error> {
         let (held, entry) = (op.held, op.entry);
         let record = entry.record();
@@ -274,7 +274,7 @@ impl Lifecycle {
             }
             self.release(entry)?;
             let failed = snapshot_failed(entry, "finishing the snapshot of");
-            home.end_life().map_err(failed)?;
+            home.end_run().map_err(failed)?;
             let bytes = home.snapshot_bytes(&record.id, generation).map_err(failed)?;
             let bytes = self.give_back_room(&record, generation).unwrap_or(bytes);
             let snapshot = SnapshotFacts { generation, bytes, at: self.now() };
@@ -297,7 +297,7 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Before the arrow `consume` a wake is undone; after it, finished.
+    /// A wake is undone before its commit point, and finished after it.
     fn recover_wake(&self, op: &Op<'_>, process: Option<Arc<Process>>) -> Result<(), Error> {
         let (held, entry) = (op.held, op.entry);
         let record = entry.record();
@@ -389,7 +389,7 @@ impl Lifecycle {
         self.release(entry)?;
         self.networks.abandon(entry);
         let home = self.home(&entry.record());
-        home.end_life().map_err(snapshot_failed(entry, "clearing up after"))?;
+        home.end_run().map_err(snapshot_failed(entry, "clearing up after"))?;
         self.step(held, entry, Step::Undo, |_| ())?;
         Ok(())
     }
@@ -416,9 +416,9 @@ impl Lifecycle {
             return Ok(live);
         }
         let record = entry.record();
-        let life = self.home(&record).live_dir(record.generation);
+        let run = self.home(&record).live_dir(record.generation);
         // It has its files.
-        let plan = self.plan(&record, &life, &Files::default(), None, &op.cancel)?;
+        let plan = self.plan(&record, &run, &Files::default(), None, &op.cancel)?;
         let vmm = self.vmms.of(&record)?;
         let machine =
             vmm.adopt(&plan, Arc::clone(process)).map_err(vmm_failed(entry, "adopting"))?;
