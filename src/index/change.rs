@@ -3,12 +3,13 @@
 //! ```text
 //!   lock the connection ─▶ execute ─▶ unlock ─▶ wait for the disk ─▶ show in RAM
 //!                             │                        │
-//!      locked by another process: unlock, again   too late: take it back
+//!      locked by another process: unlock, again   too late: undo it
 //! ```
 //!
 //! Nobody waits for the disk, or for another process, with the connection locked. A change
-//! that the disk does not take in time is taken back, so that RAM and SQLite say the same.
-//! Where that is not possible, or a sync failed, the log is broken: see [`Index::check`].
+//! that the disk does not take in time is undone, so that RAM and SQLite say the same, and
+//! until the disk takes something again all further changes are refused. Where it cannot be
+//! undone, or a sync failed, they are refused for good: see [`Index::check`].
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -20,13 +21,9 @@ use super::{
 };
 use crate::{
     lock::Held,
-    sync::{lock, read, write},
+    sync::{lock, write},
     sys::clock::Deadline,
 };
-
-/// How many activities one transaction writes: some milliseconds of work, during which
-/// a change of state has to wait.
-pub(super) const FLUSH_MAX: usize = 1000;
 
 /// What a change waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,7 +104,8 @@ impl Index {
         Ok(record)
     }
 
-    /// As [`Index::advance`], and does not wait for the disk. It is on its way there.
+    /// As [`Index::advance`], and does not wait for the disk: it is synced within a second, or
+    /// when somebody asks for it.
     ///
     /// # Errors
     /// As [`Index::advance`].
@@ -147,7 +145,7 @@ impl Index {
         Ok(record)
     }
 
-    /// As [`Index::amend`], and does not wait for the disk. It is on its way there.
+    /// As [`Index::amend`], and does not wait for the disk, like [`Index::advance_unsynced`].
     ///
     /// # Errors
     /// As [`Index::amend`].
@@ -163,13 +161,18 @@ impl Index {
         self.update(held, entry, entry.record().phase.clone(), Wait::ForNothing, change)
     }
 
+    /// Has the disk take `commit` while its owner does something else and then waits for it.
+    pub fn begin_sync(&self, commit: Commit) {
+        self.wal.want(commit);
+    }
+
     /// Waits until `commit`, and so whatever was changed before it, is on the disk.
     ///
     /// # Errors
     /// `Stalled`: it is not there yet. `Unsynced`: what is there is not known, and nothing can
     /// be changed any more.
     pub fn sync(&self, commit: Commit) -> Result<(), Error> {
-        self.log.wait_for(commit)
+        self.wal.wait_for(commit)
     }
 
     /// Gives a sandbox one of `users` that no other has, or returns `None` where all are
@@ -272,20 +275,6 @@ impl Index {
         Ok(())
     }
 
-    /// Writes activities that have not been written, up to a thousand, and returns how many
-    /// it was. The deadlines to sleep that follow from them are written with them, so a
-    /// sweep that must not see stale ones flushes first, until nought is returned. It waits
-    /// for nobody: a power cut may take it back, and while another process has the file
-    /// locked it does nothing.
-    ///
-    /// # Errors
-    /// What SQLite says; the activities then wait for the next time.
-    pub fn flush_activity(&self) -> Result<usize, Error> {
-        let mut connection = lock(&self.connection);
-        self.log.check()?;
-        self.flush_into(connection.as_mut().ok_or(Error::Closed)?)
-    }
-
     /// Stores a text for `key`, durably. Keys that begin with `index.` are the index's own.
     ///
     /// # Errors
@@ -302,7 +291,7 @@ impl Index {
         self.put_meta(key, None, Wait::ForDisk)
     }
 
-    /// As [`Index::remove_meta`], but a power cut may take it back.
+    /// As [`Index::remove_meta`], but a power cut may undo it.
     ///
     /// # Errors
     /// What SQLite says.
@@ -310,7 +299,7 @@ impl Index {
         self.put_meta(key, None, Wait::ForNothing)
     }
 
-    /// Removes all keys that begin with one of these. A power cut may take it back.
+    /// Removes all keys that begin with one of these. A power cut may undo it.
     ///
     /// # Errors
     /// What SQLite says.
@@ -319,7 +308,7 @@ impl Index {
             return Ok(());
         }
         let mut connection = lock(&self.connection);
-        self.log.check()?;
+        self.wal.check()?;
         let open = connection.as_mut().ok_or(Error::Closed)?;
         let mut remove = || -> rusqlite::Result<()> {
             let transaction = open.transaction()?;
@@ -327,8 +316,8 @@ impl Index {
             transaction.commit()
         };
         remove().map_err(Error::sql(&self.path, || "removing keys from the index".to_owned()))?;
-        let commit = self.log.wrote();
-        self.log.want(commit);
+        let commit = self.wal.wrote();
+        self.wal.defer(commit);
         Ok(())
     }
 
@@ -342,7 +331,7 @@ impl Index {
         let mut connection = lock(&self.connection).take().ok_or(Error::Closed)?;
         // What is in the page cache then need not be what is on the disk: the next opening
         // sees to that.
-        self.log.check()?;
+        self.wal.check()?;
         while self.flush_into(&mut connection)? > 0 {}
         schema::mark_closed(&connection)
             .inspect(|()| self.in_use.end())
@@ -365,7 +354,7 @@ impl Index {
                 self.await_disk(commit, |open| put(open, before.as_deref()).map(|()| true))
             }
             Wait::ForNothing => {
-                self.log.want(commit);
+                self.wal.defer(commit);
                 Ok(())
             }
         }
@@ -398,7 +387,7 @@ impl Index {
         match wait {
             Wait::ForDisk => self
                 .await_disk(commit, |open| row::update(open, &new, &old, entry.last_activity()))?,
-            Wait::ForNothing => self.log.want(commit),
+            Wait::ForNothing => self.wal.defer(commit),
         }
         let new = Arc::new(new);
         entry.publish(Arc::clone(&new));
@@ -413,16 +402,26 @@ impl Index {
         doing: &dyn Fn() -> String,
         work: impl Fn(&Connection) -> rusqlite::Result<T>,
     ) -> Result<(T, Commit), Error> {
+        self.wal.check_disk()?;
+        self.execute_anyway(doing, work)
+    }
+
+    /// As `execute`, also while the disk takes nothing.
+    fn execute_anyway<T>(
+        &self,
+        doing: &dyn Fn() -> String,
+        work: impl Fn(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<(T, Commit), Error> {
         let (at_last, soon) = (Deadline::after(self.locked_limit), Deadline::after(LOCKED_AGAIN));
         let is_over =
             || at_last.passed() || (soon.passed() && self.is_locked_out.load(Ordering::Relaxed));
         loop {
             let connection = lock(&self.connection);
-            self.log.check()?;
+            self.wal.check()?;
             match work(connection.as_ref().ok_or(Error::Closed)?) {
                 Ok(done) => {
                     self.is_locked_out.store(false, Ordering::Relaxed);
-                    let commit = self.log.wrote();
+                    let commit = self.wal.wrote();
                     self.checkpoints.wrote(1);
                     return Ok((done, commit));
                 }
@@ -436,57 +435,23 @@ impl Index {
         }
     }
 
-    /// Waits until a change is on the disk. One that the disk does not take in time is taken
-    /// back, by `take_back`, which says whether it could.
+    /// Waits until a change is on the disk. One that the disk does not take in time is undone,
+    /// by `undo`, which says whether it could.
     fn await_disk(
         &self,
         commit: Commit,
-        take_back: impl Fn(&Connection) -> rusqlite::Result<bool>,
+        undo: impl Fn(&Connection) -> rusqlite::Result<bool>,
     ) -> Result<(), Error> {
-        let error = match self.log.wait_for(commit) {
+        let error = match self.wal.wait_for(commit) {
             Err(error @ Error::Stalled { .. }) => error,
             done => return done,
         };
-        let doing = || "taking back a change of the index".to_owned();
-        match self.execute(&doing, take_back) {
-            Ok((true, commit)) => self.log.want(commit),
-            Ok((false, _)) | Err(_) => self.log.give_up(),
+        let doing = || "undoing a change of the index".to_owned();
+        match self.execute_anyway(&doing, undo) {
+            Ok((true, commit)) => self.wal.want(commit),
+            Ok((false, _)) | Err(_) => self.wal.give_up(),
         }
         Err(error)
-    }
-
-    fn flush_into(&self, connection: &mut Connection) -> Result<usize, Error> {
-        let rows = self.dirty.take(FLUSH_MAX);
-        if rows.is_empty() {
-            return Ok(0);
-        }
-        // One that has been removed meanwhile has nothing to write.
-        let entries = rows.iter().filter_map(|row| read(&self.table).by_row(*row));
-        let (later, entries): (Vec<_>, Vec<_>) = entries.partition(|entry| entry.is_changing());
-        for entry in later {
-            entry.activity_to_write();
-            entry.mark_dirty();
-        }
-        let written = connection.transaction().and_then(|transaction| {
-            for entry in &entries {
-                let last_activity = entry.activity_to_write();
-                row::update_activity(&transaction, &entry.record(), last_activity)?;
-            }
-            transaction.commit()
-        });
-        if let Err(error) = written {
-            for entry in &entries {
-                entry.mark_dirty();
-            }
-            if schema::is_locked(&error) {
-                return Ok(0);
-            }
-            let doing = || "writing activities to the index".to_owned();
-            return Err(Error::sql(&self.path, doing)(error));
-        }
-        let _unsynced = self.log.wrote();
-        self.checkpoints.wrote(entries.len());
-        Ok(entries.len())
     }
 }
 

@@ -22,7 +22,7 @@ pub(super) const DUE_TO_SLEEP: &str = "SELECT sleep_at, row FROM sandbox WHERE s
 pub(super) const DUE_TO_DELETE: &str = "SELECT delete_at, row FROM sandbox WHERE state = ?1 \
      AND (delete_at, row) > (?2, ?3) AND delete_at <= ?4 ORDER BY delete_at, row LIMIT ?5";
 
-pub(super) const BETWEEN: &str = "SELECT row FROM sandbox \
+pub(super) const IN_TRANSITION: &str = "SELECT row FROM sandbox \
      WHERE state IN ('booting', 'snapshotting', 'restoring', 'deleting') LIMIT ?1";
 
 /// Before every deadline.
@@ -76,7 +76,7 @@ impl Index {
     ///
     /// # Errors
     /// What SQLite says.
-    pub fn between(&self, limit: usize) -> Result<Vec<RowId>, Error> {
+    pub fn in_transition(&self, limit: usize) -> Result<Vec<RowId>, Error> {
         let none = |(state, count): &(State, usize)| match state {
             State::Stopped | State::Running | State::Snapshotted => true,
             State::Booting | State::Snapshotting | State::Restoring | State::Deleting => {
@@ -89,7 +89,7 @@ impl Index {
         let connection = lock(&self.connection);
         let open = connection.as_ref().ok_or(Error::Closed)?;
         let rows = || -> rusqlite::Result<Vec<RowId>> {
-            open.prepare_cached(BETWEEN)?
+            open.prepare_cached(IN_TRANSITION)?
                 .query_map([i64::try_from(limit).unwrap_or(i64::MAX)], |found| {
                     Ok(RowId(found.get::<_, i64>(0)?.cast_unsigned()))
                 })?

@@ -28,7 +28,7 @@ pub struct Entry {
     dirty: Arc<Dirty>,
 }
 
-/// A change of a row that does not show yet; it does, or was taken back, when this is dropped.
+/// A change of a row that is not published yet; it is, or was undone, when this is dropped.
 #[derive(Debug)]
 pub(super) struct Change<'a>(&'a AtomicBool);
 

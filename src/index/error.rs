@@ -82,7 +82,11 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The disk takes too long.
-    #[error("the disk has not taken a change of the index within {} s", .limit.as_secs())]
+    #[error(
+        "the disk has not taken a change of the index within {} s, and no other is begun until it \
+         has",
+        .limit.as_secs()
+    )]
     Stalled {
         /// How long we waited.
         limit: std::time::Duration,

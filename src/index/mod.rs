@@ -1,22 +1,22 @@
 //! The memory of the daemon: one row for each sandbox, in SQLite and in RAM.
 //!
-//! Every row also is an [`Entry`] in RAM, from which everything is read: a look at a
-//! sandbox runs no SQL and waits for no disk. A change is one UPDATE that is durable
-//! before it shows in RAM, and that says which state and owner it expects to find. There
-//! are two exceptions. Activity is the other way round: it shows at once, is written
-//! behind, and waits for no disk. And a change by one of the `…_unsynced` shows when a kill
-//! of the daemon cannot take it back any more, while a power cut can until its [`Commit`] was
-//! waited for. What a power cut takes back is the last changes, never one in the middle.
+//! Each row also is an [`Entry`] in RAM, from which everything is read: reading a sandbox
+//! runs no SQL and waits for no disk. A change is one UPDATE, which names the state and the
+//! owner that it expects to find, and is durable before readers see it. There are two
+//! exceptions. Activity is visible at once and written later, without waiting for the disk.
+//! A change by one of the `…_unsynced` is visible once a kill of the daemon cannot undo it; a
+//! power cut can until its [`Commit`] was waited for. A power cut undoes the last changes, never
+//! one in the middle.
 //!
 //! ```text
 //!   create, advance, amend, remove ──▶ SQLite ──▶ disk ──▶ RAM ──▶ every reader
 //!   advance_unsynced, amend_unsynced ──▶ SQLite ──▶ RAM ──▶ every reader
-//!                                          └──▶ (sync) ──▶ disk
+//!                                          └──▶ (begin_sync, or within a second) ──▶ disk
 //!   touch ──▶ RAM ──▶ (flush_activity, at ticks) ──▶ SQLite
 //! ```
 //!
-//! It has no policy: which step leads where is `sandbox`'s, when a sandbox is due is
-//! `sandbox`'s and stored here as absolute times, and what to do then is the reaper's.
+//! It has no policy. `sandbox` says which step leads where and when a sandbox is due, which is
+//! stored here as absolute times; the reaper says what to do then.
 
 use std::{
     iter,
@@ -42,14 +42,15 @@ mod checkpoint;
 mod due;
 mod entry;
 mod error;
+mod flush;
 mod in_use;
-mod log;
 mod row;
 mod schema;
 mod spec;
 mod table;
 #[cfg(test)]
 mod tests;
+mod wal;
 
 use checkpoint::Checkpoints;
 pub use due::Due;
@@ -57,11 +58,11 @@ use entry::Dirty;
 pub use entry::Entry;
 pub use error::Error;
 use in_use::InUse;
-pub use log::Commit;
-use log::Log;
 pub use row::MalformedRow;
 use spec::Specs;
 use table::Table;
+pub use wal::Commit;
+use wal::WriteAheadLog;
 
 /// How long a change waits for another process that has the file locked, such as a backup or
 /// somebody who looks by hand. Longer than either takes, and a caller learns of it at last.
@@ -87,7 +88,7 @@ pub struct Index {
     /// Whether a change has waited that long in vain, and none has succeeded since.
     is_locked_out: AtomicBool,
     /// How far what was committed is on the disk. Has a leaf.
-    log: Log,
+    wal: WriteAheadLog,
     /// Moves the log into the file.
     checkpoints: Checkpoints,
     /// The entries by row and by name. A leaf.
@@ -96,7 +97,8 @@ pub struct Index {
     dirty: Arc<Dirty>,
     /// Equal specs, once each. Has a leaf.
     specs: Specs,
-    /// The rows that make no sense. They stay as they are, and what they have is nobody else's.
+    /// The rows that cannot be decoded. They stay as they are, and nobody else is given what they
+    /// have.
     malformed: Vec<MalformedRow>,
     /// What a new entry's count of activity starts at: above all that were counted to under a
     /// name that is free again.
@@ -120,14 +122,14 @@ pub struct NewSandbox {
 
 impl Index {
     /// Opens the index in the file `path`, which is made if need be, and loads every row. One
-    /// that makes no sense is left out, see [`Index::malformed`].
+    /// that cannot be decoded is skipped, see [`Index::malformed`].
     ///
     /// # Errors
     /// `Damaged`, `Foreign` or `Newer`: the file is then left as it is.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let mut connection = schema::open(path)?;
         let first_count = schema::mark_open(&mut connection, path)?;
-        let log = Log::open(&connection, path)?;
+        let wal = WriteAheadLog::open(&connection, path)?;
         let checkpoints = Checkpoints::start(path)?;
         schema::wait_briefly(&connection, path)?;
         let in_use = InUse::mark(path)?;
@@ -149,7 +151,7 @@ impl Index {
             connection: Mutex::new(Some(connection)),
             locked_limit: LOCKED_LIMIT,
             is_locked_out: AtomicBool::new(false),
-            log,
+            wal,
             checkpoints,
             table: RwLock::new(table),
             dirty,
@@ -172,11 +174,11 @@ impl Index {
     /// # Errors
     /// `Unsynced`.
     pub fn check(&self) -> Result<(), Error> {
-        self.log.check()
+        self.wal.check()
     }
 
-    /// Returns the rows that make no sense. Their sandboxes are not seen, and everything that
-    /// they have has to be left as it is.
+    /// Returns the rows that cannot be decoded. Their sandboxes are not served, and everything
+    /// that they have has to be left alone.
     #[must_use]
     pub fn malformed(&self) -> &[MalformedRow] {
         &self.malformed
@@ -265,7 +267,7 @@ impl Index {
     /// Has the disk fail from now on.
     #[cfg(test)]
     pub(crate) fn fail_syncs(&self) {
-        self.log.disk(log::Disk::Fails);
+        self.wal.disk(wal::Disk::Fails);
     }
 
     /// Spoils a row of the copy of an index.
@@ -289,9 +291,9 @@ impl Index {
     #[cfg(test)]
     pub(crate) fn cut_power(&self, to: &Path) {
         let connection = lock(&self.connection);
-        let mut log = std::fs::read(log::name_of(&self.path)).unwrap();
-        log.truncate(usize::try_from(self.log.needed_bytes()).unwrap());
-        std::fs::write(log::name_of(to), log).unwrap();
+        let mut log = std::fs::read(wal::name_of(&self.path)).unwrap();
+        log.truncate(usize::try_from(self.wal.needed_bytes()).unwrap());
+        std::fs::write(wal::name_of(to), log).unwrap();
         std::fs::copy(&self.path, to).unwrap();
         drop(connection);
         let copy = Connection::open(to).unwrap();

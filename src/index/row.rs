@@ -209,7 +209,7 @@ pub(super) fn load(
             parsed.insert(text, Arc::clone(&spec));
             Ok(spec)
         };
-        each(read(row, spec).map_err(|Senseless(why)| MalformedRow::of(row, why)));
+        each(read(row, spec).map_err(|Malformation(why)| MalformedRow::of(row, why)));
     }
     Ok(())
 }
@@ -268,22 +268,22 @@ fn values(record: &Record, last_activity: Timestamp) -> [Value; COLUMNS.len()] {
     ]
 }
 
-/// Why a row makes no sense.
-struct Senseless(String);
+/// Why a row is malformed.
+struct Malformation(String);
 
-impl From<rusqlite::Error> for Senseless {
+impl From<rusqlite::Error> for Malformation {
     fn from(error: rusqlite::Error) -> Self {
         Self(error.to_string())
     }
 }
 
-impl From<Mismatched> for Senseless {
+impl From<Mismatched> for Malformation {
     fn from(error: Mismatched) -> Self {
         Self(error.to_string())
     }
 }
 
-impl From<String> for Senseless {
+impl From<String> for Malformation {
     fn from(why: String) -> Self {
         Self(why)
     }
@@ -326,7 +326,7 @@ impl Columns<'_> {
 fn read(
     row: &Row<'_>,
     spec: impl FnOnce(Option<String>) -> Result<Arc<Spec>, String>,
-) -> Result<(Record, Timestamp), Senseless> {
+) -> Result<(Record, Timestamp), Malformation> {
     let mut columns = Columns { row, next: 0 };
     let c = &mut columns;
     let (row, id) = (RowId(c.number()?), id(&c.next::<String>()?)?);
@@ -380,7 +380,7 @@ fn state(word: &str) -> Result<State, String> {
     State::from_word(word).ok_or_else(|| format!("`{word}` is no state"))
 }
 
-fn process(c: &mut Columns<'_>) -> Result<Option<ProcessIdentity>, Senseless> {
+fn process(c: &mut Columns<'_>) -> Result<Option<ProcessIdentity>, Malformation> {
     let (pid, boot_id) = (c.next::<Option<u32>>()?, c.next()?);
     let (pidfs_inode, start_ticks) = (c.number_or_none()?, c.number_or_none()?);
     match (pid, boot_id, start_ticks) {
@@ -392,7 +392,7 @@ fn process(c: &mut Columns<'_>) -> Result<Option<ProcessIdentity>, Senseless> {
     }
 }
 
-fn snapshot(c: &mut Columns<'_>) -> Result<Option<SnapshotFacts>, Senseless> {
+fn snapshot(c: &mut Columns<'_>) -> Result<Option<SnapshotFacts>, Malformation> {
     let (generation, bytes) = (c.number_or_none()?, c.number_or_none()?);
     let at = c.moment_or_none()?;
     match (generation, bytes, at) {

@@ -72,7 +72,7 @@ impl Table {
         }
     }
 
-    /// Gives nobody else the user id and the slot of a row that makes no sense.
+    /// Gives nobody else the user id and the slot of a row that cannot be decoded.
     pub(super) fn reserve(&mut self, row: &MalformedRow) {
         self.users.extend(row.user);
         if let Some(slot) = row.slot {
@@ -85,7 +85,7 @@ impl Table {
         self.users.insert(user);
     }
 
-    /// Takes back [`Table::reserve_user`].
+    /// Undoes [`Table::reserve_user`].
     pub(super) fn release_user(&mut self, user: u32) {
         self.users.remove(&user);
     }
@@ -95,7 +95,7 @@ impl Table {
         self.slots.take(slot, row);
     }
 
-    /// Takes back [`Table::reserve_slot`].
+    /// Undoes [`Table::reserve_slot`].
     pub(super) fn release_slot(&mut self, slot: u32) {
         self.slots.give_back(slot);
     }

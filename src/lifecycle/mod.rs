@@ -575,6 +575,7 @@ impl Lifecycle {
         change: impl FnOnce(&mut Record),
     ) -> Result<(), Error> {
         let (_, commit) = self.step_unsynced(op.held, op.entry, step, change)?;
+        self.index.begin_sync(commit);
         op.intent = Some(commit);
         Ok(())
     }

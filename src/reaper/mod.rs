@@ -313,7 +313,7 @@ impl Shared {
     /// Hands out what is in the middle of an operation. If that is still under way, its lock
     /// is taken, and it is passed over.
     fn hand_out_leftovers(&self, now: Timestamp) {
-        let rows = self.lifecycle.index().between(LEFTOVERS_MAX).unwrap_or_else(|error| {
+        let rows = self.lifecycle.index().in_transition(LEFTOVERS_MAX).unwrap_or_else(|error| {
             tracing::error!(error = chain(&error), "looking for leftovers");
             Vec::new()
         });

@@ -4,7 +4,7 @@ use std::{sync::atomic::Ordering, thread};
 
 use super::*;
 use crate::{
-    index::log::Disk,
+    index::wal::Disk,
     sys::clock::{Deadline, Stopwatch, pause_for},
 };
 
@@ -25,7 +25,12 @@ fn what_the_disk_does_not_take_in_time_is_in_neither_ram_nor_file() {
     let entry = host.running("a", 1);
     host.index.set_meta("k", "before").unwrap();
     let (file, record) = (all(&host), entry.record());
-    host.index.log.disk(Disk::Hangs);
+    // Each of them finds a disk that has taken everything before it.
+    let hang = || {
+        host.index.wal.disk(Disk::Works);
+        host.index.wal.settle();
+        host.index.wal.disk(Disk::Hangs);
+    };
     let held = host.held("a");
     let new = NewSandbox {
         owner: OWNER,
@@ -34,18 +39,20 @@ fn what_the_disk_does_not_take_in_time_is_in_neither_ram_nor_file() {
         delete_after: Period::Never,
     };
     let users = "70000-70009".parse().unwrap();
-    let errors = [
-        host.index.advance(&held, &entry, &Step::Sleep, at(2), |_| ()).unwrap_err(),
-        host.index.amend(&held, &entry, |record| record.pinned = true).unwrap_err(),
-        host.index.give_slot(&held, &entry, 9).unwrap_err(),
-        host.index.give_user(&held, &entry, users).unwrap_err(),
-        host.index.remove(&held, &entry).unwrap_err(),
-        host.index.create(&host.held("b"), new, at(3)).unwrap_err(),
-        host.index.set_meta("k", "after").unwrap_err(),
-        host.index.set_meta("new", "after").unwrap_err(),
-        host.index.remove_meta("k").unwrap_err(),
+    let changes: [&dyn Fn() -> Error; 9] = [
+        &|| host.index.advance(&held, &entry, &Step::Sleep, at(2), |_| ()).unwrap_err(),
+        &|| host.index.amend(&held, &entry, |record| record.pinned = true).unwrap_err(),
+        &|| host.index.give_slot(&held, &entry, 9).unwrap_err(),
+        &|| host.index.give_user(&held, &entry, users).unwrap_err(),
+        &|| host.index.remove(&held, &entry).unwrap_err(),
+        &|| host.index.create(&host.held("b"), new.clone(), at(3)).unwrap_err(),
+        &|| host.index.set_meta("k", "after").unwrap_err(),
+        &|| host.index.set_meta("new", "after").unwrap_err(),
+        &|| host.index.remove_meta("k").unwrap_err(),
     ];
-    for error in errors {
+    for change in changes {
+        hang();
+        let error = change();
         assert!(matches!(error, Error::Stalled { .. }), "{error}");
     }
     assert_eq!(all(&host), file);
@@ -53,7 +60,7 @@ fn what_the_disk_does_not_take_in_time_is_in_neither_ram_nor_file() {
     assert!(host.get("b").is_none() && host.get("a").is_some());
 
     // Once the disk answers again all goes on.
-    host.index.log.disk(Disk::Works);
+    host.index.wal.disk(Disk::Works);
     host.index.check().unwrap();
     assert_eq!(host.index.give_slot(&held, &entry, 9).unwrap(), Some(0));
     host.index.advance(&held, &entry, &Step::Sleep, at(2), |_| ()).unwrap();
@@ -67,13 +74,43 @@ fn what_the_disk_does_not_take_in_time_is_in_neither_ram_nor_file() {
 }
 
 #[test]
+fn while_the_disk_takes_nothing_no_further_change_is_begun() {
+    let host = Host::new();
+    let (a, b) = (host.running("a", 1), host.running("b", 1));
+    let (held_a, held_b) = (host.held("a"), host.held("b"));
+    host.index.wal.disk(Disk::Hangs);
+    host.index.amend(&held_a, &a, |record| record.pinned = true).unwrap_err();
+    let log_bytes = || fs::metadata(host.temp.path().join("index.db-wal")).unwrap().len();
+    let (before, record) = (log_bytes(), b.record());
+    let refused = [
+        host.index.amend(&held_b, &b, |record| record.pinned = true).unwrap_err(),
+        host.index
+            .amend_unsynced(&held_b, &b, |record| record.pinned = true)
+            .map(drop)
+            .unwrap_err(),
+        host.index.advance(&held_b, &b, &Step::Sleep, at(2), |_| ()).unwrap_err(),
+        host.index.remove(&held_b, &b).unwrap_err(),
+        host.index.set_meta("k", "v").unwrap_err(),
+    ];
+    for error in refused {
+        let says = "has not taken a change of the index within 120 s, and no other is begun";
+        assert!(error.to_string().contains(says), "{error}");
+    }
+    assert_eq!((log_bytes(), b.record()), (before, record));
+    // It stalls, it has not failed: the daemon goes on, and so do changes once it takes them.
+    host.index.check().unwrap();
+    host.index.wal.disk(Disk::Works);
+    host.index.advance(&held_b, &b, &Step::Sleep, at(2), |_| ()).unwrap();
+}
+
+#[test]
 fn a_failed_sync_is_told_with_its_number_and_no_opening_is_needed_to_see_it() {
     let mut host = Host::new();
     let entry = host.running("a", 1);
     host.index.check().unwrap();
     // A pipe has no disk.
     let (_reader, writer) = std::io::pipe().unwrap();
-    host.index.log = Log::over(std::os::fd::OwnedFd::from(writer).into()).unwrap();
+    host.index.wal = WriteAheadLog::over(std::os::fd::OwnedFd::from(writer).into()).unwrap();
     let held = host.held("a");
     host.index.amend(&held, &entry, |record| record.pinned = true).unwrap_err();
     let Err(Error::Unsynced { source }) = host.index.check() else { panic!("it failed") };
@@ -89,7 +126,7 @@ fn a_failed_sync_is_told_with_its_number_and_no_opening_is_needed_to_see_it() {
 fn activity_is_written_without_waiting_for_the_disk() {
     let host = Host::new();
     let entry = host.running("a", 1);
-    host.index.log.disk(Disk::Hangs);
+    host.index.wal.disk(Disk::Hangs);
     entry.touch(at(77_000));
     assert_eq!(host.index.flush_activity().unwrap(), 1);
     assert_eq!(host.ask("SELECT last_activity_at || '' FROM sandbox"), "77000");
@@ -102,7 +139,7 @@ fn who_waits_for_the_disk_keeps_nobody_from_reading_or_writing() {
     let held = host.held("b");
     thread::scope(|scope| {
         // It gives up only when the disk hangs no more, or much later.
-        host.index.log.disk(Disk::Slow);
+        host.index.wal.disk(Disk::Slow);
         let waiting = scope.spawn(|| host.amend(&a, |record| record.pinned = true));
         let deadline = Deadline::after(PATIENCE);
         while host.ask("SELECT pinned || '' FROM sandbox WHERE id = 'a'") != "1" {
@@ -117,7 +154,7 @@ fn who_waits_for_the_disk_keeps_nobody_from_reading_or_writing() {
             changed.pinned && !host.index.due_to_sleep(at(i64::MAX), None, 9).unwrap().is_empty()
         );
         assert_eq!(host.index.meta("none").unwrap(), None);
-        host.index.log.disk(Disk::Works);
+        host.index.wal.disk(Disk::Works);
         waiting.join().unwrap();
     });
     assert!(a.record().pinned);
@@ -128,7 +165,7 @@ fn activity_does_not_overwrite_a_deadline_that_does_not_show_yet() {
     let host = Host::new();
     let entry = host.running("a", 1000);
     thread::scope(|scope| {
-        host.index.log.disk(Disk::Slow);
+        host.index.wal.disk(Disk::Slow);
         let waiting = scope.spawn(|| host.amend(&entry, |record| record.idle_after = minutes(1)));
         let deadline = Deadline::after(PATIENCE);
         while host.sleep_due() != Some(61_000) {
@@ -138,7 +175,7 @@ fn activity_does_not_overwrite_a_deadline_that_does_not_show_yet() {
         entry.touch(at(2000));
         assert_eq!(host.index.flush_activity().unwrap(), 0);
         assert_eq!(host.sleep_due(), Some(61_000), "and not by the five minutes of before");
-        host.index.log.disk(Disk::Works);
+        host.index.wal.disk(Disk::Works);
         waiting.join().unwrap();
     });
     assert_eq!(host.index.flush_activity().unwrap(), 1);
@@ -234,11 +271,11 @@ fn what_is_in_the_log_is_written_anew_by_the_next_opening_whatever_its_length() 
         let bytes: Vec<u8> = (0..len).map(|at| u8::try_from(at % 251).unwrap()).collect();
         fs::write(&path, &bytes).unwrap();
         let file = fs::File::options().read(true).write(true).open(&path).unwrap();
-        crate::index::log::write_anew(&file).unwrap();
+        crate::index::wal::write_anew(&file).unwrap();
         assert!(fs::read(&path).unwrap() == bytes);
     }
     // A file that can only be read is not passed over in silence.
     let file = fs::File::open(&path).unwrap();
     file.read_exact_at(&mut [0], 0).unwrap();
-    crate::index::log::write_anew(&file).unwrap_err();
+    crate::index::wal::write_anew(&file).unwrap_err();
 }

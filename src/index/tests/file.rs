@@ -234,7 +234,7 @@ fn a_change_that_cannot_reach_the_disk_does_not_show_and_is_the_last() {
     let entry = host.running("a", 1);
     // A pipe has no disk.
     let (_reader, writer) = std::io::pipe().unwrap();
-    host.index.log = Log::over(std::os::fd::OwnedFd::from(writer).into()).unwrap();
+    host.index.wal = WriteAheadLog::over(std::os::fd::OwnedFd::from(writer).into()).unwrap();
     let held = host.held("a");
     let error = host.index.amend(&held, &entry, |record| record.pinned = true).unwrap_err();
     assert!(matches!(error, Error::Unsynced { .. }), "{error}");

@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::{
-    index::change::FLUSH_MAX,
+    index::flush::FLUSH_MAX,
     lock::{Held, Locks},
     sandbox::{ProcessIdentity, SnapshotFacts},
 };
@@ -312,7 +312,7 @@ fn activity_that_cannot_be_written_waits() {
 fn a_sandbox_without_keys_is_removed_by_one_write_and_one_with_keys_takes_them_along() {
     let host = Host::new();
     // Each write has a number of its own, and so has each look at it.
-    let numbers = || host.index.log.wrote();
+    let numbers = || host.index.wal.wrote();
     let remove = |id| {
         let before = numbers();
         host.index.remove(&host.held(id), &host.get(id).unwrap()).unwrap();

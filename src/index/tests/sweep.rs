@@ -98,14 +98,14 @@ fn the_next_deadline_is_the_earliest_of_both_kinds() {
 fn those_in_the_middle_of_an_operation_are_found_without_a_scan() {
     let host = Host::new();
     let entries = ["a", "b", "c"].map(|id| host.running(id, 0));
-    assert_eq!(host.index.between(9).unwrap(), []);
+    assert_eq!(host.index.in_transition(9).unwrap(), []);
     for entry in &entries[..2] {
         host.step(entry, Step::Sleep, 1);
     }
-    assert_eq!(host.index.between(9).unwrap(), [entries[0].row(), entries[1].row()]);
-    assert_eq!(host.index.between(1).unwrap().len(), 1);
+    assert_eq!(host.index.in_transition(9).unwrap(), [entries[0].row(), entries[1].row()]);
+    assert_eq!(host.index.in_transition(1).unwrap().len(), 1);
     let connection = lock(&host.index.connection);
-    let explain = format!("EXPLAIN QUERY PLAN {}", due::BETWEEN);
+    let explain = format!("EXPLAIN QUERY PLAN {}", due::IN_TRANSITION);
     let mut explain = connection.as_ref().unwrap().prepare(&explain).unwrap();
     let plan: String = explain.query_row([0], |row| row.get("detail")).unwrap();
     assert!(plan.starts_with("SEARCH sandbox USING COVERING INDEX"), "{plan}");
