@@ -16,7 +16,7 @@ use toml::Spanned;
 
 use crate::{
     sandbox::{
-        Activity, ActivityKeys, Period, Spec, SpecDocument, SpecError, Users, line_of,
+        Activity, ActivityKeys, FileCheck, Period, Spec, SpecDocument, SpecError, Users, line_of,
         memory_from_text,
         network::{AddressPlan, Destinations, Ignored, Span},
     },
@@ -249,7 +249,7 @@ impl Config {
                 ConfigError::Read { file, source }
             }
         })?;
-        Self::parse(&text, &why_unusable).map_err(|SpecError { line, message }| {
+        Self::parse(&text, &|path, _| why_unusable(path)).map_err(|SpecError { line, message }| {
             ConfigError::Refused { file: file.to_owned(), line, message }
         })
     }
@@ -265,9 +265,8 @@ impl Config {
         }
     }
 
-    /// Reads the settings from `text`; `missing` says what is wrong with a file that they
-    /// name, if anything.
-    fn parse(text: &str, missing: &dyn Fn(&Path) -> Option<String>) -> Result<Self, SpecError> {
+    /// Reads the settings from `text`; `check` looks at each file that they name.
+    fn parse(text: &str, check: &FileCheck<'_>) -> Result<Self, SpecError> {
         let document: Document =
             toml::from_str(text).map_err(|error| SpecError::from_toml(&error, text))?;
         let default = Self::default();
@@ -284,7 +283,7 @@ impl Config {
                 "is too long for the sockets below it; write at most {RUNTIME_MAX_BYTES} bytes"
             )));
         }
-        let template = document.template.into_spec(&Spec::default(), text, missing)?;
+        let template = document.template.into_spec(&Spec::default(), text, check)?;
         refuse_own_range(&template, &document.network.range)?;
         Ok(Self {
             mount: mount.path,

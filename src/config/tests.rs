@@ -7,7 +7,7 @@ use crate::sandbox::{
 };
 
 fn parse(text: &str) -> Result<Config, SpecError> {
-    Config::parse(text, &|_| None)
+    Config::parse(text, &|_, _| None)
 }
 
 #[test]

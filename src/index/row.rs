@@ -203,7 +203,7 @@ pub(super) fn load(
             if let Some(spec) = parsed.get(&text) {
                 return Ok(Arc::clone(spec));
             }
-            let spec = Spec::parse(&text, &Spec::default(), &|_| None)
+            let spec = Spec::parse(&text, &Spec::default(), &|_, _| None)
                 .map_err(|error| format!("its spec: {error}"))?;
             let spec = specs.intern(Arc::new(spec));
             parsed.insert(text, Arc::clone(&spec));

@@ -4,7 +4,6 @@ use super::{
     CrashPoint, Error, Lifecycle, Signal,
     disks::take_back_disks,
     error::{host_failed, snapshot_failed, vmm_failed},
-    images::check_formats,
     memory_of,
     operation::Op,
     start::named,
@@ -47,7 +46,7 @@ impl Lifecycle {
         self.vmms.check_fit(vmm.as_ref(), &entry.record())?;
         take_back_disks(&home, &record).map_err(host_failed(entry, "taking back a disk of"))?;
         let files = self.open_to_boot(&record, &home, &op.cancel)?;
-        check_formats(&record, &home, &files)?;
+        files.check(&record, &home)?;
 
         self.intend(op, Step::Boot, |record| record.vmm = Some(named(&identity)))?;
         self.sync_intent(op)?;

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     sandbox::{Disk, Record, Spec},
     snapshot::{Home, SLEEP_RESERVE_BYTES},
-    sys::files::{PieceError, bytes_to_copy, copy_image, remove_file, rename_durably},
+    sys::files::{PieceError, bytes_to_copy, make_copy, remove_file, rename_durably},
 };
 
 /// More disks than any machine has.
@@ -37,27 +37,37 @@ impl Lifecycle {
         if missing.is_empty() {
             return Ok(None);
         }
-        let _place = self.admission.copy(&record.id, &op.cancel)?;
+        let place = self.admission.copy(&record.id, &op.cancel)?;
         let (mut bytes, mut images) = (0, Vec::new());
         for (number, disk) in &missing {
-            let image = files.image(disk).and_then(|(image, size)| {
-                bytes += bytes_to_copy(&size, home.dir())?;
+            let image = files.image(disk).and_then(|image| {
+                bytes += bytes_to_copy(&image.size, home.dir())?;
                 Ok(image)
             });
             let image = image.map_err(host_failed(entry, "measuring a disk of"))?;
-            images.push((home.disk(*number), image));
+            images.push((home.disk(*number), &disk.path, image));
         }
         home.check_space(bytes + SLEEP_RESERVE_BYTES)
             .map_err(snapshot_failed(entry, "finding space for the disks of"))?;
-        let copies: Vec<_> = images.iter().map(|(copy, _)| copy.clone()).collect();
+        let copies: Vec<_> = images.iter().map(|(copy, ..)| copy.clone()).collect();
         let removing = op.undo.push("removing its copies of disks", move || {
             copies.iter().try_for_each(|copy| Ok(remove_file(copy)?))
         });
-        for (copy, image) in images {
-            let copied = copy_image(&image, &copy, &op.cancel);
+        let named = self.files_of(&record, &op.cancel);
+        for (copy, path, image) in images {
+            let copied = make_copy(&copy, &op.cancel, |target| {
+                // What does not answer keeps nobody else from copying.
+                place.asked();
+                named.copy(path, image, target, &mut || place.asked())?;
+                place.answered();
+                Ok(())
+            });
             copied.map_err(|error| match error {
                 PieceError::CalledOff(_) => Error::Gone { id: record.id.clone() },
-                PieceError::Io(source) => host_failed(entry, "copying a disk of")(source),
+                PieceError::Io(source) => {
+                    let why = format!("{}: {source}", path.display());
+                    host_failed(entry, "copying a disk of")(io::Error::new(source.kind(), why))
+                }
             })?;
         }
         Ok(Some(removing))

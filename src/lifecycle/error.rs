@@ -327,9 +327,6 @@ impl Error {
             Self::NotWriters { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 Fault::Denied
             }
-            Self::Unopened { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
-                Fault::TimedOut
-            }
             Self::Host { source, .. }
             | Self::NotWriters { source, .. }
             | Self::Unopened { source, .. } => fault_of_io(source),
@@ -407,6 +404,8 @@ fn fault_of_io(error: &io::Error) -> Fault {
         Fault::NoSpace
     } else if error.kind() == io::ErrorKind::QuotaExceeded {
         Fault::Quota
+    } else if error.kind() == io::ErrorKind::TimedOut {
+        Fault::TimedOut
     } else {
         Fault::Other
     }

@@ -1,18 +1,16 @@
-//! What a kernel and the image of a disk have to be, told by their first bytes.
+//! What a kernel, an initial RAM file system and the image of a disk have to be, told by their
+//! first bytes and their sizes.
 //!
 //! A VMM takes every disk for raw and says nothing of one that is not: the guest then finds no
-//! file system on it.
+//! file system on it. What it does refuse it refuses in words of its own.
 
 use std::path::Path;
 
-use super::{Error, files::Files};
-use crate::{sandbox::Record, snapshot::Home};
+use super::kernel;
+use crate::{sandbox::FileRole, sys::files::Opened};
 
-const ELF_MAGIC: &[u8] = b"\x7fELF";
-
-/// The `header` of the Linux/x86 boot protocol.
-const BZIMAGE_MAGIC: &[u8] = b"HdrS";
-const BZIMAGE_MAGIC_AT: usize = 0x202;
+/// Disks are read and written by so many bytes.
+const SECTOR_BYTES: u64 = 512;
 
 /// A format of images that qemu-img reads: its name, and where it has which bytes.
 struct Format(&'static str, usize, &'static [u8]);
@@ -38,37 +36,44 @@ const COMPRESSIONS: [Compression; 3] = [
     Compression("zstd", b"\x28\xb5\x2f\xfd", "zstd -dc"),
 ];
 
-/// Refuses a kernel that is none, and disks that are to be raw and are not. A kernel that
-/// cannot be opened is the VMM's to tell of; a copy that the sandbox has already is its
-/// guest's, which may write there what it likes.
-pub(super) fn check_formats(record: &Record, home: &Home, files: &Files) -> Result<(), Error> {
-    let unbootable = |why| Error::Unbootable { id: record.id.clone(), why };
-    if let Some(named) = &record.spec.kernel
-        && let Ok(start) = files.start(named)
-        && !is_kernel(&start)
-    {
-        return Err(unbootable(format!(
-            "{} is no kernel, neither an ELF file nor a bzImage; name one as `kernel` in \
-             `config`",
-            named.display()
-        )));
+/// Says what is wrong with a file that is to have such a role, and how to mend it, in a clause
+/// that follows its name.
+pub(super) fn why_unfit(path: &Path, role: FileRole, file: &Opened) -> Option<String> {
+    if file.size.bytes == 0 {
+        return Some("is empty; name another file in `config`".to_owned());
     }
-    for (number, disk) in record.spec.disks.iter().enumerate() {
-        if !disk.readonly && home.disk(number).exists() {
-            continue;
-        }
-        // What cannot be read the copying tells of, or the VMM.
-        let start = files.start(&disk.path).unwrap_or_default();
-        if let Some(why) = why_not_raw(&disk.path, &start, disk.readonly) {
-            return Err(unbootable(why));
-        }
+    match role {
+        FileRole::Kernel if kernel::is_kernel(&file.start) => None,
+        FileRole::Kernel => Some(
+            "is no kernel, neither an ELF file nor a bzImage; name one as `kernel` in `config`"
+                .to_owned(),
+        ),
+        FileRole::Initramfs => None,
+        FileRole::Disk { readonly } => why_not_raw(path, &file.start, readonly)
+            .or_else(|| why_no_sectors(path, file.size.bytes)),
     }
-    Ok(())
 }
 
-fn is_kernel(start: &[u8]) -> bool {
-    start.starts_with(ELF_MAGIC)
-        || start.get(BZIMAGE_MAGIC_AT..).is_some_and(|rest| rest.starts_with(BZIMAGE_MAGIC))
+/// Says why kernel and initial RAM file system, in so far as they are known, are not loaded into
+/// so much memory.
+pub(super) fn why_too_large(
+    memory_bytes: u64,
+    kernel: Option<&Opened>,
+    initramfs: Option<&Opened>,
+) -> Option<String> {
+    let kernel_end = kernel.map_or(0, kernel::end_in_memory);
+    let initramfs_bytes = initramfs.map_or(0, |file| file.size.bytes);
+    if kernel_end.saturating_add(initramfs_bytes) <= memory_bytes {
+        return None;
+    }
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    Some(format!(
+        "`memory` is {} MiB, of which the kernel takes {} MiB and the initramfs {} MiB; write a \
+         larger `memory` in `config`, or name smaller files",
+        mib(memory_bytes),
+        mib(kernel_end),
+        mib(initramfs_bytes)
+    ))
 }
 
 /// Says why an image that begins so is not taken for raw, and how to make a raw one of it. What
@@ -76,19 +81,31 @@ fn is_kernel(start: &[u8]) -> bool {
 fn why_not_raw(path: &Path, start: &[u8], readonly: bool) -> Option<String> {
     let has = |at: usize, magic: &[u8]| start.get(at..).is_some_and(|rest| rest.starts_with(magic));
     let image = IMAGE_FORMATS.iter().find(|Format(_, at, magic)| has(*at, magic));
-    let (shown, quoted) = (path.display(), quoted(path));
+    let quoted = quoted(path);
     if let Some(Format(name, ..)) = image {
         return Some(format!(
-            "{shown} is a {name} image, and a disk has to be raw; convert it by `qemu-img convert \
-             -O raw {quoted} OUT`, and name OUT in `config`"
+            "is a {name} image, and a disk has to be raw; convert it by `qemu-img convert -O raw \
+             {quoted} OUT`, and name OUT in `config`"
         ));
     }
     let compression = COMPRESSIONS.iter().find(|Compression(_, magic, _)| has(0, magic));
     let Compression(name, _, unpack) = compression.filter(|_| !readonly)?;
     Some(format!(
-        "{shown} is compressed by {name}, and a disk has to be raw; unpack it by `{unpack} \
-         {quoted} > OUT`, and name OUT in `config`"
+        "is compressed by {name}, and a disk has to be raw; unpack it by `{unpack} {quoted} > \
+         OUT`, and name OUT in `config`"
     ))
+}
+
+/// Says why so many bytes are no disk. One VMM adds what the last sector lacks, and another
+/// leaves that sector out.
+fn why_no_sectors(path: &Path, bytes: u64) -> Option<String> {
+    (!bytes.is_multiple_of(SECTOR_BYTES)).then(|| {
+        format!(
+            "has {bytes} bytes, and a disk is of whole sectors of {SECTOR_BYTES} bytes; lengthen \
+             it by `truncate -s %{SECTOR_BYTES} {}`",
+            quoted(path)
+        )
+    })
 }
 
 /// Returns a path as one word of a shell.
@@ -101,7 +118,10 @@ fn quoted(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::files::START_BYTES;
+    use crate::{
+        sync::Arc,
+        sys::files::{ImageSize, START_BYTES},
+    };
 
     fn at(at: usize, magic: &[u8]) -> Vec<u8> {
         [vec![0; at], magic.to_vec(), vec![0; START_BYTES]].concat()
@@ -120,7 +140,7 @@ mod tests {
         ] {
             for readonly in [false, true] {
                 let why = why_not_raw("/a b'c".as_ref(), &start, readonly).unwrap();
-                assert!(why.starts_with(&format!("/a b'c is a {name} image")), "{why}");
+                assert!(why.starts_with(&format!("is a {name} image")), "{why}");
                 assert!(why.contains(r"`qemu-img convert -O raw '/a b'\''c' OUT`"), "{why}");
             }
         }
@@ -141,17 +161,41 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_kernel_is_an_elf_file_or_a_bzimage() {
-        for (start, is) in [
-            (at(0, ELF_MAGIC), true),
-            (at(BZIMAGE_MAGIC_AT, BZIMAGE_MAGIC), true),
-            (ELF_MAGIC.to_vec(), true),
-            (at(BZIMAGE_MAGIC_AT + 1, BZIMAGE_MAGIC), false),
-            (b"#!/bin/sh".to_vec(), false),
-            (vec![], false),
-        ] {
-            assert_eq!(is_kernel(&start), is, "{start:?}");
+    fn opened(bytes: u64, start: &[u8]) -> Opened {
+        Opened {
+            file: Arc::new(tempfile::tempfile().unwrap().into()),
+            is_device: false,
+            size: ImageSize { device: 0, bytes, allocated_bytes: 0 },
+            start: start.to_vec(),
         }
+    }
+
+    #[test]
+    fn a_disk_is_of_whole_sectors_and_no_file_is_empty() {
+        let disk = FileRole::Disk { readonly: true };
+        let unfit = |role, bytes| why_unfit("/x y".as_ref(), role, &opened(bytes, b"\x7fELF"));
+        for role in [FileRole::Kernel, FileRole::Initramfs, disk] {
+            assert!(unfit(role, 0).unwrap().starts_with("is empty"), "{role:?}");
+            assert_eq!(unfit(role, 512), None, "{role:?}");
+        }
+        let why = unfit(disk, 513).unwrap();
+        assert!(why.contains("513 bytes") && why.contains("`truncate -s %512 '/x y'`"), "{why}");
+        assert_eq!(unfit(FileRole::Kernel, 513), None);
+    }
+
+    #[test]
+    fn what_is_loaded_fits_into_memory() {
+        const MIB: u64 = 1 << 20;
+        let bzimage = opened(8 * MIB, b"MZ");
+        let initramfs = |mib| opened(mib * MIB, b"");
+        let large = |memory, mib| {
+            why_too_large(memory * MIB, Some(&bzimage), Some(&initramfs(mib))).is_some()
+        };
+        assert!(!large(16, 8) && large(16, 9) && large(15, 8));
+        assert!(why_too_large(7 * MIB, Some(&bzimage), None).is_some());
+        let why = why_too_large(16 * MIB, None, Some(&initramfs(17))).unwrap();
+        assert!(why.contains("`memory` is 16 MiB") && why.contains("initramfs 17 MiB"), "{why}");
+        // What is not loaded of an ELF file does not count.
+        assert_eq!(why_too_large(16 * MIB, Some(&opened(99 * MIB, b"\x7fELF")), None), None);
     }
 }

@@ -34,6 +34,7 @@ mod exits;
 mod files;
 mod held;
 mod images;
+mod kernel;
 mod metrics;
 mod network;
 mod notes;

@@ -326,7 +326,7 @@ impl Lifecycle {
         let files = self.open_disks(&record, cancel)?;
         let disk = |(number, disk): (usize, &Disk)| {
             let bytes = if disk.readonly {
-                files.bytes(disk)?
+                files.image(disk)?.size.bytes
             } else {
                 std::fs::symlink_metadata(home.disk(number))?.len()
             };

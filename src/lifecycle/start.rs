@@ -14,7 +14,7 @@ use crate::{
         cancel::Cancel,
         files::{let_through, make_private_dir},
     },
-    vmm::{Machine, Plan, PlannedDisk, PlannedNic, PlannedVsock, Vmm, VmmIdentity},
+    vmm::{Machine, Plan, PlannedNic, PlannedVsock, Vmm, VmmIdentity},
 };
 
 impl Lifecycle {
@@ -78,10 +78,8 @@ impl Lifecycle {
             id: record.id.clone(),
             source,
         })?;
-        let disks = record.spec.disks.iter().enumerate().map(|(number, disk)| PlannedDisk {
-            path: if disk.readonly { files.disk(disk) } else { home.disk(number) },
-            readonly: disk.readonly,
-        });
+        let disks = record.spec.disks.iter().enumerate();
+        let disks = disks.map(|(number, disk)| files.planned(disk, home.disk(number)));
         Ok(Plan {
             id: record.id.clone(),
             token: self.token(record.row),

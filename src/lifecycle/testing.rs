@@ -450,7 +450,9 @@ fn start_on(
         pool: Arc::new(Pool::new()),
         openers: Openers::new(opener::tests::program()).unwrap(),
     };
-    let template = Spec { kernel: Some("/k".into()), memory_bytes: 16 << 20, ..Spec::default() };
+    let kernel = dir.join("kernel");
+    std::fs::write(&kernel, "\x7fELF").unwrap();
+    let template = Spec { kernel: Some(kernel), memory_bytes: 16 << 20, ..Spec::default() };
     let settings = Settings {
         store,
         runtime: dir.join("run"),
@@ -485,4 +487,18 @@ pub(crate) fn crash(host: &mut Host, point: CrashPoint, operation: impl FnOnce(&
     let crashed = catch_unwind(AssertUnwindSafe(|| operation(host)));
     let payload = crashed.expect_err("it crashes before it ends");
     assert!(payload.is::<Crash>(), "it crashed by a bug");
+}
+
+/// Returns a text as a disk of one sector has it.
+pub(crate) fn sector(text: &str) -> Vec<u8> {
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.resize(512, 0);
+    bytes
+}
+
+/// Returns the text that is at the beginning of a file.
+pub(crate) fn content(file: &Path) -> String {
+    let bytes = std::fs::read(file).unwrap();
+    let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    String::from_utf8(bytes[..end].to_vec()).unwrap()
 }

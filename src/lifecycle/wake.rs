@@ -86,7 +86,8 @@ impl Lifecycle {
         self.check_room(entry, memory, facts.bytes)?;
         self.give_user(op.held, entry, vmm.as_ref())?;
         self.vmms.check_fit(vmm.as_ref(), &entry.record())?;
-        let files = self.open_to_wake(&record, &op.cancel)?;
+        let asleep = &snapshot.manifest().hardware.disks;
+        let files = self.open_to_wake(&record, asleep, vmm.as_ref(), &op.cancel)?;
 
         self.intend(op, Step::Wake, |record| record.vmm = Some(named(&identity)))?;
         self.crash_point(CrashPoint::WakeIntended);

@@ -21,8 +21,8 @@ const COPY_WAIT: Duration = Duration::from_secs(600);
 /// How often a wait to copy checks whether it was cancelled.
 const CANCEL_LOOK: Duration = Duration::from_millis(200);
 
-/// How long a VMM may take to answer before its place is another's too. A pause takes
-/// milliseconds, and seconds on a host that is overloaded.
+/// How long a VMM, or whoever copies, may take to answer before its place is another's too. A
+/// pause or a piece of a copy takes milliseconds, and seconds on a host that is overloaded.
 const ANSWER_WAIT: Duration = Duration::from_secs(2);
 /// How often those who wait for a place look for such a VMM.
 const ANSWER_LOOK: Duration = Duration::from_millis(250);
@@ -48,7 +48,8 @@ struct Slots {
     freed: Condvar,
 }
 
-/// The places that are taken. For as long as a VMM has not answered it has since when.
+/// The places that are taken. For as long as a VMM, or whoever copies, has not answered it has
+/// since when.
 #[derive(Debug, Default)]
 struct Taken {
     places: HashMap<u64, Option<Stopwatch>>,
@@ -78,9 +79,18 @@ pub(crate) struct Slot {
 impl Slot {
     /// Notes that its VMM answers, so that the place counts for as long as it is taken.
     pub(crate) fn answered(&self) {
+        self.waits_since(None);
+    }
+
+    /// Notes that somebody is asked who may not answer, so that the place counts for a moment.
+    pub(crate) fn asked(&self) {
+        self.waits_since(Some(Stopwatch::start()));
+    }
+
+    fn waits_since(&self, asked: Option<Stopwatch>) {
         let slots = (self.of)(&self.admission);
         if let Some(since) = lock(&slots.taken).places.get_mut(&self.number) {
-            *since = None;
+            *since = asked;
         }
     }
 }

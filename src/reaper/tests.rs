@@ -434,7 +434,7 @@ fn traffic_of_its_network_keeps_one_awake_unless_that_does_not_count() {
         let entry = host.create(id);
         let signals = if id == "a" { "" } else { "signals = [\"cpu\"]\n" };
         let document = format!("net = \"isolated\"\n[activity]\n{signals}");
-        let spec = Spec::parse(&document, &entry.record().spec, &|_| None).unwrap();
+        let spec = Spec::parse(&document, &entry.record().spec, &|_, _| None).unwrap();
         host.set(id, Policy::Spec(Box::new(spec))).unwrap();
         host.wake(id).unwrap();
     }

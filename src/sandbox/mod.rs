@@ -24,7 +24,10 @@ pub use id::{IdError, SandboxId};
 pub use period::{Period, PeriodError};
 pub use phase::{Mismatched, Phase, ProcessIdentity, Refused, SnapshotFacts, Step};
 pub use record::{Owner, Record, RowId, Writer};
-pub use spec::{Disk, MemoryMode, NetMode, RestoreMode, Spec, SpecDocument, SpecError, VmmChoice};
+pub use spec::{
+    Disk, FileCheck, FileRole, MemoryMode, NetMode, RestoreMode, Spec, SpecDocument, SpecError,
+    VmmChoice,
+};
 pub(crate) use spec::{line_of, memory_from_text};
 pub use state::State;
 pub use time::Timestamp;

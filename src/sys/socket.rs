@@ -17,6 +17,9 @@ use rustix::{
     },
 };
 
+/// How many open files a message may come with.
+pub const FILES_MAX: usize = 2;
+
 /// One end. Messages keep their order and their ends, and what is sent is there once
 /// `send` has returned.
 #[derive(Debug)]
@@ -57,27 +60,28 @@ impl MessageSocket {
         Ok(())
     }
 
-    /// Sends a message with an open file, which the other end then has too; never waits.
+    /// Sends a message with open files, at most [`FILES_MAX`], which the other end then has too;
+    /// never waits.
     ///
     /// # Errors
     /// As [`MessageSocket::send`].
-    pub fn send_file(&self, message: &[u8], file: BorrowedFd<'_>) -> io::Result<()> {
-        send_with(&self.0, message, file, SendFlags::DONTWAIT)?;
+    pub fn send_files(&self, message: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        send_all_with(&self.0, message, files, SendFlags::DONTWAIT)?;
         Ok(())
     }
 
-    /// As [`MessageSocket::receive`]; returns the file too that came with the message.
+    /// As [`MessageSocket::receive`]; returns the files too that came with the message.
     ///
     /// # Errors
     /// As there.
-    pub fn receive_file(
+    pub fn receive_files(
         &self,
         buffer: &mut [u8],
         limit: Option<Duration>,
-    ) -> io::Result<(usize, Option<OwnedFd>)> {
+    ) -> io::Result<(usize, Vec<OwnedFd>)> {
         self.wait(limit)?;
         loop {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let (mut parts, flags) = ([IoSliceMut::new(buffer)], RecvFlags::CMSG_CLOEXEC);
             let length = match recvmsg(&self.0, &mut parts, &mut control, flags) {
@@ -85,11 +89,11 @@ impl MessageSocket {
                 Err(Errno::CONNRESET) => 0,
                 received => received?.bytes,
             };
-            let file = control.drain().find_map(|message| match message {
-                RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+            let files = control.drain().filter_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(files) => Some(files),
                 RecvAncillaryMessage::ScmCredentials(_) | _ => None,
             });
-            return Ok((length, file));
+            return Ok((length, files.flatten().collect()));
         }
     }
 
@@ -137,11 +141,19 @@ pub fn send_with(
     file: BorrowedFd<'_>,
     flags: SendFlags,
 ) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    send_all_with(socket, bytes, &[file], flags)
+}
+
+fn send_all_with(
+    socket: &impl AsFd,
+    bytes: &[u8],
+    files: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    let files = [file];
-    if !control.push(SendAncillaryMessage::ScmRights(&files)) {
-        return Err(io::Error::other("there is no room for a descriptor"));
+    if !control.push(SendAncillaryMessage::ScmRights(files)) {
+        return Err(io::Error::other("there is no room for so many descriptors"));
     }
     let flags = flags | SendFlags::NOSIGNAL;
     Ok(sendmsg(socket.as_fd(), &[IoSlice::new(bytes)], &mut control, flags)?)
@@ -171,20 +183,22 @@ mod tests {
     }
 
     #[test]
-    fn an_open_file_comes_with_its_message_and_with_no_other() {
+    fn open_files_come_with_their_message_and_with_no_other() {
         let (one, other) = MessageSocket::pair().unwrap();
-        let file = tempfile::tempfile().unwrap();
+        let files = [(); FILES_MAX].map(|()| OwnedFd::from(tempfile::tempfile().unwrap()));
         one.send(b"without").unwrap();
-        one.send_file(b"with", file.as_fd()).unwrap();
+        one.send_files(b"with", &files.each_ref().map(AsFd::as_fd)).unwrap();
         let mut buffer = [0; 16];
         let limit = Some(Duration::from_secs(60));
-        assert!(matches!(other.receive_file(&mut buffer, limit), Ok((7, None))));
-        let (length, came) = other.receive_file(&mut buffer, limit).unwrap();
+        let (length, none) = other.receive_files(&mut buffer, limit).unwrap();
+        assert_eq!((&buffer[..length], none.len()), (&b"without"[..], 0));
+        let (length, came) = other.receive_files(&mut buffer, limit).unwrap();
         assert_eq!(&buffer[..length], b"with");
         let inode = |file: &OwnedFd| rustix::fs::fstat(file).unwrap().st_ino;
-        assert_eq!(inode(&came.unwrap()), inode(&file.into()));
+        assert!(came.iter().map(inode).eq(files.iter().map(inode)));
         drop(one);
-        assert!(matches!(other.receive_file(&mut buffer, limit), Ok((0, None))));
+        let (length, none) = other.receive_files(&mut buffer, limit).unwrap();
+        assert_eq!((length, none.len()), (0, 0));
     }
 
     #[test]

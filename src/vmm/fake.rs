@@ -428,6 +428,10 @@ impl Vmm for FakeVmm {
         Ok(Arc::new(VmmIdentity { version, ..VmmIdentity::clone(&*self.identity()?) }))
     }
 
+    fn reads_kernel_again(&self) -> bool {
+        false
+    }
+
     fn takes_user(&self) -> bool {
         true
     }

@@ -79,6 +79,10 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// and what to do about it; nothing if it can.
     fn unfit(&self, memory: MemoryMode, restore: RestoreMode, user: Option<u32>) -> Option<String>;
 
+    /// Says whether a machine that was restored may read its kernel and initial RAM file system
+    /// again, as it does where it deals with a reset of its guest itself.
+    fn reads_kernel_again(&self) -> bool;
+
     /// Says whether the driver runs the VMM as [`Plan::user`].
     fn takes_user(&self) -> bool;
 
@@ -254,7 +258,7 @@ pub struct Plan {
     pub memory_mode: MemoryMode,
     /// How memory that is in no file comes back.
     pub restore_mode: RestoreMode,
-    /// The kernel; needed to boot, not to restore.
+    /// The kernel; needed to boot, and by some to restore: see [`Vmm::reads_kernel_again`].
     pub kernel: Option<PathBuf>,
     /// The initial RAM file system.
     pub initramfs: Option<PathBuf>,
@@ -288,10 +292,32 @@ pub struct Plan {
 /// A disk of a planned machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlannedDisk {
-    /// The raw image.
+    /// The raw image, or a block device.
     pub path: PathBuf,
-    /// Whether the guest may only read it.
-    pub readonly: bool,
+    /// Whose it is.
+    pub kind: DiskKind,
+}
+
+/// Whose a disk is, and what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskKind {
+    /// A file of the sandbox's own, which its guest may write to.
+    Own,
+    /// A file that several guests may read.
+    Shared,
+    /// A block device that several guests may read.
+    SharedDevice,
+}
+
+impl DiskKind {
+    /// Says whether the guest may only read it.
+    #[must_use]
+    pub fn is_readonly(self) -> bool {
+        match self {
+            Self::Own => false,
+            Self::Shared | Self::SharedDevice => true,
+        }
+    }
 }
 
 /// A socket of the host's by which it reaches a guest.

@@ -98,11 +98,14 @@ fn a_document_in_pieces_of_a_few_bytes_keeps_every_key() {
         "f=$(mktemp); cp web-1/config $f; dd if=$f of=web-1/config bs=3 2> /dev/null; rm $f",
     );
     assert_eq!(host.read("web-1/config"), before);
-    let appended = host
-        .bash("printf '[[disks]]\\npath = \"/proc/version\"\\nreadonly = true\\n' >> web-1/config");
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(512).unwrap();
+    let disk = format!("path = {:?}", disk.path());
+    let script = format!("printf '[[disks]]\\n{disk}\\nreadonly = true\\n' >> web-1/config");
+    let appended = host.bash(&script);
     assert!(appended.status.success(), "{}", host.error("web-1"));
     let after = host.read("web-1/config");
-    assert!(after.contains("path = \"/proc/version\"") && after.contains("vcpus = 2\n"), "{after}");
+    assert!(after.contains(&disk) && after.contains("vcpus = 2\n"), "{after}");
 }
 
 #[test]

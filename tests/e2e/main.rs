@@ -9,6 +9,7 @@
 
 mod activity;
 mod bad_disk;
+mod block_device;
 mod contract;
 mod copy;
 mod cost;

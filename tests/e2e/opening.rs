@@ -12,7 +12,7 @@ use dozed::sys::files::rename;
 use rustix::{fs::CWD, io::Errno};
 
 use crate::support::{
-    Host, Setup, Silence, SilentMount, command, counter_kernel, wait_for, wait_until,
+    Host, Setup, Silence, SilentMount, StallingFile, command, counter_kernel, wait_for, wait_until,
 };
 
 /// A host with a sandbox `web` whose read-only disk is in a directory of its own.
@@ -48,21 +48,25 @@ impl Rig {
         assert!(self.host.error("web").contains(&says), "{}", self.host.error("web"));
     }
 
-    /// Returns the processes that open files for the daemon.
     fn openers(&self) -> Vec<u32> {
-        let daemon = self.host.daemon_pid();
-        let mut openers = Vec::new();
-        for task in fs::read_dir(format!("/proc/{daemon}/task")).unwrap().flatten() {
-            let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            let pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
-            let is_opener = |pid: &u32| {
-                let name = fs::read_to_string(format!("/proc/{pid}/comm"));
-                name.is_ok_and(|name| name == "dozed-opener\n")
-            };
-            openers.extend(pids.filter(is_opener));
-        }
-        openers
+        openers(&self.host)
     }
+}
+
+/// Returns the processes that open files for the daemon.
+fn openers(host: &Host) -> Vec<u32> {
+    let daemon = host.daemon_pid();
+    let mut openers = Vec::new();
+    for task in fs::read_dir(format!("/proc/{daemon}/task")).unwrap().flatten() {
+        let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        let pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
+        let is_opener = |pid: &u32| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm"));
+            name.is_ok_and(|name| name == "dozed-opener\n")
+        };
+        openers.extend(pids.filter(is_opener));
+    }
+    openers
 }
 
 /// Fails a boot, a wake and a sleep for a disk whose file system does not answer, and goes on
@@ -185,6 +189,100 @@ fn a_template_that_names_what_does_not_answer_is_refused() {
         assert_eq!(output.status.code(), Some(2), "{said}");
         assert!(said.contains("its file system did not answer within 10 s"), "{said}");
     }
+}
+
+#[test]
+fn a_kernel_of_the_template_that_does_not_answer_fails_the_boots_that_need_it() {
+    for silence in [Silence::Deaf, Silence::Mute] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut host = Setup::counter("").private_kernel(dir.path()).start();
+        host.boot("asleep");
+        host.sleep("asleep");
+        host.mkdir("web").unwrap();
+        let silent = SilentMount::over(dir.path(), silence);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| host.write("web/state", "wake"));
+            wait_for("the kernel is being opened", || openers(&host).first().copied());
+            host.wake("asleep");
+            host.counts_on("asleep");
+            assert_eq!(writer.join().unwrap(), Err(Errno::TIMEDOUT));
+        });
+        let says = host.error("web");
+        assert!(says.contains("its file system did not answer within 10 s"), "{says}");
+        assert_eq!(host.state("web"), "stopped");
+        thread::scope(|scope| {
+            let path = host.path("web").join("state");
+            let writer = scope.spawn(move || fs::write(path, "wake"));
+            wait_for("the kernel is being opened", || openers(&host).first().copied());
+            host.kill_daemon();
+            writer.join().unwrap().unwrap_err();
+        });
+        drop(silent);
+        host.restart();
+        host.wake("web");
+        host.counts_on("web");
+    }
+}
+
+/// Makes a sandbox that gets a copy of this image.
+fn configure(host: &Host, id: &str, image: &Path) {
+    host.mkdir(id).unwrap();
+    host.write(&format!("{id}/config"), format!("disks = [{{ path = {image:?} }}]\n")).unwrap();
+}
+
+#[test]
+fn an_image_that_falls_silent_while_it_is_copied_fails_only_that_boot() {
+    let image = StallingFile::uncached(8 << 20);
+    let mut host = Setup::counter("").config("[limits]\nwakes = 1\n").start();
+    let other = tempfile::NamedTempFile::new().unwrap();
+    other.as_file().set_len(1 << 20).unwrap();
+    configure(&host, "web", &image.path());
+    configure(&host, "other", other.path());
+    let own = host.home("web").join("disk-0.img");
+    let is_copying = || own.with_extension("img.tmp").exists();
+    {
+        let _stall = image.stall_from(4096);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| host.write("web/state", "wake"));
+            wait_until("the disk is being copied", is_copying);
+            // There is one place among those that copy.
+            host.wake("other");
+            host.counts_on("other");
+            assert_eq!(writer.join().unwrap(), Err(Errno::TIMEDOUT));
+        });
+        let says = host.error("web");
+        assert!(says.contains("nothing of it was copied for 30 s"), "{says}");
+        assert!(says.contains(image.path().to_str().unwrap()), "{says}");
+        assert_eq!(host.state("web"), "stopped");
+        assert!(!own.exists() && !is_copying());
+    }
+    // Else the read that waits would wait on.
+    wait_until("who copied is gone", || openers(&host).is_empty());
+    {
+        let _stall = image.stall_from(4096);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| host.write("web/state", "wake"));
+            wait_until("the disk is being copied", is_copying);
+            host.rmdir("web").unwrap();
+            assert_eq!(writer.join().unwrap(), Err(Errno::NODEV));
+        });
+    }
+    wait_until("who copied is gone", || openers(&host).is_empty());
+    configure(&host, "web", &image.path());
+    let own = host.home("web").join("disk-0.img");
+    {
+        let _stall = image.stall_from(4096);
+        thread::scope(|scope| {
+            let path = host.path("web").join("state");
+            let writer = scope.spawn(move || fs::write(path, "wake"));
+            wait_until("the disk is being copied", || own.with_extension("img.tmp").exists());
+            host.kill_daemon();
+            writer.join().unwrap().unwrap_err();
+        });
+        host.restart();
+    }
+    host.wake("web");
+    host.counts_on("web");
 }
 
 /// Writes a `config` that names `path`, once for each thing that it can be.

@@ -10,8 +10,8 @@ use dozed::{
     sandbox::MemoryMode,
     sys::{cancel::Cancel, command, kvm, process::Exit},
     vmm::{
-        Error, Machine, Plan, PlannedDisk, SAVED_MEMORY, Vmm, cloud_hypervisor::CloudHypervisor,
-        qemu::Qemu,
+        DiskKind, Error, Machine, Plan, PlannedDisk, SAVED_MEMORY, Vmm,
+        cloud_hypervisor::CloudHypervisor, qemu::Qemu,
     },
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -380,12 +380,14 @@ fn a_process_that_died_is_told_by_every_call(subject: &Subject) {
 
 fn a_disk_is_that_of_one_machine(subject: &Subject) {
     let mut host = subject.host("");
-    let disk = |path: PathBuf, readonly| {
+    let disk = |path: PathBuf, kind| {
         fs::write(&path, vec![0; 1 << 20]).unwrap();
-        PlannedDisk { path, readonly }
+        PlannedDisk { path, kind }
     };
-    host.plan.disks =
-        vec![disk(host.path("one, own"), false), disk(host.path("one, shared"), true)];
+    host.plan.disks = vec![
+        disk(host.path("one, own"), DiskKind::Own),
+        disk(host.path("one, shared"), DiskKind::Shared),
+    ];
     let machine = subject.run(&host);
     let mut other = subject.host("");
     other.plan.disks = vec![host.plan.disks[1].clone()];

@@ -22,7 +22,7 @@ impl Stage {
 
     fn image(&self, name: &str) -> PathBuf {
         let path = self.images.path().join(name);
-        fs::write(&path, format!("pristine {name}")).unwrap();
+        fs::write(&path, sector(&format!("pristine {name}"))).unwrap();
         path
     }
 
@@ -42,7 +42,7 @@ impl Stage {
     fn boot(&self) -> Vec<String> {
         self.host.wake("a").unwrap();
         let count = self.host.entry("a").record().spec.disks.len();
-        let disks = (0..count).map(|number| fs::read_to_string(self.disk(number)).unwrap());
+        let disks = (0..count).map(|number| content(&self.disk(number)));
         let disks = disks.collect();
         self.host.vmm.shut_down(self.pid());
         wait_for("the guest to be stopped", || self.host.state("a") == State::Stopped);
@@ -125,7 +125,7 @@ fn a_boot_that_fails_keeps_a_disk_that_it_took_back() {
     stage.name(&[&one, &two]);
     stage.host.vmm.fail_next(Call::Boot, Fault::Refuse);
     stage.host.wake("a").unwrap_err();
-    assert_eq!(fs::read_to_string(stage.disk(0)).unwrap(), "work on one");
+    assert_eq!(content(&stage.disk(0)), "work on one");
     assert!(!stage.disk(1).exists());
     assert_eq!(stage.boot(), ["work on one", "pristine two"]);
 }

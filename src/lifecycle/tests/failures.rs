@@ -338,7 +338,7 @@ fn an_intent_that_cannot_reach_the_disk_stops_the_wake_before_its_snapshot_is_us
 fn after_a_failed_save_disks_are_written_anew_as_a_sync_may_have_lost_some_of_them() {
     let (host, images) = (Host::new(), tempfile::tempdir().unwrap());
     let image = images.path().join("image");
-    std::fs::write(&image, "work").unwrap();
+    std::fs::write(&image, sector("work")).unwrap();
     std::fs::set_permissions(images.path(), Permissions::from_mode(0o755)).unwrap();
     host.create("a");
     let spec = Spec {
@@ -360,7 +360,7 @@ fn after_a_failed_save_disks_are_written_anew_as_a_sync_may_have_lost_some_of_th
     host.vmm.fail_next(Call::Save, Fault::Refuse);
     assert!(!is_written_by(|host| host.sleep("a").is_err()));
     assert!(is_written_by(|host| host.sleep("a").is_ok()));
-    assert_eq!(std::fs::read(&path).unwrap(), b"work");
+    assert_eq!(content(&path), "work");
     host.wake("a").unwrap();
     assert!(!is_written_by(|host| host.sleep("a").is_ok()));
 }

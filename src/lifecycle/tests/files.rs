@@ -9,10 +9,15 @@ use std::{
 use rustix::fs::rename;
 
 use super::*;
-use crate::{sandbox::Writer, sys::host::own_ids};
+use crate::{
+    sandbox::{FileRole, Writer},
+    sys::host::own_ids,
+};
 
 /// Whose the sandboxes of `Host::create` are.
 const OWNER: Owner = Owner { uid: 1, gid: 2 };
+
+const DISK: FileRole = FileRole::Disk { readonly: true };
 
 /// A directory that everybody may look into.
 struct Images(tempfile::TempDir);
@@ -25,10 +30,10 @@ impl Images {
     }
 
     /// Makes a file of `owner` that nobody else may read, with its own name in it, which may be
-    /// taken for a kernel.
+    /// taken for a kernel or a disk.
     fn file(&self, name: &str, owner: Owner) -> PathBuf {
         let path = self.0.path().join(name);
-        fs::write(&path, format!("\x7fELF {name}")).unwrap();
+        fs::write(&path, sector(&format!("\x7fELF {name}"))).unwrap();
         chown(&path, Some(owner.uid), Some(owner.gid)).unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
         path
@@ -71,7 +76,7 @@ fn read(host: &Host, path: &Path) -> String {
     let held = host.vmm.plan().held;
     let held = held.iter().find(|file| crate::sys::files::handle_path(file) == path);
     assert!(held.is_some(), "{} is not handed on", path.display());
-    fs::read_to_string(path).unwrap()
+    content(path)
 }
 
 #[test]
@@ -118,7 +123,7 @@ fn what_the_owner_may_open_is_handed_on_open_and_not_by_its_path() {
     assert_eq!(read(&host, &plan.disks[1].path), "\x7fELF shared");
     let own = host.daemon.home(&host.entry("a").record()).disk(0);
     assert_eq!(plan.disks[0].path, own);
-    assert_eq!(fs::read_to_string(own).unwrap(), "\x7fELF copied");
+    assert_eq!(content(&own), "\x7fELF copied");
     drop(plan);
     host.check("a");
 }
@@ -181,8 +186,8 @@ fn a_new_owner_changes_nothing_of_whose_rights_open_it() {
         rename(&aside, &own).unwrap();
     }
     let (denied, root) = (Writer::new(7, 9, vec![]), Writer::new(own_ids().0, 9, vec![]));
-    assert!(host.daemon.named_files(&denied).why_unusable(&secret).unwrap().is_denied);
-    assert_eq!(host.daemon.named_files(&root).why_unusable(&secret), None);
+    assert!(host.daemon.named_files(&denied).why_unusable(&secret, DISK).unwrap().is_denied);
+    assert_eq!(host.daemon.named_files(&root).why_unusable(&secret, DISK), None);
     // Who may, may also write it for somebody else's sandbox.
     give(7);
     host.wake("a").unwrap();
@@ -199,11 +204,19 @@ fn a_new_owner_changes_nothing_of_whose_rights_open_it() {
 #[test]
 fn a_file_that_the_template_names_is_for_everybody() {
     let host = Host::new();
-    // Nobody has such a file, and to say so is not to refuse it.
     let kernel = host.daemon.settings.template.kernel.clone().unwrap();
-    let unusable = host.daemon.named_files(&OWNER.into()).why_unusable(&kernel).unwrap();
-    assert!(!unusable.is_denied && unusable.why.contains("no such file"), "{unusable:?}");
+    fs::set_permissions(&kernel, Permissions::from_mode(0o600)).unwrap();
+    let (owner, role) = (OWNER.into(), FileRole::Kernel);
+    assert_eq!(host.daemon.named_files(&owner).why_unusable(&kernel, role), None);
     host.create("a");
     host.wake("a").unwrap();
-    assert_eq!(host.vmm.plan().kernel, Some(kernel));
+    assert_eq!(read(&host, host.vmm.plan().kernel.as_deref().unwrap()), "\x7fELF");
+    host.check("a");
+    // To say that there is none is not to refuse it.
+    fs::remove_file(&kernel).unwrap();
+    let unusable = host.daemon.named_files(&owner).why_unusable(&kernel, role).unwrap();
+    assert!(!unusable.is_denied && unusable.why.contains("no such file"), "{unusable:?}");
+    host.create("b");
+    let error = host.wake("b").unwrap_err();
+    assert!(matches!(&error, Error::Unopened { path, .. } if *path == kernel), "{error}");
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{
     CrashPoint, Error, Fault as Comes, Outcome, Policy, Signal, Wait, Why,
-    testing::{Host, PATIENCE, Pages, actor, crash, name, start, wait_for},
+    testing::{Host, PATIENCE, Pages, actor, content, crash, name, sector, start, wait_for},
 };
 use crate::{
     sandbox::{Disk, MemoryMode, Owner, Spec, State},

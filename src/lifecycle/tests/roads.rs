@@ -125,7 +125,7 @@ fn a_disk_that_another_config_replaces_is_kept() {
     host.create("a");
     let image = |name: &str| {
         let path = host.dir.path().join(name);
-        std::fs::write(&path, name).unwrap();
+        std::fs::write(&path, sector(name)).unwrap();
         path
     };
     let with = |path: std::path::PathBuf| {
@@ -137,15 +137,15 @@ fn a_disk_that_another_config_replaces_is_kept() {
     host.wake("a").unwrap();
     let record = host.entry("a").record();
     let own = host.daemon.home(&record).disk(0);
-    assert_eq!(std::fs::read_to_string(&own).unwrap(), "first");
+    assert_eq!(content(&own), "first");
     let live = host.daemon.machines.get(record.row).unwrap();
     live.process.kill();
     wait_for("the end to be seen", || host.state("a") == State::Stopped);
     with(image("second")).unwrap();
     host.wake("a").unwrap();
-    assert_eq!(std::fs::read_to_string(&own).unwrap(), "second");
+    assert_eq!(content(&own), "second");
     let kept = host.daemon.home(&record).kept_disk(0, &host.dir.path().join("first"));
-    assert_eq!(std::fs::read_to_string(kept).unwrap(), "first");
+    assert_eq!(content(&kept), "first");
 }
 
 #[test]

@@ -96,6 +96,23 @@ pub struct Disk {
     pub readonly: bool,
 }
 
+/// What a file that a spec names is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileRole {
+    /// The kernel.
+    Kernel,
+    /// The initial RAM file system.
+    Initramfs,
+    /// The image of a disk.
+    Disk {
+        /// As in [`Disk`].
+        readonly: bool,
+    },
+}
+
+/// Says what is wrong with a file that is to have such a role, if anything.
+pub type FileCheck<'a> = dyn Fn(&Path, FileRole) -> Option<String> + 'a;
+
 /// What a sandbox's machine is made of, which is fixed while it is not `stopped`; and what
 /// else `config` says of it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
@@ -262,8 +279,8 @@ impl<'de> Deserialize<'de> for AbsolutePath {
 impl SpecDocument {
     /// Returns the spec that this document describes; what it leaves out is as in `base`.
     ///
-    /// `missing` says what is wrong with a file that the document names, if anything;
-    /// `text` is the whole text that the document was read from.
+    /// `check` looks at each file that the document names; `text` is the whole text that the
+    /// document was read from.
     ///
     /// # Errors
     /// A sentence with line and key for the first thing that cannot be.
@@ -271,25 +288,20 @@ impl SpecDocument {
         self,
         base: &Spec,
         text: &str,
-        missing: &dyn Fn(&Path) -> Option<String>,
+        check: &FileCheck<'_>,
     ) -> Result<Spec, SpecError> {
         let lines = self.lines(text);
-        let spec = self.resolve(base, text, missing)?;
+        let spec = self.resolve(base, text, check)?;
         spec.check(&lines)?;
         Ok(spec)
     }
 
     /// As [`Self::into_spec`], without looking at which values go together.
-    fn resolve(
-        self,
-        base: &Spec,
-        text: &str,
-        missing: &dyn Fn(&Path) -> Option<String>,
-    ) -> Result<Spec, SpecError> {
-        let found = |key: &str, path: Spanned<AbsolutePath>| {
+    fn resolve(self, base: &Spec, text: &str, check: &FileCheck<'_>) -> Result<Spec, SpecError> {
+        let found = |key: &str, role: FileRole, path: Spanned<AbsolutePath>| {
             let line = line_of(text, path.span().start);
             let path = path.into_inner().0;
-            match missing(&path) {
+            match check(&path, role) {
                 None => Ok(path),
                 Some(why) => Err(SpecError {
                     line: Some(line),
@@ -297,8 +309,10 @@ impl SpecDocument {
                 }),
             }
         };
-        let kernel = self.kernel.map(|path| found("kernel", path)).transpose()?;
-        let initramfs = self.initramfs.map(|path| found("initramfs", path)).transpose()?;
+        let kernel = self.kernel.map(|path| found("kernel", FileRole::Kernel, path));
+        let kernel = kernel.transpose()?;
+        let initramfs = self.initramfs.map(|path| found("initramfs", FileRole::Initramfs, path));
+        let initramfs = initramfs.transpose()?;
         let disks = match self.disks {
             None => base.disks.clone(),
             Some(disks) => disks
@@ -307,7 +321,8 @@ impl SpecDocument {
                 .map(|(disk, number)| {
                     let readonly = disk.readonly;
                     let path = disk.path.ok_or_else(|| SpecError::disk_without_path(number))?;
-                    found("disks.path", path).map(|path| Disk { path, readonly })
+                    let role = FileRole::Disk { readonly };
+                    found("disks.path", role, path).map(|path| Disk { path, readonly })
                 })
                 .collect::<Result<Vec<_>, _>>()?,
         };
@@ -387,14 +402,10 @@ impl Spec {
     ///
     /// # Errors
     /// As [`SpecDocument::into_spec`], and for text that is no such document.
-    pub fn parse(
-        text: &str,
-        base: &Self,
-        missing: &dyn Fn(&Path) -> Option<String>,
-    ) -> Result<Self, SpecError> {
+    pub fn parse(text: &str, base: &Self, check: &FileCheck<'_>) -> Result<Self, SpecError> {
         let document: SpecDocument =
             toml::from_str(text).map_err(|error| SpecError::from_toml(&error, text))?;
-        document.into_spec(base, text, missing)
+        document.into_spec(base, text, check)
     }
 
     /// Checks the first lines of a `config` document that is still being written; values
@@ -407,7 +418,7 @@ impl Spec {
     pub fn parse_beginning(
         text: &str,
         base: &Self,
-        missing: &dyn Fn(&Path) -> Option<String>,
+        check: &FileCheck<'_>,
     ) -> Result<Option<Self>, SpecError> {
         let mut document: SpecDocument = match toml::from_str(text) {
             Ok(document) => document,
@@ -420,7 +431,7 @@ impl Spec {
         {
             disks.pop();
         }
-        document.resolve(base, text, missing).map(Some)
+        document.resolve(base, text, check).map(Some)
     }
 
     /// Returns the files of the host that it names.

@@ -3,7 +3,7 @@
 use super::*;
 
 fn parse(text: &str) -> Result<Spec, SpecError> {
-    Spec::parse(text, &Spec::default(), &|_| None)
+    Spec::parse(text, &Spec::default(), &|_, _| None)
 }
 
 #[test]
@@ -38,7 +38,7 @@ fn a_unit_may_be_one_letter_and_is_binary_then() {
 #[test]
 fn what_a_document_leaves_out_is_as_in_the_base() {
     let base = Spec { vcpus: 3, kernel: Some("/k".into()), ..Spec::default() };
-    let spec = Spec::parse("memory = \"64MiB\"", &base, &|_| None).unwrap();
+    let spec = Spec::parse("memory = \"64MiB\"", &base, &|_, _| None).unwrap();
     assert_eq!(spec, Spec { memory_bytes: 64 << 20, ..base });
 }
 
@@ -120,7 +120,7 @@ fn devices_that_do_not_go_together_are_refused_by_the_line_to_mend() {
         (Spec::default(), "balloon = \"yes\"", 1, "`balloon` is true or false, not \"yes\""),
         (Spec::default(), "\nvsock = 1", 2, "`vsock` is true or false, not 1"),
     ] {
-        let error = Spec::parse(text, &base, &|_| None).expect_err(text);
+        let error = Spec::parse(text, &base, &|_, _| None).expect_err(text);
         assert!(error.message.contains(says), "{text:?}: {error}");
         assert_eq!(error.line, Some(line), "{text:?}: {error}");
     }
@@ -132,7 +132,7 @@ fn devices_that_do_not_go_together_are_refused_by_the_line_to_mend() {
 #[test]
 fn a_mode_that_does_not_fit_what_the_template_says_is_refused_too() {
     let base = Spec { memory_mode: MemoryMode::Shared, ..Spec::default() };
-    let over = |text| Spec::parse(text, &base, &|_| None);
+    let over = |text| Spec::parse(text, &base, &|_, _| None);
     let error = over("vmm = \"qemu\"").unwrap_err();
     assert_eq!(error.line, None);
     assert!(error.message.starts_with("`memory_mode`: qemu has"), "{error}");
@@ -143,7 +143,7 @@ fn a_mode_that_does_not_fit_what_the_template_says_is_refused_too() {
 #[test]
 fn a_missing_file_is_named_with_its_line() {
     let text = "vcpus = 1\nkernel = \"/no/such\"";
-    let missing = |_: &Path| Some("no such file".to_owned());
+    let missing = |_: &Path, _: FileRole| Some("no such file".to_owned());
     let error = Spec::parse(text, &Spec::default(), &missing).unwrap_err();
     assert_eq!(error.to_string(), "line 2: `kernel`: /no/such: no such file");
 }
@@ -161,7 +161,7 @@ fn the_first_lines_of_a_good_document_are_never_refused() {
     assert_eq!(parse(text).map(|spec| spec.disks.len()), Ok(2));
     for (end, _) in text.match_indices('\n') {
         let lines = &text[..=end];
-        let begun = Spec::parse_beginning(lines, &base, &|_| None);
+        let begun = Spec::parse_beginning(lines, &base, &|_, _| None);
         assert!(begun.is_ok(), "{lines}: {begun:?}");
     }
 }
@@ -181,7 +181,7 @@ fn first_lines_that_nothing_can_mend_are_refused() {
         "balloon = 1\n",
         "= 3\n",
     ] {
-        let begun = Spec::parse_beginning(text, &Spec::default(), &|_| None);
+        let begun = Spec::parse_beginning(text, &Spec::default(), &|_, _| None);
         assert!(begun.is_err(), "{text}: {begun:?}");
         assert!(parse(text).is_err(), "{text}");
     }

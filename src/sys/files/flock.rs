@@ -123,18 +123,14 @@ fn short(number: libc::c_int) -> libc::c_short {
 }
 
 /// Says whether a VMM that has the image `path`, or a part of it, locked (`fcntl(2)`, open
-/// file description locks) keeps another from reading it, or from writing it.
+/// file description locks) keeps another from writing it.
 ///
 /// # Errors
 /// Where it cannot be opened for reading, or its file system has no locks.
-pub fn is_image_locked(path: &Path, wanted: Use) -> io::Result<bool> {
+pub fn is_image_locked(path: &Path) -> io::Result<bool> {
     let image = open_image(path)?;
-    let kind = match wanted {
-        Use::Read => libc::F_RDLCK,
-        Use::Write => libc::F_WRLCK,
-    };
     // To the end, wherever that is.
-    let mut lock = part(kind, 0, 0);
+    let mut lock = part(libc::F_WRLCK, 0, 0);
     // SAFETY: the descriptor is open and ours, and the kernel reads and writes one struct
     // of this type, which outlives the call.
     let done = unsafe { libc::fcntl(image.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
@@ -142,15 +138,6 @@ pub fn is_image_locked(path: &Path, wanted: Use) -> io::Result<bool> {
         return Err(io::Error::last_os_error());
     }
     Ok(lock.l_type != short(libc::F_UNLCK))
-}
-
-/// What an image is wanted for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Use {
-    /// Others may read it too.
-    Read,
-    /// Nobody else may have it.
-    Write,
 }
 
 #[cfg(test)]
@@ -169,17 +156,17 @@ mod tests {
     fn an_image_is_locked_for_as_long_as_somebody_has_a_part_of_it() {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("disk");
-        let locked = |wanted| is_image_locked(&path, wanted).unwrap();
+        let locked = || is_image_locked(&path).unwrap();
         let file = File::create_new(&path).unwrap();
-        assert!(!locked(Use::Read) && !locked(Use::Write));
+        assert!(!locked());
         lock_part(&file, libc::F_WRLCK);
-        assert!(locked(Use::Read) && locked(Use::Write));
+        assert!(locked());
         drop(file);
-        assert!(!locked(Use::Read) && !locked(Use::Write));
+        assert!(!locked());
         let reader = File::open(&path).unwrap();
         lock_part(&reader, libc::F_RDLCK);
-        assert!(!locked(Use::Read) && locked(Use::Write));
-        assert!(is_image_locked(&temp.path().join("none"), Use::Read).is_err());
+        assert!(locked());
+        assert!(is_image_locked(&temp.path().join("none")).is_err());
     }
 
     #[test]
@@ -189,10 +176,10 @@ mod tests {
         drop(File::create_new(&path).unwrap());
         let held = SharedLock::take(&path, 100..101).unwrap();
         drop(File::open(&path).unwrap());
-        assert!(is_image_locked(&path, Use::Write).unwrap());
-        assert!(!is_image_locked(&path, Use::Read).unwrap());
+        assert!(is_image_locked(&path).unwrap());
+        SharedLock::take(&path, 100..101).unwrap();
         held.unlock().unwrap();
-        assert!(!is_image_locked(&path, Use::Write).unwrap());
+        assert!(!is_image_locked(&path).unwrap());
     }
 
     #[test]

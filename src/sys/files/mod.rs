@@ -26,11 +26,11 @@ pub use durable::{
     create_private, free_bytes, make_private_dir, remove_file, remove_tree, rename, rename_durably,
     sync_dir, sync_file, write_durably,
 };
-pub use flock::{LockFile, SharedLock, Use, is_image_locked, lock_file, lock_holder};
+pub use flock::{LockFile, SharedLock, is_image_locked, lock_file, lock_holder};
 pub use identity::{FileId, ids_below};
 pub use opening::{
-    ANSWER_LIMIT, ImageSize, MagicLinks, Opened, START_BYTES, handle_path, no_answer,
-    open_machine_file, read_start,
+    ANSWER_LIMIT, ImageSize, MagicLinks, Opened, START_BYTES, handle_path, no_answer, open_found,
+    open_machine_file,
 };
 pub(super) use owner::pretend;
 pub use owner::{
@@ -45,8 +45,8 @@ pub use rewrite::write_anew;
 pub use room::{Room, give_back_room, keeps_room, take_room};
 pub use socket::{give_socket, let_through};
 pub use sparse::{
-    DataExtents, allocated_bytes, begin_sync, bytes_to_copy, copy_image, data_bytes, data_extents,
-    punch, reflink_works, sync_in_pieces,
+    DataExtents, allocated_bytes, begin_sync, bytes_to_copy, copy_data, copy_image, data_bytes,
+    data_extents, make_copy, punch, reflink_works, sync_in_pieces,
 };
 
 /// Why work that is done in pieces stopped before its end.

@@ -5,7 +5,7 @@
 
 use std::{
     fs::File,
-    io::{self, Read as _},
+    io,
     os::fd::{AsFd, AsRawFd as _, OwnedFd},
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
@@ -13,7 +13,8 @@ use std::{
 };
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatxFlags, fstat, openat, openat2, statx,
+    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, SeekFrom, StatxFlags, fstat, openat,
+    openat2, seek, statx,
 };
 
 use crate::{
@@ -29,12 +30,15 @@ pub const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// of kernel or image.
 pub const START_BYTES: usize = 1024;
 
-/// A file that is open for reading, with what was found out about it by whoever opened it: to
-/// ask its file system again could mean to wait.
+/// A file that may be read, with what was found out about it by whoever opened it: to ask its
+/// file system again could mean to wait.
 #[derive(Debug)]
 pub struct Opened {
-    /// The file.
+    /// The file, by a descriptor that only leads to it (`O_PATH`). To close one that reads asks
+    /// a FUSE file system, which may not answer.
     pub file: Arc<OwnedFd>,
+    /// Whether it is a block device, not a regular file.
+    pub is_device: bool,
     /// Its sizes.
     pub size: ImageSize,
     /// Its first bytes, at most [`START_BYTES`].
@@ -46,23 +50,26 @@ pub struct Opened {
 pub struct ImageSize {
     /// The number of the device that it is on.
     pub device: u64,
-    /// Its length in bytes; of a block device it is nought.
+    /// Its length in bytes.
     pub bytes: u64,
-    /// What it takes on that device, in bytes.
+    /// What it takes on that device, in bytes; of a block device this is its length.
     pub allocated_bytes: u64,
 }
 
 impl ImageSize {
     /// Asks the file system.
-    ///
-    /// # Errors
-    /// Those of fstat(2).
-    pub fn of(file: &impl AsFd) -> io::Result<Self> {
+    fn of(file: &File, is_device: bool) -> io::Result<Self> {
         let found = fstat(file)?;
-        // The kernel gives none that is below nought.
+        let device = found.st_dev;
+        if is_device {
+            // Its inode has no length.
+            let bytes = seek(file, SeekFrom::End(0))?;
+            seek(file, SeekFrom::Start(0))?;
+            return Ok(Self { device, bytes, allocated_bytes: bytes });
+        }
+        // The kernel gives none that is below zero.
         let [bytes, blocks] = [found.st_size, found.st_blocks].map(i64::cast_unsigned);
-        let allocated_bytes = blocks.saturating_mul(512);
-        Ok(Self { device: found.st_dev, bytes, allocated_bytes })
+        Ok(Self { device, bytes, allocated_bytes: blocks.saturating_mul(512) })
     }
 }
 
@@ -88,15 +95,17 @@ pub fn open_machine_file(path: &Path, links: MagicLinks) -> io::Result<Opened> {
     };
     let found = openat2(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), links)?;
     refuse_tree(&found)?;
-    let why = match FileType::from_raw_mode(fstat(&found)?.st_mode) {
+    let kind = FileType::from_raw_mode(fstat(&found)?.st_mode);
+    let why = match kind {
         FileType::RegularFile | FileType::BlockDevice => {
             // It was found already; this asks the kernel whether it may be read.
             let file = File::from(open_again(&found)?);
             let mut start = vec![0; START_BYTES];
             let length = file.read_at(&mut start, 0)?;
             start.truncate(length);
-            let size = ImageSize::of(&file)?;
-            return Ok(Opened { file: Arc::new(file.into()), size, start });
+            let is_device = kind == FileType::BlockDevice;
+            let size = ImageSize::of(&file, is_device)?;
+            return Ok(Opened { file: Arc::new(found), is_device, size, start });
         }
         FileType::Directory => "it is a directory",
         FileType::Symlink
@@ -115,27 +124,19 @@ pub fn no_answer() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, why)
 }
 
+/// Opens for reading what a descriptor leads to.
+///
+/// # Errors
+/// Those of open(2).
+pub fn open_found(found: &impl AsFd) -> io::Result<File> {
+    Ok(open_again(found)?.into())
+}
+
 /// Returns a path that leads to what is open as `file`, whatever is at its own path by now:
 /// for us as long as it is open, and for a child that inherits it by the same number.
 #[must_use]
 pub fn handle_path(file: &impl AsFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
-}
-
-/// Reads the first bytes of a regular file or block device, at most [`START_BYTES`], without
-/// waiting for anybody who has it. Anything else is refused.
-///
-/// # Errors
-/// Those of open(2) and read(2).
-pub fn read_start(path: &Path) -> io::Result<Vec<u8>> {
-    let found = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    let kind = FileType::from_raw_mode(fstat(&found)?.st_mode);
-    if !matches!(kind, FileType::RegularFile | FileType::BlockDevice) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let mut start = Vec::with_capacity(START_BYTES);
-    File::from(open_again(&found)?).take(START_BYTES as u64).read_to_end(&mut start)?;
-    Ok(start)
 }
 
 /// Refuses what is in the tree of a daemon. A daemon that opened a file of its own tree would
@@ -154,7 +155,7 @@ fn refuse_tree(found: &OwnedFd) -> io::Result<()> {
 }
 
 /// Opens for reading what was found. Where another holds a lease of it we do not wait.
-fn open_again(found: &OwnedFd) -> io::Result<OwnedFd> {
+fn open_again(found: &impl AsFd) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     match openat(CWD, handle_path(found), flags, Mode::empty()) {
         Err(rustix::io::Errno::AGAIN) => {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{FallocateFlags, Mode, OFlags, SeekFrom},
+    fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom, fstat},
     io::Errno,
 };
 
@@ -27,8 +27,12 @@ use crate::sys::cancel::Cancel;
 /// How much is copied or flushed between two looks at the caller. A slow disk of
 /// 100 MB/s takes a third of a second for it; a fast one is not slowed down by it.
 const PIECE_BYTES: u64 = 32 << 20;
+/// How much is copied at a time. A server of files that gives 1 MB/s takes four seconds for it.
+const COPY_BYTES: u64 = 4 << 20;
 /// How much is copied by hand at a time, where the kernel cannot copy by itself.
 const BUFFER_BYTES: usize = 1 << 20;
+/// The shortest hole that a copy by hand makes of zeros.
+const HOLE_BYTES: usize = 64 << 10;
 
 /// The parts of a file that are no holes, in order. Made by [`data_extents`].
 #[derive(Debug)]
@@ -137,31 +141,82 @@ pub fn sync_in_pieces(file: &File, cancel: &Cancel) -> Result<(), PieceError> {
 /// # Errors
 /// `CalledOff` within a piece or two; otherwise what the system says.
 pub fn copy_image(source: &File, to: &Path, cancel: &Cancel) -> Result<u64, PieceError> {
-    cancel.check()?;
     let meta = source.metadata()?;
     if !meta.is_file() {
         let error = io::Error::new(io::ErrorKind::InvalidInput, "an image is a regular file");
         return Err(error.into());
     }
+    make_copy(to, cancel, |target| {
+        copy_data(source, target, meta.len(), &mut || Ok(cancel.check()?))
+    })?;
+    Ok(meta.len())
+}
+
+/// Makes the file `to`, which must not exist, of what `fill` writes to an empty file. When it
+/// returns the file is durable, and its owner's alone. After an error, or a crash on the way,
+/// there is nothing at `to`.
+///
+/// # Errors
+/// `CalledOff` where the operation was called off, also if `fill` failed by that; otherwise
+/// those of `fill` and what the system says.
+pub fn make_copy(
+    to: &Path,
+    cancel: &Cancel,
+    fill: impl FnOnce(&File) -> Result<(), PieceError>,
+) -> Result<(), PieceError> {
+    cancel.check()?;
     let draft = with_suffix(to, ".tmp");
     let copied = create_private(&draft)
         .map_err(PieceError::from)
         .and_then(|target| {
-            // Whatever a clone fails of, the copy succeeds in spite of it or tells better.
-            if rustix::fs::ioctl_ficlone(&target, source).is_err() {
-                copy_data(source, &target, meta.len(), cancel)?;
-            }
+            let filled = fill(&target);
+            cancel.check()?;
+            filled?;
             sync_in_pieces(&target, cancel)
         })
         .and_then(|()| Ok(rename_durably(&draft, to)?));
-    match copied {
-        Ok(()) => Ok(meta.len()),
-        Err(error) => {
-            // A draft that stays is truncated by the next copy.
-            fs::remove_file(&draft).ok();
-            Err(error)
+    copied.inspect_err(|_| {
+        // A draft that stays is truncated by the next copy.
+        fs::remove_file(&draft).ok();
+    })
+}
+
+/// Fills the empty file `target` with the first `len` bytes of `source`, a regular file or a
+/// block device. Where the file system can share blocks this costs nothing; otherwise holes
+/// stay holes. `go_on` is called before each piece.
+///
+/// # Errors
+/// Those of `go_on`; otherwise what the system says.
+pub fn copy_data(
+    source: &File,
+    target: &File,
+    len: u64,
+    go_on: &mut dyn FnMut() -> Result<(), PieceError>,
+) -> Result<(), PieceError> {
+    // Whatever a clone fails of, the copy succeeds in spite of it or tells better.
+    if rustix::fs::ioctl_ficlone(target, source).is_ok() {
+        return Ok(());
+    }
+    target.set_len(len)?;
+    // A block device tells of no holes.
+    let is_device = FileType::from_raw_mode(fstat(source)?.st_mode) == FileType::BlockDevice;
+    let whole = is_device.then_some(Ok(0..len));
+    let extents = data_extents(source).take(if is_device { 0 } else { usize::MAX });
+    for extent in whole.into_iter().chain(extents) {
+        let extent = extent?;
+        let mut at = extent.start;
+        while at < extent.end.min(len) {
+            go_on()?;
+            let most = COPY_BYTES.min(extent.end.min(len) - at);
+            let done = copy_piece(source, target, at, most)?;
+            if done == 0 {
+                let error = io::Error::new(io::ErrorKind::UnexpectedEof, "the image has shrunk");
+                return Err(error.into());
+            }
+            at += done;
         }
     }
+    Ok(())
 }
 
 /// Says whether the file system of `dir` can share blocks between two files.
@@ -242,26 +297,6 @@ fn sync_range(file: &File, range: &Range<u64>, flags: libc::c_uint) -> io::Resul
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Copies the data of `source` into the empty `target`, which is given the size `len`.
-fn copy_data(source: &File, target: &File, len: u64, cancel: &Cancel) -> Result<(), PieceError> {
-    target.set_len(len)?;
-    for extent in data_extents(source) {
-        let extent = extent?;
-        let mut at = extent.start;
-        while at < extent.end.min(len) {
-            cancel.check()?;
-            let most = PIECE_BYTES.min(extent.end.min(len) - at);
-            let done = copy_piece(source, target, at, most)?;
-            if done == 0 {
-                let error = io::Error::new(io::ErrorKind::UnexpectedEof, "the image has shrunk");
-                return Err(error.into());
-            }
-            at += done;
-        }
-    }
-    Ok(())
-}
-
 /// Copies up to `most` bytes at `at`, and returns how many it was.
 fn copy_piece(source: &File, target: &File, at: u64, most: u64) -> io::Result<u64> {
     let (mut from, mut to) = (at, at);
@@ -279,7 +314,11 @@ fn copy_piece(source: &File, target: &File, at: u64, most: u64) -> io::Result<u6
 fn copy_by_hand(source: &File, target: &File, at: u64, most: usize) -> io::Result<u64> {
     let mut buffer = vec![0; BUFFER_BYTES.min(most)];
     let count = source.read_at(&mut buffer, at)?;
-    target.write_all_at(&buffer[..count], at)?;
+    for (piece, offset) in buffer[..count].chunks(HOLE_BYTES).zip((at..).step_by(HOLE_BYTES)) {
+        if piece.iter().any(|byte| *byte != 0) {
+            target.write_all_at(piece, offset)?;
+        }
+    }
     Ok(u64::try_from(count).expect("a buffer's size is a u64"))
 }
 
@@ -340,12 +379,16 @@ mod tests {
     #[test]
     fn a_copy_by_hand_has_the_same_bytes() {
         let temp = tempfile::tempdir().unwrap();
-        let source = sparse(&temp.path().join("from"), &[0]);
-        let target = create_private(&temp.path().join("to")).unwrap();
-        assert_eq!(copy_by_hand(&source, &target, 0, 8192).unwrap(), 8192);
-        let mut bytes = [0; 8192];
-        target.read_exact_at(&mut bytes, 0).unwrap();
-        assert!(bytes[..4096] == [7; 4096] && bytes[4096..] == [0; 4096]);
+        let (source, to) =
+            (sparse(&temp.path().join("from"), &[0, 200_704]), temp.path().join("to"));
+        let target = create_private(&to).unwrap();
+        target.set_len(262_144).unwrap();
+        assert_eq!(copy_by_hand(&source, &target, 0, 262_144).unwrap(), 262_144);
+        let (mut bytes, mut copied) = ([0; 262_144], [0; 262_144]);
+        source.read_exact_at(&mut bytes, 0).unwrap();
+        target.read_exact_at(&mut copied, 0).unwrap();
+        assert!(bytes == copied && copied.contains(&7));
+        assert!(allocated_bytes(&to).unwrap() <= 131_072, "zeros are holes");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Processes that open files for us which somebody else has named.
+//! Processes that open files for us which somebody else has named, and copy them.
 //!
 //! A path may lead to a file system that does not answer, and whoever looks there waits for it,
 //! some also after they were killed. It may even lead to the tree that we serve, so that we
@@ -9,10 +9,13 @@
 //! ```text
 //! daemon ── path ──→ opener            a socket pair; the opener ends when our end closes
 //!        ←─ sizes, first bytes, file ──
+//!        ── length, image, new file ──→ to read an image may be to wait, too
+//!        ←─ copying … copied ──
 //! ```
 //!
 //! One that does not answer is killed, and forgotten: it is reaped whenever it ends.
 
+mod answer;
 mod process;
 
 use std::{
@@ -21,11 +24,16 @@ use std::{
     fmt,
     fs::File,
     io,
-    os::unix::ffi::OsStrExt as _,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::Path,
-    str::{self, FromStr},
+    str::FromStr,
+    time::Duration,
 };
 
+use answer::{Answer, CopyRequest};
 pub use process::serve;
 
 use crate::{
@@ -34,7 +42,7 @@ use crate::{
     sys::{
         cancel::{Cancel, Victim},
         clock::Deadline,
-        files::{ANSWER_LIMIT, ImageSize, Opened, START_BYTES, no_answer},
+        files::{ANSWER_LIMIT, Opened, START_BYTES, no_answer},
         host::own_ids,
         process::{ExitWatch, Launch, Privileges, Process, Program},
         socket::MessageSocket,
@@ -44,6 +52,10 @@ use crate::{
 /// How many openers there are at a time for the paths of one user: those that a file system
 /// keeps from ending count too. More than a host of many cores starts sandboxes at once.
 const OPENERS_MAX: usize = 16;
+
+/// How long a copy may stand still: longer than the kernel has writers wait for a disk that is
+/// busy with what others write.
+pub const COPY_STALL_LIMIT: Duration = Duration::from_secs(30);
 
 /// The longest answer: sizes as text, and the first bytes or a sentence.
 const ANSWER_MAX_BYTES: usize = START_BYTES + 256;
@@ -163,23 +175,72 @@ impl Opener {
         }
         self.peer.socket.send(name)?;
         let mut buffer = [0; ANSWER_MAX_BYTES];
-        let received = self.peer.socket.receive_file(&mut buffer, Some(self.deadline.left()));
-        let (length, file) = received.map_err(|error| {
+        let (answer, files) = self.answer(&mut buffer, self.deadline.left(), no_answer)?;
+        match answer {
+            Answer::Failed(error) => Err(error),
+            Answer::Opened { is_device, size, start } => {
+                let file = files.into_iter().next();
+                let file = file.ok_or_else(|| io::Error::other("no file came with its sizes"))?;
+                Ok(Opened { file: Arc::new(file), is_device, size, start: start.to_vec() })
+            }
+            Answer::Copying | Answer::Copied => Err(has_failed()),
+        }
+    }
+
+    /// Fills `target`, an empty file, with what is in a file that was opened with the same rights.
+    /// `progress` is called for each piece.
+    ///
+    /// # Errors
+    /// Those of read(2) and write(2), and `TimedOut` where nothing is copied for
+    /// [`COPY_STALL_LIMIT`].
+    pub fn copy(
+        &self,
+        source: &Opened,
+        target: &File,
+        progress: &mut dyn FnMut(),
+    ) -> io::Result<()> {
+        let request = CopyRequest { bytes: source.size.bytes };
+        let files = [source.file.as_fd(), target.as_fd()];
+        self.peer.socket.send_files(&request.bytes(), &files)?;
+        loop {
+            let mut buffer = [0; ANSWER_MAX_BYTES];
+            match self.answer(&mut buffer, COPY_STALL_LIMIT, has_stalled)?.0 {
+                Answer::Copying => progress(),
+                Answer::Copied => return Ok(()),
+                Answer::Failed(error) => return Err(error),
+                Answer::Opened { .. } => return Err(has_failed()),
+            }
+        }
+    }
+
+    /// Waits for the next answer; where there is none within `limit` there never is one.
+    fn answer<'b>(
+        &self,
+        buffer: &'b mut [u8],
+        limit: Duration,
+        late: fn() -> io::Error,
+    ) -> io::Result<(Answer<'b>, Vec<OwnedFd>)> {
+        let received = self.peer.socket.receive_files(buffer, Some(limit));
+        let (length, files) = received.map_err(|error| {
             if error.kind() != io::ErrorKind::TimedOut {
                 return error;
             }
             self.has_timed_out.set(true);
-            no_answer()
+            late()
         })?;
-        let answer = Answer::parse(&buffer[..length]);
-        match answer.ok_or_else(|| io::Error::other("the process that opens files has failed"))? {
-            Answer::Failed(error) => Err(error),
-            Answer::Opened { size, start } => {
-                let file = file.ok_or_else(|| io::Error::other("no file came with its sizes"))?;
-                Ok(Opened { file: Arc::new(file), size, start: start.to_vec() })
-            }
-        }
+        let answer = Answer::parse(&buffer[..length]).ok_or_else(has_failed)?;
+        Ok((answer, files))
     }
+}
+
+fn has_failed() -> io::Error {
+    io::Error::other("the process that opens files has failed")
+}
+
+fn has_stalled() -> io::Error {
+    let limit = COPY_STALL_LIMIT.as_secs();
+    let why = format!("nothing of it was copied for {limit} s; its file system does not answer");
+    io::Error::new(io::ErrorKind::TimedOut, why)
 }
 
 impl Drop for Opener {
@@ -253,55 +314,6 @@ impl FromStr for Rights {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         if text == "ours" { Ok(Self::Ours) } else { text.parse().map(Self::Of) }
-    }
-}
-
-/// What an opener says of a path. A line of text, and then bytes up to the end of the message.
-#[derive(Debug)]
-enum Answer<'a> {
-    /// `opened DEVICE BYTES ALLOCATED_BYTES`, and the first bytes of it. The file comes along.
-    Opened { size: ImageSize, start: &'a [u8] },
-    /// `failed ERRNO`, and a sentence where that is nought.
-    Failed(io::Error),
-}
-
-impl<'a> Answer<'a> {
-    fn bytes(&self) -> Vec<u8> {
-        match self {
-            Self::Opened { size: ImageSize { device, bytes, allocated_bytes }, start } => {
-                let head = format!("opened {device} {bytes} {allocated_bytes}\n");
-                [head.as_bytes(), start].concat()
-            }
-            Self::Failed(error) => match error.raw_os_error() {
-                Some(errno) => format!("failed {errno}\n").into_bytes(),
-                None => format!("failed 0\n{error}").into_bytes(),
-            },
-        }
-    }
-
-    fn parse(bytes: &'a [u8]) -> Option<Self> {
-        let end = bytes.iter().position(|byte| *byte == b'\n')?;
-        let (head, rest) = (str::from_utf8(&bytes[..end]).ok()?, &bytes[end + 1..]);
-        let mut words = head.split(' ');
-        let what = words.next()?;
-        let mut number = || words.next()?.parse().ok();
-        match what {
-            "opened" => {
-                let (device, bytes, allocated_bytes) = (number()?, number()?, number()?);
-                Some(Self::Opened {
-                    size: ImageSize { device, bytes, allocated_bytes },
-                    start: rest,
-                })
-            }
-            "failed" => match i32::try_from(number()?).ok()? {
-                0 => {
-                    let why = String::from_utf8_lossy(rest).into_owned();
-                    Some(Self::Failed(io::Error::new(io::ErrorKind::InvalidInput, why)))
-                }
-                errno => Some(Self::Failed(io::Error::from_raw_os_error(errno))),
-            },
-            _ => None,
-        }
     }
 }
 

@@ -2,16 +2,20 @@
 
 use std::{
     ffi::OsStr,
+    fs::File,
     io,
-    os::{fd::AsFd as _, unix::ffi::OsStrExt as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::Path,
 };
 
 use rustix::process::{Signal, set_parent_process_death_signal};
 
-use super::{Answer, Rights};
+use super::{Answer, CopyRequest, Rights};
 use crate::sys::{
-    files::{MagicLinks, open_machine_file, pretend},
+    files::{MagicLinks, Opened, PieceError, copy_data, open_found, open_machine_file, pretend},
     socket::MessageSocket,
     task::name_process,
 };
@@ -19,7 +23,8 @@ use crate::sys::{
 /// The longest path, with the byte that ends it (`PATH_MAX`).
 pub(super) const PATH_MAX_BYTES: usize = 4096;
 
-/// Opens what it is told to until nobody has the other end of standard input, which is a socket.
+/// Opens and copies what it is told to until nobody has the other end of standard input, which
+/// is a socket.
 ///
 /// # Errors
 /// Where it was not started by a daemon.
@@ -37,11 +42,17 @@ pub fn serve(rights: &Rights) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let mut buffer = [0; PATH_MAX_BYTES];
     loop {
-        let length = socket.receive(&mut buffer, None)?;
+        let (length, files) = socket.receive_files(&mut buffer, None)?;
         if length == 0 {
             return Ok(());
         }
-        let path = Path::new(OsStr::from_bytes(&buffer[..length]));
+        let message = &buffer[..length];
+        if let Ok([source, target]) = <[OwnedFd; 2]>::try_from(files) {
+            let copied = copy(&socket, message, &source, &target.into());
+            socket.send(&copied.map_or_else(Answer::Failed, |()| Answer::Copied).bytes())?;
+            continue;
+        }
+        let path = Path::new(OsStr::from_bytes(message));
         let opened = match &links {
             Ok(links) => open_machine_file(path, *links),
             Err(error) => {
@@ -49,11 +60,27 @@ pub fn serve(rights: &Rights) -> io::Result<()> {
             }
         };
         match opened {
-            Ok(opened) => {
-                let answer = Answer::Opened { size: opened.size, start: &opened.start };
-                socket.send_file(&answer.bytes(), opened.file.as_fd())?;
+            Ok(Opened { file, is_device, size, start }) => {
+                let answer = Answer::Opened { is_device, size, start: &start };
+                socket.send_files(&answer.bytes(), &[file.as_fd()])?;
             }
             Err(error) => socket.send(&Answer::Failed(error).bytes())?,
         }
     }
+}
+
+fn copy(socket: &MessageSocket, message: &[u8], source: &OwnedFd, target: &File) -> io::Result<()> {
+    let request = CopyRequest::parse(message).ok_or(io::ErrorKind::InvalidData)?;
+    let source = open_found(source)?;
+    let copied = copy_data(&source, target, request.bytes, &mut || {
+        match socket.send(&Answer::Copying.bytes()) {
+            // Many are there that were not read yet, and say the same.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            sent => Ok(sent?),
+        }
+    });
+    copied.map_err(|error| match error {
+        PieceError::Io(error) => error,
+        PieceError::CalledOff(called_off) => io::Error::other(called_off),
+    })
 }

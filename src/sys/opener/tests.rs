@@ -10,7 +10,13 @@ use std::{
 use rustix::fs::{CWD, FileType, Mode};
 
 use super::*;
-use crate::{sandbox::Owner, sys::files::handle_path};
+use crate::{
+    sandbox::Owner,
+    sys::{
+        command::{find, output},
+        files::{ImageSize, handle_path},
+    },
+};
 
 /// Nobody's.
 const OWNER: Owner = Owner { uid: 2_147_000_001, gid: 2_147_000_002 };
@@ -77,6 +83,7 @@ fn an_owner_opens_what_they_may_read_and_nothing_else() {
     let size =
         ImageSize { device: meta.dev(), bytes: meta.len(), allocated_bytes: meta.blocks() * 512 };
     assert_eq!(open.size, size);
+    assert!(!open.is_device);
     open_one(&place.file("groups", (ours.0, OWNER.gid), 0o040)).unwrap();
     open_one(&place.file("everybodys", ours, 0o644)).unwrap();
     assert_eq!(refused(&place.file("ours", ours, 0o640)), denied);
@@ -154,4 +161,59 @@ fn each_of_several_files_has_its_own_answer() {
     assert_eq!(answers, [false, true]);
     let opener = openers.start(&Rights::Ours).unwrap();
     assert_eq!(opener.open(&secret).unwrap().start, b"secret", "we may read all");
+}
+
+#[test]
+fn a_copy_is_the_file_that_was_opened_and_the_way_to_it_may_be_gone() {
+    let place = Place::new();
+    let own = place.file("own", (OWNER.uid, OWNER.gid), 0o400);
+    fs::OpenOptions::new().append(true).open(&own).unwrap().set_len(10 << 20).unwrap();
+    let opener = openers().start(&Rights::Of(OWNER.into())).unwrap();
+    let open = opener.open(&own).unwrap();
+    fs::remove_file(&own).unwrap();
+    let (target, mut pieces) = (tempfile::NamedTempFile::new().unwrap(), 0);
+    opener.copy(&open, target.as_file(), &mut || pieces += 1).unwrap();
+    let copied = fs::read(target.path()).unwrap();
+    assert!(copied.starts_with(b"own\0") && copied.len() == 10 << 20);
+    // A file of holes is one piece, or none where blocks are shared.
+    assert!(pieces <= 1, "{pieces}");
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let error = opener.copy(&open, &full, &mut || ()).unwrap_err();
+    assert!(error.raw_os_error().is_some(), "{error}");
+    assert_eq!(refused(&own), io::ErrorKind::NotFound, "it opens files as before");
+}
+
+#[test]
+fn the_size_of_a_block_device_is_its_own() {
+    let place = Place::new();
+    let file = place.file("disk", own_ids(), 0o600);
+    fs::write(&file, vec![7; 1 << 20]).unwrap();
+    let device = LoopDevice::over(&file);
+    let opened = openers().start(&Rights::Ours).unwrap().open(&device.0).unwrap();
+    assert!(opened.is_device);
+    assert_eq!((opened.size.bytes, opened.size.allocated_bytes), (1 << 20, 1 << 20));
+    assert_eq!(opened.start, [7; START_BYTES]);
+}
+
+/// A block device whose content is that of a file.
+struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    fn over(file: &Path) -> Self {
+        let device = losetup(&["--find", "--show", "--read-only", file.to_str().unwrap()]);
+        Self(device.trim_end().into())
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        losetup(&["--detach", self.0.to_str().unwrap()]);
+    }
+}
+
+fn losetup(args: &[&str]) -> String {
+    let losetup = find("losetup").expect("util-linux is there");
+    let output = output(&losetup, args, Duration::from_secs(60)).unwrap();
+    assert!(output.status.success(), "losetup {args:?}");
+    output.stdout
 }

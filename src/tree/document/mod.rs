@@ -34,8 +34,8 @@ use super::{
     write::{Written, actor, answer, check_opened, refused},
 };
 use crate::{
-    lifecycle::{Entry, Error, Lifecycle, Policy},
-    sandbox::{Cause, Spec, SpecError, State, Writer},
+    lifecycle::{Entry, Error, Lifecycle, NamedFiles, Policy},
+    sandbox::{Cause, FileCheck, FileRole, Spec, SpecError, State, Writer},
     sync::{Arc, lock},
     sys::task::{count_open_for_writing, groups_of, process_of, signal_that_killed},
 };
@@ -262,8 +262,13 @@ fn check_beginning(
         return list.map(drop).map_err(|bad| refused(lifecycle, entry, &bad));
     }
     let record = entry.record();
-    let begun = read_config(lifecycle, entry, writer, |missing| {
-        Spec::parse_beginning(lines, &record.spec, missing)
+    let begun = read_config(lifecycle, entry, writer, |check, _| {
+        // Whether a disk is read-only may be on the next line.
+        let so_far = |path: &Path, role| match role {
+            FileRole::Disk { .. } => check(path, FileRole::Disk { readonly: true }),
+            FileRole::Kernel | FileRole::Initramfs => check(path, role),
+        };
+        Spec::parse_beginning(lines, &record.spec, &so_far)
     })?;
     let Some(mut spec) = begun else { return Ok(()) };
     // There may be more disks to come.
@@ -323,7 +328,13 @@ fn read(
     // What has a file of its own is as that says, not as the template.
     let mut base = Spec::clone(&lifecycle.settings().template);
     base.keep_policy(&spec);
-    let spec = read_config(lifecycle, entry, writer, |missing| Spec::parse(text, &base, missing))?;
+    let spec = read_config(lifecycle, entry, writer, |check, files| {
+        let spec = Spec::parse(text, &base, check)?;
+        match files.why_too_large(&spec) {
+            None => Ok(spec),
+            Some(message) => Err(SpecError { line: None, message }),
+        }
+    })?;
     Ok(Some(Policy::Config(Box::new(spec), writer.clone())))
 }
 
@@ -335,22 +346,22 @@ fn author_of(caller: Caller) -> Author {
     (actor(caller), Writer::new(uid, gid, groups))
 }
 
-/// Reads a `config`, whose files have to be its writer's to use.
+/// Reads a `config`, whose files have to be its writer's to use, and fit for a machine.
 fn read_config<T>(
     lifecycle: &Lifecycle,
     entry: &Entry,
     writer: &Writer,
-    read: impl FnOnce(&dyn Fn(&Path) -> Option<String>) -> Result<T, SpecError>,
+    read: impl FnOnce(&FileCheck<'_>, &NamedFiles<'_>) -> Result<T, SpecError>,
 ) -> Result<T, Errno> {
     // The first file that is amiss ends it.
     let is_denied = Cell::new(false);
     let files = lifecycle.named_files(writer);
-    let missing = |path: &Path| {
-        let unusable = files.why_unusable(path)?;
+    let check = |path: &Path, role| {
+        let unusable = files.why_unusable(path, role)?;
         is_denied.set(unusable.is_denied);
         Some(unusable.why)
     };
-    read(&missing).map_err(|error| {
+    read(&check, &files).map_err(|error| {
         let errno = if is_denied.get() { Errno::Acces } else { Errno::Inval };
         lifecycle.note(entry, &error);
         lifecycle.metrics().failed(errno.word());

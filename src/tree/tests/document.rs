@@ -132,8 +132,11 @@ fn a_line_that_can_never_be_right_fails_its_write_and_the_whole_document() {
 
 #[test]
 fn what_may_still_become_right_fails_only_at_the_close() {
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(512).unwrap();
+    let named = format!("path = {:?}\nreadonly = true\n", disk.path());
     for (beginning, rest) in [
-        ("[[disks]]\n", "path = \"/proc/version\"\nreadonly = true\n"),
+        ("[[disks]]\n", named.as_str()),
         ("denied = [\n", "\"10.0.0.0/8\"\n]\n"),
         ("cmdline = \"\"\"\n", "quiet\"\"\"\n"),
         ("memory = \"64MiB", "\"\n"),

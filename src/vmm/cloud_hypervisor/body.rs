@@ -173,7 +173,7 @@ impl<'a> VmConfig<'a> {
         let image_type = version.is_told_image_types().then_some("Raw");
         let disks = plan.disks.iter().enumerate().filter_map(|(number, disk)| {
             let path = told::path(told::disk(number)?);
-            Some(Disk { path, readonly: disk.readonly, image_type })
+            Some(Disk { path, readonly: disk.kind.is_readonly(), image_type })
         });
         Self {
             cpus: Cpus { boot_vcpus: plan.vcpus, max_vcpus: plan.vcpus },

@@ -113,17 +113,14 @@ impl<'a> Files<'a> {
         let kernel = plan.kernel.as_deref().map(|path| (told::KERNEL, path));
         let initramfs = plan.initramfs.as_deref().map(|path| (told::INITRAMFS, path));
         for (place, path) in kernel.into_iter().chain(initramfs) {
-            // To load a snapshot they are not needed.
-            if snapshot.is_none() || path.exists() {
-                shared.push((place, path, Wish::Read));
-            }
+            shared.push((place, path, Wish::Read));
         }
         for (number, disk) in plan.disks.iter().enumerate() {
             let place = told::disk(number).ok_or_else(|| Error::Refused {
                 command: "starting".to_owned(),
                 said: format!("there is no place for {} disks", plan.disks.len()),
             })?;
-            if disk.readonly {
+            if disk.kind.is_readonly() {
                 shared.push((place, &disk.path, Wish::Read));
             } else {
                 own.push((place, disk.path.clone()));

@@ -30,14 +30,14 @@ use crate::{
     sys::{
         clock::{self, Deadline, Stopwatch},
         files::{
-            self, Use, check_plain, give_dir, is_image_locked, open_image, open_regular_to_append,
+            self, check_plain, give_dir, is_image_locked, open_image, open_regular_to_append,
             read_regular, take_back,
         },
         host::own_ids,
         process::{Launch, Process},
     },
     vmm::{
-        DiskTraffic, Error, Machine, Plan, PlannedVsock, SAVED_MEMORY,
+        DiskKind, DiskTraffic, Error, Machine, Plan, PlannedVsock, SAVED_MEMORY,
         log::{self, LastWords},
         nic,
         peer::{Peer, begin, host, listen},
@@ -152,7 +152,7 @@ impl CloudMachine {
     }
 
     fn over(process: Arc<Process>, last_words: LastWords, plan: &Plan, uid: u32) -> Self {
-        let writable = plan.disks.iter().filter(|disk| !disk.readonly);
+        let writable = plan.disks.iter().filter(|disk| disk.kind == DiskKind::Own);
         Self {
             client: Client::new(Peer {
                 process,
@@ -509,15 +509,15 @@ fn url(dir: &Path) -> Result<String, Error> {
     })
 }
 
-/// Makes sure that the disks are there, and waits until nobody has them who is about to
-/// end. Of a boot that failed for a lock the VMM cannot be rid of, and a restore reads all
-/// of the memory before it looks.
+/// Makes sure that the sandbox's own disks are there, and waits until nobody has them who is
+/// about to end. Of a boot that failed for a lock the VMM cannot be rid of, and a restore reads
+/// all of the memory before it looks. Of those that it shares the file systems are not asked,
+/// which may not answer.
 fn wait_for_disks(plan: &Plan) -> Result<(), Error> {
     let deadline = Deadline::after(LOCK_LIMIT);
-    for disk in &plan.disks {
-        let wanted = if disk.readonly { Use::Read } else { Use::Write };
+    for disk in plan.disks.iter().filter(|disk| disk.kind == DiskKind::Own) {
         let locked = || {
-            is_image_locked(&disk.path, wanted)
+            is_image_locked(&disk.path)
                 .map_err(host(format!("looking at the disk {}", disk.path.display())))
         };
         while locked()? {

@@ -162,6 +162,10 @@ impl Vmm for CloudHypervisor {
         restore_mode::objection(memory, restore, version, || userfaultfd::is_open_to(uid, gid))
     }
 
+    fn reads_kernel_again(&self) -> bool {
+        true
+    }
+
     fn takes_user(&self) -> bool {
         true
     }

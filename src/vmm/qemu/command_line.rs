@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{Accelerator, console};
-use crate::vmm::{Plan, PlannedNic};
+use crate::vmm::{DiskKind, Plan, PlannedNic};
 
 /// The machine type. It is small, and has nothing that a sandbox does not use.
 pub(super) const MACHINE: &str = "microvm";
@@ -153,10 +153,14 @@ impl Arguments {
             // Past the sixth disk, or with a network device the fifth, the transport is taken,
             // and QEMU says so.
             let transport = TRANSPORTS.saturating_sub(1 + index);
-            let read_only = if disk.readonly { "on" } else { "off" };
+            let read_only = if disk.kind.is_readonly() { "on" } else { "off" };
             // An image that many read is nobody's to lock: by default a lock that a stranger
             // has on it would keep its guests from starting.
-            let locking = if disk.readonly { "off" } else { "auto" };
+            let (driver, locking) = match disk.kind {
+                DiskKind::Own => ("file", "auto"),
+                DiskKind::Shared => ("file", "off"),
+                DiskKind::SharedDevice => ("host_device", "off"),
+            };
             // Through the host's page cache, so that memory is given to whoever needs it.
             // A guest's flush is an fdatasync, and so is the end of a pause and of a save:
             // what the guest or a snapshot counts on is on the disk.
@@ -167,7 +171,7 @@ impl Arguments {
                         "driver=raw,node-name=disk{index},read-only={read_only},discard=unmap"
                     ),
                     &[
-                        ("file.driver", OsStr::new("file")),
+                        ("file.driver", OsStr::new(driver)),
                         ("file.filename", disk.path.as_os_str()),
                         ("file.locking", OsStr::new(locking)),
                     ],

@@ -141,6 +141,10 @@ impl Vmm for Qemu {
         true
     }
 
+    fn reads_kernel_again(&self) -> bool {
+        false
+    }
+
     fn takes_user(&self) -> bool {
         false
     }

@@ -183,11 +183,36 @@ fn mount_memory(dir: &Path, bytes: u64) {
     run(command("mount").args(["-t", "tmpfs", "-o", &size, "dozed-test"]).arg(dir));
 }
 
+/// A block device whose content is that of a file, for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    #[track_caller]
+    pub(crate) fn over(file: &Path) -> Self {
+        let said = run(command("losetup").args(["--find", "--show"]).arg(file));
+        Self(said.trim_end().into())
+    }
+
+    /// Returns its path.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        run(command("losetup").arg("--detach").arg(&self.0));
+    }
+}
+
+/// Runs a program, which has to succeed, and returns what it wrote.
 #[track_caller]
-pub(super) fn run(command: &mut std::process::Command) {
+pub(super) fn run(command: &mut std::process::Command) -> String {
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}: {said}");
+    String::from_utf8(output.stdout).unwrap()
 }
 
 impl Drop for Disk {

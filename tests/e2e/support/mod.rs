@@ -17,7 +17,7 @@ mod watcher;
 mod world;
 
 pub(crate) use descriptors::{leave_descriptors, limit_descriptors};
-pub(crate) use disk::{Disk, FileSystem};
+pub(crate) use disk::{Disk, FileSystem, LoopDevice};
 pub(crate) use guest::counter_kernel;
 pub(crate) use host::{Host, write_once};
 pub(crate) use index::LockedIndex;

@@ -29,18 +29,25 @@ const TTL: Duration = Duration::from_secs(3600);
 /// Whether reads and writes are answered.
 #[derive(Debug, Default)]
 struct Gate {
-    is_shut: Mutex<bool>,
+    /// Up to where reads are answered, where some are not.
+    shut_from: Mutex<Option<u64>>,
     opened: Condvar,
 }
 
 impl Gate {
-    fn set(&self, is_shut: bool) {
-        *self.is_shut.lock().unwrap() = is_shut;
+    fn shut(&self, from: u64) {
+        *self.shut_from.lock().unwrap() = Some(from);
+    }
+
+    fn open(&self) {
+        *self.shut_from.lock().unwrap() = None;
         self.opened.notify_all();
     }
 
-    fn pass(&self) {
-        drop(self.opened.wait_while(self.is_shut.lock().unwrap(), |is_shut| *is_shut).unwrap());
+    /// Waits until all up to `end` is answered.
+    fn pass(&self, end: u64) {
+        let is_shut = |from: &mut Option<u64>| from.is_some_and(|from| end > from);
+        drop(self.opened.wait_while(self.shut_from.lock().unwrap(), is_shut).unwrap());
     }
 }
 
@@ -49,7 +56,7 @@ pub(crate) struct Stall<'a>(&'a Gate);
 
 impl Drop for Stall<'_> {
     fn drop(&mut self) {
-        self.0.set(false);
+        self.0.open();
     }
 }
 
@@ -97,7 +104,12 @@ impl StallingFile {
 
     /// Answers no read and no write until what is returned is dropped.
     pub(crate) fn stall(&self) -> Stall<'_> {
-        self.gate.set(true);
+        self.stall_from(0)
+    }
+
+    /// Answers no write, and no read of more than the first so many bytes.
+    pub(crate) fn stall_from(&self, bytes: u64) -> Stall<'_> {
+        self.gate.shut(bytes);
         Stall(&self.gate)
     }
 }
@@ -106,7 +118,7 @@ impl Drop for StallingFile {
     fn drop(&mut self) {
         // Whoever still uses the file gets errors.
         abort(self.dir.path()).ok();
-        self.gate.set(false);
+        self.gate.open();
         if let Some(session) = self.session.take() {
             // That its connection was cut is what ends it.
             session.join().ok();
@@ -227,8 +239,8 @@ impl Filesystem for Server {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.gate.pass();
         let left = self.len.saturating_sub(offset).min(size.into());
+        self.gate.pass(offset + left);
         let mut bytes = vec![0; usize::try_from(left).unwrap()];
         match self.content.read_exact_at(&mut bytes, offset) {
             Ok(()) => reply.data(&bytes),
@@ -248,7 +260,7 @@ impl Filesystem for Server {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.gate.pass();
+        self.gate.pass(u64::MAX);
         match self.content.write_all_at(data, offset) {
             Ok(()) => reply.written(u32::try_from(data.len()).unwrap()),
             Err(_) => reply.error(Errno::EIO),

@@ -12,7 +12,7 @@ use super::*;
 use crate::{
     sandbox::{Owner, network::GUEST_MAC},
     sys::cancel::Cancel,
-    vmm::{PlannedDisk, PlannedNic, PlannedVsock},
+    vmm::{DiskKind, PlannedDisk, PlannedNic, PlannedVsock},
 };
 
 /// No wait of these tests is as long on any machine.
@@ -34,8 +34,8 @@ fn plan(dir: &TempDir) -> Plan {
         initramfs: None,
         cmdline: "console=ttyS0".to_owned(),
         disks: vec![
-            PlannedDisk { path: path("disk-0.img"), readonly: false },
-            PlannedDisk { path: path("shared.img"), readonly: true },
+            PlannedDisk { path: path("disk-0.img"), kind: DiskKind::Own },
+            PlannedDisk { path: path("shared.img"), kind: DiskKind::Shared },
         ],
         balloon: true,
         vsock: None,

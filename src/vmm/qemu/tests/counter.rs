@@ -7,7 +7,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use super::*;
 use crate::{
     sandbox::network::GUEST_MAC,
-    vmm::{PlannedDisk, PlannedNic},
+    vmm::{DiskKind, PlannedDisk, PlannedNic},
 };
 
 pub(super) fn counter_host(cmdline: &str) -> Host {
@@ -108,7 +108,7 @@ fn the_guest_counts_on_through_ten_sleeps() {
 fn without_a_balloon_everything_else_is_where_it_was() {
     let mut host = counter_host("");
     let disk = host.path("disk");
-    host.plan.disks = vec![PlannedDisk { path: disk, readonly: false }];
+    host.plan.disks = vec![PlannedDisk { path: disk, kind: DiskKind::Own }];
     let arguments = |plan: &Plan| {
         command_line::arguments(plan, Accelerator::Tcg, command_line::Beginning::Restore, None)
     };
@@ -123,7 +123,8 @@ fn without_a_balloon_everything_else_is_where_it_was() {
 #[test]
 fn a_network_device_has_a_place_of_its_own_and_nothing_else_moves() {
     let mut host = counter_host("");
-    let disk = |number| PlannedDisk { path: host.path(&format!("disk {number}")), readonly: false };
+    let disk =
+        |number| PlannedDisk { path: host.path(&format!("disk {number}")), kind: DiskKind::Own };
     host.plan.disks = (0..5).map(disk).collect();
     let arguments = |plan: &Plan, tap| {
         command_line::arguments(plan, Accelerator::Tcg, command_line::Beginning::Restore, tap)
@@ -319,7 +320,7 @@ fn a_guest_that_does_not_read_its_console_goes_on_printing() {
 fn what_qemu_refuses_at_its_start_is_told_in_its_words() {
     let qemu = Qemu::find().unwrap();
     let mut host = counter_host("");
-    host.plan.disks.push(PlannedDisk { path: host.path("no such disk"), readonly: false });
+    host.plan.disks.push(PlannedDisk { path: host.path("no such disk"), kind: DiskKind::Own });
     let error = qemu.boot(&host.plan).unwrap_err();
     let Error::Died { exit: Exit::Code(1), said, .. } = &error else {
         panic!("{error:?}");

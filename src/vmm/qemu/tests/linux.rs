@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 
 use super::*;
-use crate::vmm::PlannedDisk;
+use crate::vmm::{DiskKind, PlannedDisk};
 
 fn linux_host() -> Host {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
@@ -17,8 +17,8 @@ fn linux_host() -> Host {
     host.plan.initramfs = Some(image.join("initramfs"));
     host.plan.cmdline = "console=ttyS0 reboot=t panic=-1 quiet dozed.quiet".to_owned();
     host.plan.disks = vec![
-        PlannedDisk { path: disk, readonly: false },
-        PlannedDisk { path: second, readonly: true },
+        PlannedDisk { path: disk, kind: DiskKind::Own },
+        PlannedDisk { path: second, kind: DiskKind::Shared },
     ];
     host
 }
