@@ -14,10 +14,10 @@ use crate::{
     host::{Host, SERVER, Sandbox, assert_silent, heard, id, nft, on_a_host, run},
 };
 
-const SENT: &str = "what sandboxes send";
+const SENT: &str = "packets from sandboxes";
 const ANSWERS: &str = "answers to sandboxes";
-const HELD: &str = "what is held for a wake";
-const WELL: &str = "None drops what is forwarded.";
+const QUEUED: &str = "packets queued for a wake";
+const WELL: &str = "None drops forwarded packets.";
 
 fn says(host: &Host) -> String {
     let findings = survey(&host.plan);
@@ -31,7 +31,7 @@ fn says(host: &Host) -> String {
 fn assert_refused(host: &Host, refused: &[&str], what: &str) {
     let says = says(host);
     let found: Vec<_> =
-        [SENT, ANSWERS, HELD].into_iter().filter(|words| says.contains(words)).collect();
+        [SENT, ANSWERS, QUEUED].into_iter().filter(|words| says.contains(words)).collect();
     assert_eq!(found, refused, "{what}: {says}");
 }
 
@@ -73,7 +73,7 @@ fn assert_judged_right(host: &Host, words: &str, tell: &dyn Fn(&str)) {
     assert_silent(&server);
     drop(server);
     let says = says(host);
-    assert!(says.contains(words) && says.contains(SENT) && says.contains(HELD), "{says}");
+    assert!(says.contains(words) && says.contains(SENT) && says.contains(QUEUED), "{says}");
     let commands = commands(&says);
     assert_eq!(commands.len(), 2, "{says}");
     for command in commands {
@@ -99,7 +99,7 @@ fn nft_file(script: &str) {
 #[test]
 fn a_chain_of_nftables_is_judged_by_what_it_does_with_each_of_our_packets() {
     on_a_host(|host| {
-        let all = &[SENT, ANSWERS, HELD][..];
+        let all = &[SENT, ANSWERS, QUEUED][..];
         let chain = |policy: &str, rules: &str| {
             nft_file(&format!(
                 "table inet filter {{ chain trusted {{ counter accept; }}; chain forward {{ \
@@ -111,7 +111,7 @@ fn a_chain_of_nftables_is_judged_by_what_it_does_with_each_of_our_packets() {
             ("accept", "", &[][..]),
             ("drop", "", all),
             ("drop", in_is_out, &[]),
-            ("drop", "iifname \"dz*\" accept;", &[ANSWERS, HELD]),
+            ("drop", "iifname \"dz*\" accept;", &[ANSWERS, QUEUED]),
             ("drop", "oifname \"dz*\" accept;", &[SENT]),
             ("drop", "iifname \"dz0ad50002\" accept; oifname \"dz*\" accept;", &[SENT]),
             ("drop", "iifname \"dz*\" oifname \"up0\" accept; oifname \"dz*\" accept;", &[]),
@@ -121,19 +121,19 @@ fn a_chain_of_nftables_is_judged_by_what_it_does_with_each_of_our_packets() {
             ("drop", "iifname vmap { \"dz*\" : jump trusted }; oifname \"dz*\" accept;", &[]),
             ("drop", "iifname vmap { \"lan0\" : jump trusted };", all),
             ("drop", "ct state established,related accept; iifname \"do*\" accept;", &[SENT]),
-            ("drop", "ct state { established, related } accept;", &[SENT, HELD]),
-            ("drop", "ct state vmap { established : accept, invalid : drop };", &[SENT, HELD]),
+            ("drop", "ct state { established, related } accept;", &[SENT, QUEUED]),
+            ("drop", "ct state vmap { established : accept, invalid : drop };", &[SENT, QUEUED]),
             ("drop", "ip saddr 10.213.0.0/16 accept; ip daddr 10.213.0.0/16 accept;", &[]),
             ("drop", "ip saddr { 10.0.0.0/8, 192.168.0.0/16 } accept;", &[ANSWERS]),
             ("drop", "iifgroup 181731328 accept; oifgroup 181731328 accept;", &[]),
             ("accept", "ct state invalid drop; ip daddr 192.0.2.1 drop; tcp dport 25 drop;", &[]),
-            ("accept", "iifname \"lan0\" drop; iifname != \"dz*\" drop;", &[ANSWERS, HELD]),
-            ("accept", "ct state new drop;", &[SENT, HELD]),
+            ("accept", "iifname \"lan0\" drop; iifname != \"dz*\" drop;", &[ANSWERS, QUEUED]),
+            ("accept", "ct state new drop;", &[SENT, QUEUED]),
             ("accept", "meta nfproto ipv4 reject;", all),
             (
                 "accept",
                 "iifname \"dz*\" return; reject with icmpx admin-prohibited;",
-                &[ANSWERS, HELD],
+                &[ANSWERS, QUEUED],
             ),
         ] {
             chain(policy, rules);
@@ -179,19 +179,19 @@ fn dockers_chains_are_judged_right() {
         }
         iptables("-I DOCKER-USER -i dz+ -j ACCEPT");
         // That is half of it, and no connection is made by it.
-        assert_refused(host, &[ANSWERS, HELD], "half of it");
+        assert_refused(host, &[ANSWERS, QUEUED], "half of it");
         iptables("-D DOCKER-USER -i dz+ -j ACCEPT");
         iptables("-I DOCKER-USER -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT");
-        assert_refused(host, &[SENT, HELD], "answers to all");
+        assert_refused(host, &[SENT, QUEUED], "answers to all");
         iptables("-D DOCKER-USER -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT");
-        let words = "drops by its policy what sandboxes send, answers to sandboxes and what is \
-                     held for a wake; for Docker: `iptables -I DOCKER-USER";
+        let words = "drops by its policy packets from sandboxes, answers to sandboxes and packets \
+                     queued for a wake; for Docker: `iptables -I DOCKER-USER";
         assert_judged_right(host, words, &shell);
         nft("delete table ip filter");
         // Another's, with a last rule as iptables-services has it.
         iptables("-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT");
         iptables("-A FORWARD -j REJECT --reject-with icmp-host-prohibited");
-        assert_refused(host, &[SENT, HELD], "a last rule");
+        assert_refused(host, &[SENT, QUEUED], "a last rule");
         for command in commands(&says(host)) {
             shell(command);
         }
@@ -300,9 +300,9 @@ fn firewalld_is_judged_right() {
             nft(&format!("insert rule inet firewalld filter_FORWARD_ZONES {rule}"));
         };
         zone("lan0");
-        assert_refused(host, &[SENT, HELD], "a zone of others");
-        let words = "Chain filter_FORWARD of table inet firewalld refuses by a rule what sandboxes \
-                     send and what is held for a wake; for firewalld: ";
+        assert_refused(host, &[SENT, QUEUED], "a zone of others");
+        let words = "Chain filter_FORWARD of table inet firewalld refuses by a rule packets from \
+                     sandboxes and packets queued for a wake; for firewalld: ";
         assert_judged_right(
             host,
             words,
@@ -311,7 +311,7 @@ fn firewalld_is_judged_right() {
         nft("flush chain inet firewalld filter_FORWARD_ZONES");
         nft("add rule inet firewalld filter_FORWARD_ZONES goto filter_FWD_public");
         zone("dz*");
-        assert_refused(host, &[HELD], "without the device");
+        assert_refused(host, &[QUEUED], "without the device");
         nft("delete table inet firewalld");
     });
 }
@@ -337,8 +337,8 @@ fn firewalld_that_uses_iptables_is_judged_right() {
             iptables(rule);
         }
         let zone = |links: &str| iptables(&format!("-I FORWARD_ZONES -i {links} -g FWD_trusted"));
-        let words = "Chain FORWARD of table ip filter refuses by a rule what sandboxes send and \
-                     what is held for a wake; for firewalld: ";
+        let words = "Chain FORWARD of table ip filter refuses by a rule packets from \
+                     sandboxes and packets queued for a wake; for firewalld: ";
         assert_judged_right(
             host,
             words,

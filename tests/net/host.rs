@@ -1,7 +1,7 @@
 //! A host for one test: a network namespace, an uplink, and a small internet behind it.
 
 use std::{
-    fs,
+    fs, io,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     path::Path,
     sync::{
@@ -155,16 +155,14 @@ impl Host {
 
     /// Listens for datagrams at `address` in the internet.
     pub(crate) fn udp_server(&self, address: Ipv4Addr, port: u16) -> UdpSocket {
-        let socket =
-            self.internet(move || UdpSocket::bind(SocketAddr::from((address, port))).unwrap());
+        let socket = self.internet(move || bound(|| UdpSocket::bind((address, port))));
         socket.set_read_timeout(Some(SOON)).unwrap();
         socket
     }
 
     /// Listens for connections at `address` in the internet.
     pub(crate) fn tcp_server(&self, address: Ipv4Addr, port: u16) -> TcpListener {
-        let listener =
-            self.internet(move || TcpListener::bind(SocketAddr::from((address, port))).unwrap());
+        let listener = self.internet(move || bound(|| TcpListener::bind((address, port))));
         listener.set_nonblocking(true).unwrap();
         listener
     }
@@ -280,6 +278,15 @@ impl Sandbox {
     pub(crate) fn namespace(&self) -> Namespace {
         Namespace::open(&self.ready.namespace).unwrap().unwrap()
     }
+}
+
+/// Binds a socket. One that was closed lives on in children of other tests until these have
+/// become their programs.
+fn bound<T>(bind: impl Fn() -> io::Result<T>) -> T {
+    eventually("the port", || match bind() {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
+        bound => Some(bound.unwrap()),
+    })
 }
 
 /// Waits for a datagram and returns what it says and who sent it.
