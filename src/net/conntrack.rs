@@ -15,10 +15,8 @@ use netlink_packet_netfilter::{
     conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Tuple},
 };
 
-use super::{
-    Error,
-    netlink::{Accepts, Answers, Kernel, Request},
-};
+use super::Error;
+use crate::sys::netlink::{Accepts, Answers, Kernel, Request};
 
 /// Forgets the connections to port `port` of `address` that are answered by none of
 /// `answering`, in the namespace of `kernel`.
@@ -68,7 +66,7 @@ fn forget_all(kernel: &Kernel, is_stale: impl Fn(&Connection) -> bool) -> Result
             accepts: Accepts::Missing,
         })
         .collect();
-    kernel.apply(requests, Answers::Each)
+    Ok(kernel.apply(requests, Answers::Each)?)
 }
 
 /// The two sides of a connection.

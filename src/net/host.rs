@@ -8,15 +8,16 @@ use netlink_packet_route::{address::AddressScope, link::InfoKind};
 use super::{
     Error, conntrack, firewall,
     link::{self, Link},
-    netlink::{Answers, Kernel},
-    nftables::{self, Mode},
+    nft::{self, Family, Mode},
     range::{Range, Whose},
     route,
-    ruleset::Family,
 };
 use crate::{
     sandbox::network::{AddressPlan, SandboxAddress},
-    sys::{netlink, netns, tun},
+    sys::{
+        netlink::{self, Answers, Kernel, RequestError},
+        netns, tun,
+    },
 };
 
 /// How the name of a link begins that is about to be removed; its number follows.
@@ -59,7 +60,7 @@ pub(super) fn prepare(range: &Range, pins: &Path) -> Result<HostFirewall, Error>
         route::is_free(&links, plan.range())?;
     }
     netns::make_pin_dir(pins).map_err(Error::host("making the directory of namespaces"))?;
-    let in_force = apply_host_firewall(&nftables::here()?, plan)?;
+    let in_force = apply_host_firewall(&nft::here()?, plan)?;
     // A daemon that was killed may have left it; nobody listens there now.
     links.apply(vec![route::remove(plan.range())], Answers::Each)?;
     put_device(&links, range, there)?;
@@ -89,8 +90,8 @@ pub(super) fn put_back(range: &Range, in_force: &mut HostFirewall) -> Result<Put
     }
     match links.apply(vec![route::add_unreachable(plan.range())], Answers::Each) {
         Ok(()) => done.what.push("the route of unused addresses"),
-        Err(Error::Host { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(error),
+        Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error.into()),
     }
     firewall.map(|()| done)
 }
@@ -113,27 +114,24 @@ pub(super) fn missing(plan: &AddressPlan) -> Result<Option<Vec<&'static str>>, E
     {
         missing.push("the host's device, in use and with its address");
     }
-    if !nftables::has_table(&nftables::here()?, Family::Inet, &firewall::host_table(plan))? {
+    if !nft::has_table(&nft::here()?, Family::Inet, &firewall::host_table(plan))? {
         missing.push("the host's firewall for sandboxes");
     }
     Ok(Some(missing))
 }
 
 /// Puts the second check in force.
-fn apply_host_firewall(
-    nftables_socket: &Kernel,
-    plan: &AddressPlan,
-) -> Result<HostFirewall, Error> {
+fn apply_host_firewall(netfilter: &Kernel, plan: &AddressPlan) -> Result<HostFirewall, Error> {
     let mut in_force = HostFirewall { generation: 0, contents: None };
     for _ in 0..HOST_FIREWALL_TRIES {
-        in_force = try_apply_host_firewall(nftables_socket, plan)?;
+        in_force = try_apply_host_firewall(netfilter, plan)?;
         if in_force.contents.is_some() {
             break;
         }
     }
     // Connections keep what they began with. Where the kernel does not let go of them, they
     // are without an answer until they time out.
-    if let Err(error) = conntrack::forget_untranslated(nftables_socket, plan.range()) {
+    if let Err(error) = conntrack::forget_untranslated(netfilter, plan.range()) {
         let error = super::chain(&error);
         tracing::warn!(
             error,
@@ -143,20 +141,17 @@ fn apply_host_firewall(
     Ok(in_force)
 }
 
-fn try_apply_host_firewall(
-    nftables_socket: &Kernel,
-    plan: &AddressPlan,
-) -> Result<HostFirewall, Error> {
+fn try_apply_host_firewall(netfilter: &Kernel, plan: &AddressPlan) -> Result<HostFirewall, Error> {
     let table = firewall::host_table(plan);
-    let before = nftables::generation(nftables_socket).map_err(without_nftables)?;
-    let mode = match nftables::has_table(nftables_socket, Family::Inet, &table) {
+    let before = nft::generation(netfilter).map_err(without_nftables)?;
+    let mode = match nft::has_table(netfilter, Family::Inet, &table) {
         Ok(true) => Mode::Replace,
         Ok(false) => Mode::First,
         Err(error) => return Err(without_nftables(error)),
     };
-    nftables::apply(nftables_socket, &firewall::of_host(plan, &device(plan)), mode)?;
-    let contents = nftables::contents(nftables_socket, Family::Inet, &table)?;
-    let generation = nftables::generation(nftables_socket)?;
+    nft::apply(netfilter, &firewall::of_host(plan, &device(plan)), mode)?;
+    let contents = nft::contents(netfilter, Family::Inet, &table)?;
+    let generation = nft::generation(netfilter)?;
     // Each change is one more. With another's between these, the contents may be what that has
     // left, and not what we made.
     let is_known = generation == before.wrapping_add(1);
@@ -166,17 +161,17 @@ fn try_apply_host_firewall(
 /// Puts the second check in force again if somebody has changed it. Most changes of a host's
 /// firewall are of other tables.
 fn renew_host_firewall(plan: &AddressPlan, in_force: &mut HostFirewall) -> Result<bool, Error> {
-    let nftables_socket = nftables::here()?;
-    let generation = nftables::generation(&nftables_socket)?;
+    let netfilter = nft::here()?;
+    let generation = nft::generation(&netfilter)?;
     if generation == in_force.generation && in_force.contents.is_some() {
         return Ok(false);
     }
-    let contents = nftables::contents(&nftables_socket, Family::Inet, &firewall::host_table(plan))?;
+    let contents = nft::contents(&netfilter, Family::Inet, &firewall::host_table(plan))?;
     if in_force.contents.as_ref() == Some(&contents) {
         in_force.generation = generation;
         return Ok(false);
     }
-    *in_force = apply_host_firewall(&nftables_socket, plan)?;
+    *in_force = apply_host_firewall(&netfilter, plan)?;
     Ok(true)
 }
 
@@ -199,7 +194,7 @@ fn put_device(links: &Kernel, range: &Range, there: Option<Link>) -> Result<(), 
         link::address(index, plan.host_address(), 32, AddressScope::Universe),
         link::up(index),
     ];
-    links.apply(requests, Answers::Each)
+    Ok(links.apply(requests, Answers::Each)?)
 }
 
 /// Takes back what [`prepare`] did, but for the directory.
@@ -213,7 +208,7 @@ pub(super) fn dismantle(range: &Range) -> Result<(), Error> {
     let mut requests = vec![route::remove(plan.range()), route::remove_unreachable(plan.range())];
     requests.extend(device.map(|device| link::remove(device.index)));
     links.apply(requests, Answers::Each)?;
-    nftables::remove(&nftables::here()?, Family::Inet, &firewall::host_table(plan))
+    Ok(nft::remove(&nft::here()?, Family::Inet, &firewall::host_table(plan))?)
 }
 
 /// Returns the host's device, if it is there.
@@ -261,7 +256,7 @@ pub(super) fn forwards() -> Result<(), Error> {
 /// Where one of that name is not ours, or it stays.
 pub(super) fn remove_link(links: &Kernel, range: &Range, name: &str) -> Result<(), Error> {
     let Some(found) = own_link(links, range, name)? else { return Ok(()) };
-    links.apply(vec![link::remove(found.index)], Answers::Each)
+    Ok(links.apply(vec![link::remove(found.index)], Answers::Each)?)
 }
 
 /// Frees the name of a link, if it is of a sandbox of ours: nothing passes by it any more
@@ -310,16 +305,14 @@ pub(super) fn is_of_a_sandbox(range: &Range, link: &Link) -> bool {
         && address.map_or_else(is_aside, |address| plan.sandbox(address).is_some())
 }
 
-fn without_nftables(error: Error) -> Error {
-    if let Error::Host { source, .. } = &error
-        && netlink::is_unsupported(source)
-    {
+fn without_nftables(error: RequestError) -> Error {
+    if netlink::is_unsupported(&error.source) {
         return Error::Lacking {
             lacks: "its kernel has no nf_tables",
             remedy: "load it with `modprobe nf_tables`",
         };
     }
-    error
+    error.into()
 }
 
 fn without_tun(source: io::Error) -> Error {

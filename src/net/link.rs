@@ -20,15 +20,12 @@ use netlink_packet_route::{
     route::RouteType,
 };
 
-use super::{
-    Error,
-    netlink::{Accepts, Kernel, Request},
-};
+use super::Error;
 use crate::{
     sandbox::network::Mac,
     sys::{
         clock::{Deadline, pause_for},
-        netlink::Family,
+        netlink::{Accepts, Family, Kernel, Request},
     },
 };
 
@@ -63,7 +60,7 @@ pub(super) struct Link {
 
 /// Opens a socket for the links of the namespace that this thread is in.
 pub(super) fn here() -> Result<Kernel, Error> {
-    Kernel::here(Family::Route)
+    Ok(Kernel::here(Family::Route)?)
 }
 
 /// Finds the link called `name`.

@@ -16,7 +16,6 @@ use super::{
     linger::Lingering,
     link,
     namespace::{self, Design, Usability},
-    netlink::{Answers, Kernel},
     protected::{InForce, Protected},
     range::{self, Owner, Range, Whose},
     route,
@@ -35,6 +34,7 @@ use crate::{
     sys::{
         clock::Stopwatch,
         mount,
+        netlink::{Answers, Kernel},
         netns::{self, Namespace},
         netns_lock::NetnsLock,
     },
@@ -301,7 +301,7 @@ impl LinuxNetwork {
     /// Removes the route to a sandbox. The route to somebody else's link is theirs too.
     fn unroute(&self, links: &Kernel, address: SandboxAddress) -> Result<(), Error> {
         match host::own_link(links, &self.range()?, &address.host_link()) {
-            Ok(_) => links.apply(vec![route::remove(address.ip())], Answers::Each),
+            Ok(_) => Ok(links.apply(vec![route::remove(address.ip())], Answers::Each)?),
             Err(Error::NotOurs { .. }) => Ok(()),
             Err(error) => Err(error),
         }

@@ -27,10 +27,9 @@ use crate::{
         network::{AddressPlan, Mac, NetworkPolicy, SandboxAddress, WakePorts},
     },
     sync::Arc,
-    sys::netns::Identity,
+    sys::{netlink::RequestError, netns::Identity},
 };
 
-mod condition;
 mod conntrack;
 #[cfg(test)]
 pub(crate) mod fake;
@@ -41,13 +40,11 @@ mod linger;
 mod link;
 mod linux;
 mod namespace;
-mod netlink;
-mod nftables;
+mod nft;
 mod privileges;
 mod protected;
 mod range;
 mod route;
-mod ruleset;
 mod survey;
 mod upkeep;
 mod wake_on_packet;
@@ -425,6 +422,12 @@ pub enum Error {
     Several(Vec<String>),
 }
 
+impl From<RequestError> for Error {
+    fn from(RequestError { doing, source }: RequestError) -> Self {
+        Self::Host { doing, source }
+    }
+}
+
 impl Error {
     fn host(doing: impl Into<std::borrow::Cow<'static, str>>) -> impl FnOnce(io::Error) -> Self {
         let doing = doing.into();
@@ -441,9 +444,9 @@ impl Error {
 }
 
 /// Returns an error with all of its causes.
-fn chain(error: &Error) -> String {
+fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
+    let mut cause = error.source();
     while let Some(error) = cause {
         text = format!("{text}: {error}");
         cause = error.source();

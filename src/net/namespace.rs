@@ -12,11 +12,9 @@ use super::{
     Error, Wanted, conntrack,
     firewall::{self, NAMESERVERS, TABLE, TAP, UPLINK},
     link::{self, End, Link},
-    netlink::{Answers, Kernel},
-    nftables::{self, Mode},
+    nft::{self, Family, Mode, Ruleset},
     range::{Range, Whose},
     route::{self, Ensured},
-    ruleset::{Family, Ruleset},
 };
 use crate::{
     sandbox::network::{
@@ -25,6 +23,7 @@ use crate::{
     },
     sync::Arc,
     sys::{
+        netlink::{Answers, Kernel},
         netns::{self, Inside, Namespace},
         tun,
     },
@@ -84,11 +83,11 @@ pub(super) fn make(pin: &Path, design: Design) -> Result<Namespace, Error> {
         .map_err(Error::host("looking for the host's namespace"))?;
     let pin = pin.to_owned();
     netns::in_a_new_one(move |inside| {
-        let nftables_socket = nftables::here()?;
-        let made = fill(&nftables_socket, &host, &design)
+        let netfilter = nft::here()?;
+        let made = fill(&netfilter, &host, &design)
             .and_then(|()| inside.pin(&pin).map_err(Error::host("pinning the namespace")));
         // It takes the kernel long to close it.
-        inside.drop_later(nftables_socket);
+        inside.drop_later(netfilter);
         made
     })
     .map_err(Error::host("making a namespace"))?
@@ -96,14 +95,14 @@ pub(super) fn make(pin: &Path, design: Design) -> Result<Namespace, Error> {
 
 /// Puts all that it is to have into the new namespace that this thread is in. The firewall
 /// is there before any of its links is in use.
-fn fill(nftables_socket: &Kernel, host: &OwnedFd, design: &Design) -> Result<(), Error> {
+fn fill(netfilter: &Kernel, host: &OwnedFd, design: &Design) -> Result<(), Error> {
     let tap_owner = design.wanted.tap_owner;
     tun::make(TAP, tun::Device::Tap, tap_owner).map_err(Error::host("making the tap"))?;
     let links = link::here()?;
     add_uplink(&links, host, design)?;
     let tap = link::find(&links, TAP)?.ok_or(Error::NotThere)?.index;
     links.apply(vec![link::mac(tap, GATEWAY_MAC), link::without_ipv6(tap)], Answers::Each)?;
-    nftables::apply(nftables_socket, &design.rules, Mode::First)?;
+    nft::apply(netfilter, &design.rules, Mode::First)?;
     put_in_order(&links, design)
 }
 
@@ -112,7 +111,7 @@ fn add_uplink(links: &Kernel, host: &OwnedFd, design: &Design) -> Result<(), Err
     let address = design.wanted.address;
     let inner = End { name: UPLINK, mac: address.inner_mac(), group: 0 };
     let outer = End { name: &address.host_link(), mac: address.host_mac(), group: design.group };
-    links.apply(vec![link::pair(&inner, &outer, host.as_raw_fd())], Answers::Each)
+    Ok(links.apply(vec![link::pair(&inner, &outer, host.as_raw_fd())], Answers::Each)?)
 }
 
 /// Gives the links their addresses, neighbours and routes, and takes them into use. What
@@ -134,7 +133,7 @@ fn put_in_order(links: &Kernel, design: &Design) -> Result<(), Error> {
         link::up(uplink),
         route::by_default(uplink, NEXT_HOP),
     ];
-    links.apply(requests, Answers::Each)
+    Ok(links.apply(requests, Answers::Each)?)
 }
 
 /// Whether a namespace that is there can be used again.
@@ -154,19 +153,19 @@ pub(super) enum Usability {
 pub(super) fn renew(namespace: &Namespace, design: Design) -> Result<Usability, Error> {
     enter(namespace, move |inside| {
         let links = link::here()?;
-        let nftables_socket = nftables::here()?;
-        if !is_whole(&links, &nftables_socket, &design)? {
+        let netfilter = nft::here()?;
+        if !is_whole(&links, &netfilter, &design)? {
             return Ok(Usability::Unusable);
         }
-        let done = replace_rules(&nftables_socket, &design)
+        let done = replace_rules(&netfilter, &design)
             .and_then(|()| put_in_order(&links, &design))
             .map(|()| Usability::Whole);
-        inside.drop_later(nftables_socket);
+        inside.drop_later(netfilter);
         done
     })
 }
 
-fn is_whole(links: &Kernel, nftables_socket: &Kernel, design: &Design) -> Result<bool, Error> {
+fn is_whole(links: &Kernel, netfilter: &Kernel, design: &Design) -> Result<bool, Error> {
     let tap = link::find(links, TAP)?;
     let uplink = link::find(links, UPLINK)?;
     let tap_is_ours = tap.is_some_and(|tap| {
@@ -177,8 +176,8 @@ fn is_whole(links: &Kernel, nftables_socket: &Kernel, design: &Design) -> Result
     });
     Ok(tap_is_ours
         && uplink_is_ours
-        && nftables::has_table(nftables_socket, Family::Netdev, TABLE)?
-        && nftables::has_table(nftables_socket, Family::Inet, TABLE)?)
+        && nft::has_table(netfilter, Family::Netdev, TABLE)?
+        && nft::has_table(netfilter, Family::Inet, TABLE)?)
 }
 
 /// What is known of a namespace before it is looked over.
@@ -217,7 +216,7 @@ pub(super) fn put_back(
         .map_err(Error::host("looking for the host's namespace"))?;
     enter(namespace, move |inside| {
         let links = link::here()?;
-        let nftables_socket = nftables::here()?;
+        let netfilter = nft::here()?;
         let mut done = PutBack::default();
         let tap = link::find(&links, TAP)?.ok_or(Error::NoDevice)?;
         let uplink = link::find(&links, UPLINK)?;
@@ -225,19 +224,19 @@ pub(super) fn put_back(
         if !before.is_proven && uplink.as_ref().is_some_and(|link| !has_mark(link)) {
             return Err(Error::NotOurs { name: "the namespace".to_owned() });
         }
-        let tables = nftables::has_table(&nftables_socket, Family::Netdev, TABLE)?
-            && nftables::has_table(&nftables_socket, Family::Inet, TABLE)?;
+        let tables = nft::has_table(&netfilter, Family::Netdev, TABLE)?
+            && nft::has_table(&netfilter, Family::Inet, TABLE)?;
         // The firewall first: what is put back after it may let packets through.
-        if !tables || before.generation != Some(nftables::generation(&nftables_socket)?) {
+        if !tables || before.generation != Some(nft::generation(&netfilter)?) {
             if tables {
-                replace_rules(&nftables_socket, &design)?;
+                replace_rules(&netfilter, &design)?;
             } else {
-                nftables::apply(&nftables_socket, &design.rules, Mode::Replace)?;
+                nft::apply(&netfilter, &design.rules, Mode::Replace)?;
             }
             let is_unexpected = !tables || before.generation.is_some();
             done.what.extend(is_unexpected.then_some("the firewall"));
         }
-        done.generation = nftables::generation(&nftables_socket)?;
+        done.generation = nft::generation(&netfilter)?;
         if let Some(uplink) = uplink.as_ref().filter(|_| !before.has_outer) {
             // Its other end has another name, or is in another namespace, and goes with it.
             links.apply(vec![link::remove(uplink.index)], Answers::Each)?;
@@ -253,7 +252,7 @@ pub(super) fn put_back(
             put_in_order(&links, &design)?;
             done.what.push("the links' settings");
         }
-        inside.drop_later(nftables_socket);
+        inside.drop_later(netfilter);
         Ok(done)
     })
 }
@@ -279,9 +278,9 @@ fn is_in_order(links: &Kernel, tap: &Link, design: &Design) -> Result<bool, Erro
 /// Where the kernel refuses; the one before is in force then.
 pub(super) fn apply_policy(namespace: &Namespace, design: Design) -> Result<(), Error> {
     enter(namespace, move |inside| {
-        let nftables_socket = nftables::here()?;
-        let done = replace_rules(&nftables_socket, &design);
-        inside.drop_later(nftables_socket);
+        let netfilter = nft::here()?;
+        let done = replace_rules(&netfilter, &design);
+        inside.drop_later(netfilter);
         done
     })
 }
@@ -289,16 +288,16 @@ pub(super) fn apply_policy(namespace: &Namespace, design: Design) -> Result<(), 
 /// Puts the rules in force. Where the nameservers are others now, what the guest's
 /// resolver asked of the ones before is forgotten, which takes the kernel a walk over the
 /// connections of all namespaces, some 10 ms.
-fn replace_rules(nftables_socket: &Kernel, design: &Design) -> Result<(), Error> {
+fn replace_rules(netfilter: &Kernel, design: &Design) -> Result<(), Error> {
     let today = design.rules.addresses(NAMESERVERS);
-    let before = nftables::starts(nftables_socket, Family::Inet, TABLE, NAMESERVERS)?;
-    nftables::apply(nftables_socket, &design.rules, Mode::Replace)?;
+    let before = nft::starts(netfilter, Family::Inet, TABLE, NAMESERVERS)?;
+    nft::apply(netfilter, &design.rules, Mode::Replace)?;
     if before == today {
         return Ok(());
     }
     // A resolver that asks from one port for ever is to get answers again. That nothing
     // goes to yesterday's nameservers does not depend on it, so a failure is no failure.
-    if let Err(error) = conntrack::forget(nftables_socket, (GATEWAY_ADDRESS, PORT_DNS), &today) {
+    if let Err(error) = conntrack::forget(netfilter, (GATEWAY_ADDRESS, PORT_DNS), &today) {
         let id = &design.wanted.id;
         tracing::warn!(%id, %error, "a resolver may have to wait for its questions to time out");
     }
@@ -321,10 +320,10 @@ pub(super) fn open_tap(namespace: &Namespace) -> Result<OwnedFd, Error> {
 /// Where the kernel does not say.
 pub(super) fn counters(namespace: &Namespace) -> Result<Vec<(String, u64, u64)>, Error> {
     enter(namespace, |inside| {
-        let nftables_socket = nftables::here()?;
-        let mut counted = nftables::counters(&nftables_socket, Family::Inet, TABLE)?;
-        counted.extend(nftables::counters(&nftables_socket, Family::Netdev, TABLE)?);
-        inside.drop_later(nftables_socket);
+        let netfilter = nft::here()?;
+        let mut counted = nft::counters(&netfilter, Family::Inet, TABLE)?;
+        counted.extend(nft::counters(&netfilter, Family::Netdev, TABLE)?);
+        inside.drop_later(netfilter);
         Ok(counted)
     })
 }
@@ -351,7 +350,7 @@ pub(super) fn connect(links: &Kernel, range: &Range, address: SandboxAddress) ->
         link::neighbour(outer, address.ip(), address.inner_mac()),
         link::up(outer),
     ]);
-    links.apply(requests, Answers::Each)
+    Ok(links.apply(requests, Answers::Each)?)
 }
 
 fn has_mac(outer: &Link, address: SandboxAddress) -> bool {

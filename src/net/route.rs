@@ -18,8 +18,8 @@ use netlink_packet_route::{
 use super::{
     Error,
     link::{self, put, request},
-    netlink::{Accepts, Answers, Kernel, Request},
 };
+use crate::sys::netlink::{Accepts, Answers, Kernel, Request};
 
 /// Who made a route, in the words of the kernel: none of the protocols that have a number.
 const OURS: RouteProtocol = RouteProtocol::Other(213);
@@ -79,8 +79,8 @@ pub(super) fn ensure(
     };
     match add() {
         Ok(()) => return Ok(Ensured::Added),
-        Err(Error::Host { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(error),
+        Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error.into()),
     }
     let is_as_wanted = |way: &Way| way.is_ours && way.device == Some(index);
     match exact(kernel, network)? {
@@ -88,7 +88,8 @@ pub(super) fn ensure(
         Some(way) if way.is_ours => {
             // By a link that has a successor.
             kernel.apply(vec![remove(network)], Answers::Each)?;
-            add().map(|()| Ensured::Added)
+            add()?;
+            Ok(Ensured::Added)
         }
         Some(_) => Err(not_ours(network)),
         // It is there, and rules of policy routing send what is for it by another table.
@@ -132,8 +133,8 @@ pub(super) fn way_to(kernel: &Kernel, address: Ipv4Addr) -> Result<Option<Way>, 
     let message = NetlinkMessage::from(RouteNetlinkMessage::GetRoute(message));
     let found = match kernel.get("looking for a route", message) {
         Ok(found) => found,
-        Err(Error::Host { source, .. }) if is_refusal(&source) => None,
-        Err(error) => return Err(error),
+        Err(error) if is_refusal(&error.source) => None,
+        Err(error) => return Err(error.into()),
     };
     let Some(RouteNetlinkMessage::NewRoute(message)) = found else { return Ok(None) };
     let is_ours = message.header.protocol == OURS;

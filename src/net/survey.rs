@@ -8,12 +8,14 @@ use std::{fs, io, net::Ipv4Addr, path::Path};
 use ipnet::Ipv4Net;
 
 use super::{
-    Error, condition as when, firewall,
+    Error, firewall,
     foreign::{self, Refusing, Traffic},
     host, link,
-    nftables::{self, Mode},
+    nft::{
+        self, At, Chain, Family, Fate, Hook, Kind, Limit, Mode, Rule, Ruleset, Set, Table,
+        matcher as when, rule,
+    },
     route::{self, Found},
-    ruleset::{At, Chain, Family, Fate, Hook, Kind, Limit, Rule, Ruleset, Set, Table, rule},
 };
 use crate::{
     sandbox::network::AddressPlan,
@@ -64,7 +66,7 @@ fn lacking(subject: &'static str, says: impl Into<String>) -> Finding {
 }
 
 /// Returns an error with its causes, for the middle of a sentence.
-fn told(error: &Error) -> String {
+fn told(error: &dyn std::error::Error) -> String {
     super::chain(error)
 }
 
@@ -111,15 +113,15 @@ fn firewall_parts() -> Finding {
 /// Tries each part in the namespace of this thread, and returns the modules of those that
 /// are missing.
 fn missing_parts() -> Result<Vec<&'static str>, Error> {
-    let nftables_socket = nftables::here()?;
-    nftables::apply(&nftables_socket, &just(Family::Inet, "bare", None), Mode::First)?;
+    let netfilter = nft::here()?;
+    nft::apply(&netfilter, &just(Family::Inet, "bare", None), Mode::First)?;
     let mut missing = Vec::new();
     for (module, part) in parts() {
         let kind = if ["nft_nat", "nft_masq"].contains(&module) { Kind::Nat } else { Kind::Filter };
         let at = if kind == Kind::Nat { At::Postrouting } else { At::Prerouting };
         let hook = Hook { kind, at, priority: 100, otherwise: Fate::Accept };
         let try_out = just(Family::Inet, module, Some(Chain::base("try", hook, [part])));
-        if nftables::apply(&nftables_socket, &try_out, Mode::First).is_err() {
+        if nft::apply(&netfilter, &try_out, Mode::First).is_err() {
             missing.push(module);
         }
     }
@@ -133,7 +135,7 @@ fn missing_parts() -> Result<Vec<&'static str>, Error> {
     let made = tun::make(firewall::TAP, tun::Device::Tap, 0);
     if made.is_ok() {
         let ingress = just(Family::Netdev, "ingress", Some(Chain::base("try", hook, [])));
-        if nftables::apply(&nftables_socket, &ingress, Mode::First).is_err() {
+        if nft::apply(&netfilter, &ingress, Mode::First).is_err() {
             missing.push("nf_tables_netdev");
         }
     }
@@ -147,7 +149,7 @@ fn just(family: Family, name: &str, chain: Option<Chain>) -> Ruleset {
     let table = Table {
         family,
         name: format!("try_{name}"),
-        sets: vec![Set { name: "set", spans: vec![Ipv4Addr::LOCALHOST.into()] }],
+        sets: vec![Set { name: "set", ranges: vec![Ipv4Addr::LOCALHOST..=Ipv4Addr::LOCALHOST] }],
         counters: vec!["counter"],
         limits: if is_limit { vec![limit] } else { Vec::new() },
         chains: chain.into_iter().collect(),
@@ -230,8 +232,9 @@ fn overlap(one: Ipv4Net, other: Ipv4Net) -> bool {
 }
 
 fn other_firewalls(plan: &AddressPlan) -> Finding {
-    let chains = match nftables::here()
-        .and_then(|nftables_socket| foreign::refusing(&nftables_socket, plan))
+    let chains = match nft::here()
+        .map_err(Error::from)
+        .and_then(|netfilter| foreign::refusing(&netfilter, plan))
     {
         Ok(chains) => chains,
         Err(error) => {
@@ -426,7 +429,7 @@ mod tests {
         assert_eq!(netns::in_a_new_one(|_| missing_parts()).unwrap().unwrap(), [""; 0]);
         // What the kernel refuses is what is missing.
         let refused = netns::in_a_new_one(|_| {
-            let nftables_socket = nftables::here()?;
+            let netfilter = nft::here()?;
             let hook = Hook {
                 kind: Kind::Filter,
                 at: At::Prerouting,
@@ -434,7 +437,7 @@ mod tests {
                 otherwise: Fate::Accept,
             };
             let chain = Chain::base("try", hook, [when::limited("no such limit")]);
-            nftables::apply(&nftables_socket, &just(Family::Inet, "x", Some(chain)), Mode::First)
+            nft::apply(&netfilter, &just(Family::Inet, "x", Some(chain)), Mode::First)
         });
         refused.unwrap().unwrap_err();
     }

@@ -16,7 +16,6 @@ use super::{
     link::{self, Link},
     linux::LinuxNetwork,
     namespace::{self, Before, Design},
-    netlink::Kernel,
     protected::InForce,
     range::Range,
     route::{self, Ensured},
@@ -24,7 +23,10 @@ use super::{
 use crate::{
     sandbox::SandboxId,
     sync::{Arc, lock},
-    sys::netns::{self, Namespace},
+    sys::{
+        netlink::Kernel,
+        netns::{self, Namespace},
+    },
 };
 
 /// The inside of so many namespaces is looked at each time, by turns. Only who enters one

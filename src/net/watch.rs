@@ -15,11 +15,11 @@ use netlink_packet_route::{
     route::{RouteAddress, RouteAttribute},
 };
 
-use super::{Changed, Error, firewall, link, netlink::parsed};
+use super::{Changed, Error, firewall, link};
 use crate::{
     sandbox::network::AddressPlan,
     sync::Arc,
-    sys::netlink::{Family, Notification, Notifications},
+    sys::netlink::{Family, Notification, Notifications, parsed},
 };
 
 /// Links, IPv4 addresses, IPv4 routes and settings of IPv4: the bits of groups 1, 5, 7 and 24

@@ -72,12 +72,16 @@ const LIBRARIES: [(&str, &[&str]); 21] = [
     ("std::sync::RwLock", &["src/sync.rs"]),
     ("std::sync::Condvar", &["src/sync.rs"]),
     ("shuttle", &["src/sync.rs"]),
-    ("netlink_packet_core", &["src/net/"]),
+    ("netlink_packet_core", &["src/net/", "src/sys/netlink/"]),
     ("netlink_packet_netfilter", &["src/net/"]),
     ("netlink_packet_route", &["src/net/"]),
     ("ipnet", &["src/sandbox/network/", "src/net/"]),
     ("etherparse", &["src/net/wake_on_packet/packet.rs"]),
 ];
+
+/// Rooms inside a room that could be published by themselves: what they may import of the crate
+/// besides what is in them.
+const CLOSED: [(&str, &[&str]); 1] = [("src/net/nft/", &["sys"])];
 
 /// Returns the sources of the crate with what is in them besides tests.
 pub(crate) fn production(sources: &[Source]) -> Vec<(&Source, Vec<CodePath>)> {
@@ -117,6 +121,31 @@ fn upward_imports(sources: &[Source]) -> Vec<String> {
             if path.is_in(root) && used != room && !allowed.contains(&used) {
                 complaints
                     .push(format!("{}:{}: `{room}` may not use `{used}`", source.path, path.line));
+            }
+        }
+    }
+    complaints.dedup();
+    complaints
+}
+
+/// Complains of what a closed room uses of the rest of the crate.
+fn ways_out_of_closed_rooms(sources: &[Source]) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for (source, paths) in production(sources) {
+        let room = CLOSED.iter().find(|(room, _)| source.path.starts_with(room));
+        let Some((room, allowed)) = room else { continue };
+        let is_top = source.path == format!("{room}mod.rs");
+        for path in paths {
+            let used = path.parts.get(1).map(String::as_str);
+            let leads_out = match used {
+                Some(used) if path.is_in("crate") => !allowed.contains(&used),
+                Some(_) => is_top && path.is_in("super") || path.is_in("super::super"),
+                None => false,
+            };
+            if leads_out {
+                let name = path.parts.join("::");
+                complaints
+                    .push(format!("{}:{}: {room} may not use `{name}`", source.path, path.line));
             }
         }
     }
@@ -188,6 +217,7 @@ fn is_in_place(source: &Source, places: &[&str]) -> bool {
 #[test]
 fn imports_go_down_only() {
     assert_none(&upward_imports(&sources()));
+    assert_none(&ways_out_of_closed_rooms(&sources()));
     assert_none(&ways_around_the_table(&sources()));
 }
 
@@ -249,6 +279,21 @@ fn a_file_of_tests_may_use_anything_and_no_other_file_may() {
     };
     assert!(upward_imports(&file("#[cfg(test)]\nmod tests;")).is_empty());
     assert_eq!(upward_imports(&file("mod tests;")).len(), 1);
+}
+
+#[test]
+fn a_way_out_of_a_closed_room_is_caught() {
+    for (path, text, count) in [
+        ("src/net/nft/batch.rs", "use super::ruleset::Set; use crate::sys::netlink;", 0),
+        ("src/net/nft/batch.rs", "use crate::{net::Error, sys};", 1),
+        ("src/net/nft/batch.rs", "use crate::sandbox::SandboxId;", 1),
+        ("src/net/nft/mod.rs", "use super::Error;", 1),
+        ("src/net/nft/mod.rs", "pub(crate) use batch::apply;", 0),
+        ("src/net/link.rs", "use super::Error;", 0),
+    ] {
+        let caught = ways_out_of_closed_rooms(&[Source::made_up(path, text)]);
+        assert_eq!(caught.len(), count, "{path}: {text}: {caught:?}");
+    }
 }
 
 #[test]

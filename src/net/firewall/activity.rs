@@ -10,9 +10,10 @@ use super::{
     PASS_IN, PASS_OUT,
 };
 use crate::{
-    net::{
-        condition::{End, accept, count, end_in, port_of, says_nothing, tcp_after_bare_header},
-        ruleset::{Chain, Rule, rule},
+    net::nft::{
+        Chain, Rule,
+        matcher::{End, accept, count, end_in, port_in, says_nothing, tcp_after_bare_header},
+        rule,
     },
     sandbox::network::Ignored,
 };
@@ -44,7 +45,7 @@ fn passes(
         rules.push(rule([end_in(other, IGNORED), accept()]));
     }
     for ports in ignored.ports() {
-        rules.push(rule([port_of(opened, ports), accept()]));
+        rules.push(rule([port_in(opened, ports.transport, &ports.range), accept()]));
     }
     rules.push(rule([count(active), accept()]));
     Chain { name, hook: None, rules }

@@ -12,19 +12,17 @@
 
 use std::net::Ipv4Addr;
 
-use super::{
-    condition::{
-        CONFIRMED, DNAT, ESTABLISHED_OR_RELATED, INVALID, NEW, NEW_OR_KNOWN, accept,
+use super::nft::{
+    At, Chain, Direction, Family, Fate, Field, Hook, Kind, Limit, Rule, Ruleset, Set, Table,
+    matcher::{
+        CONFIRMED, DNAT, ESTABLISHED_OR_RELATED, INVALID, NEW, NEW_OR_KNOWN, Protocol, accept,
         after_ethernet, answered_by_any_of, as_destination, as_source, begins_or_ends, count,
         direction, drop_it, ether_type, flows_over, from_address, from_device, from_group,
         from_network, from_port, goto, limited, masquerade, no_status, no_syn, not_from_mac,
         not_from_network, not_ipv4, not_to_group, one_in, opened_to, opened_to_any_of, prohibit,
         reset, state, tcp, to_address, to_any_of, to_device, to_group, to_mac, to_port,
     },
-    ruleset::{
-        At, Chain, Direction, Family, Fate, Field, Hook, Kind, Limit, Rule, Ruleset, Set, Table,
-        rule,
-    },
+    rule,
 };
 use crate::sandbox::network::{
     AddressPlan, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, Ignored, NetworkPolicy,
@@ -136,11 +134,11 @@ pub(super) fn of_sandbox(
         family: Family::Inet,
         name: TABLE.to_owned(),
         sets: vec![
-            Set { name: PUBLIC, spans: lists.public },
-            Set { name: NAMESERVERS, spans: nameservers.iter().copied().map(Span::from).collect() },
-            Set { name: DENIED, spans: lists.denied },
-            Set { name: ALLOWED, spans: lists.allowed },
-            Set { name: activity::IGNORED, spans: ignored.spans() },
+            set(PUBLIC, lists.public),
+            set(NAMESERVERS, nameservers.iter().copied().map(Span::from)),
+            set(DENIED, lists.denied),
+            set(ALLOWED, lists.allowed),
+            set(activity::IGNORED, ignored.spans()),
         ],
         counters: COUNTERS.into(),
         limits: vec![Limit {
@@ -165,6 +163,20 @@ pub(super) fn of_sandbox(
             .collect(),
     };
     Ruleset { tables: vec![source_check(), inside] }
+}
+
+fn set(name: &'static str, spans: impl IntoIterator<Item = Span>) -> Set {
+    let ranges = spans.into_iter().map(|span| span.first..=span.last);
+    Set { name, ranges: ranges.collect() }
+}
+
+impl From<Transport> for Protocol {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Tcp => Self::Tcp,
+            Transport::Udp => Self::Udp,
+        }
+    }
 }
 
 /// The addresses that a policy comes down to.
@@ -216,7 +228,7 @@ fn source_check() -> Table {
         accept(),
     ]);
     let sends_ipv4 = rule([
-        to_mac(GATEWAY_MAC),
+        to_mac(GATEWAY_MAC.0),
         ether_type(TYPE_IPV4),
         after_ethernet(field(12, 4), &GUEST_ADDRESS.octets()),
         accept(),
@@ -238,7 +250,7 @@ fn source_check() -> Table {
             FROM_GUEST,
             hook,
             [
-                rule([not_from_mac(GUEST_MAC), count(SPOOFED), drop_it()]),
+                rule([not_from_mac(GUEST_MAC.0), count(SPOOFED), drop_it()]),
                 asks_for_its_gateway,
                 sends_ipv4,
                 rule([ether_type(TYPE_IPV6), drop_it()]),

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    net::ruleset::{Load, Step},
+    net::nft::{Load, Step},
     sandbox::network::{Destinations, is_public},
 };
 
@@ -28,7 +28,7 @@ fn rules(policy: &NetworkPolicy) -> Table {
 
 fn is_in(table: &Table, set: &str, address: Ipv4Addr) -> bool {
     let set = table.sets.iter().find(|it| it.name == set).unwrap();
-    set.spans.iter().any(|span| span.contains(address))
+    set.ranges.iter().any(|range| range.contains(&address))
 }
 
 /// Says whether a packet to `address`, at a port that has nothing to do with names, passes:

@@ -9,8 +9,9 @@ use std::collections::BTreeMap;
 
 use netlink_packet_netfilter::nftables::Register;
 
-use super::{Error, link, netlink::Kernel, route};
+use super::{Error, link, route};
 use crate::sandbox::network::AddressPlan;
+use crate::sys::netlink::Kernel;
 
 mod packet;
 mod read;

@@ -15,7 +15,7 @@ use netlink_packet_netfilter::{
 };
 
 use super::packet::Field;
-use crate::net::{Error, netlink::Kernel};
+use crate::{net::Error, sys::netlink::Kernel};
 
 const DROP: u32 = 0;
 const ACCEPT: u32 = 1;

@@ -36,7 +36,6 @@ use self::{
 };
 use super::{
     Error, host, link,
-    netlink::{Answers, Kernel},
     route::{self, Ensured},
 };
 use crate::{
@@ -44,6 +43,7 @@ use crate::{
     sync::{Arc, Mutex, lock},
     sys::{
         clock::Stopwatch,
+        netlink::{Answers, Kernel},
         tun::{Awaited, Device, Packets},
     },
 };
@@ -192,7 +192,7 @@ impl WakeOnPacket {
             return Ok(());
         }
         let unrouted = lock(&self.links).apply(vec![route::remove(address.ip())], Answers::Each);
-        unrouted.inspect_err(|_| self.stop_listening(address))
+        Ok(unrouted.inspect_err(|_| self.stop_listening(address))?)
     }
 
     /// Notes that a sleeper has no network any more, and with it no connections.

@@ -1,4 +1,4 @@
-//! Requests to the kernel and its answers, whichever family they are of.
+//! Requests to the kernel and its answers, of any family.
 
 use std::{borrow::Cow, io};
 
@@ -7,21 +7,32 @@ use netlink_packet_core::{
     NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 
-use super::Error;
-use crate::sys::netlink::{self, Family, NetlinkSocket};
+use super::{Family, NetlinkSocket, is_missing, is_unsupported};
+
+/// A request that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{doing}")]
+pub struct RequestError {
+    /// What it was to do, such as `adding the default route`.
+    pub doing: Cow<'static, str>,
+    /// What the kernel said.
+    pub source: io::Error,
+}
 
 /// A request, and what it does, for the message of its failure.
 #[derive(Debug)]
-pub(super) struct Request<M> {
-    pub(super) doing: Cow<'static, str>,
-    pub(super) message: NetlinkMessage<M>,
+pub struct Request<M> {
+    /// What it does, such as `adding the default route`.
+    pub doing: Cow<'static, str>,
+    /// The message, without its number and without the flags of every request.
+    pub message: NetlinkMessage<M>,
     /// Which refusal is no failure.
-    pub(super) accepts: Accepts,
+    pub accepts: Accepts,
 }
 
 /// Which refusals of the kernel are none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Accepts {
+pub enum Accepts {
     /// Every refusal is one.
     Success,
     /// What was to be removed may be gone.
@@ -36,8 +47,8 @@ impl Accepts {
     fn accepts(self, error: &io::Error) -> bool {
         match self {
             Self::Success => false,
-            Self::Missing => netlink::is_missing(error),
-            Self::Unsupported => netlink::is_unsupported(error),
+            Self::Missing => is_missing(error),
+            Self::Unsupported => is_unsupported(error),
             Self::Existing => error.kind() == io::ErrorKind::AlreadyExists,
         }
     }
@@ -45,7 +56,7 @@ impl Accepts {
 
 /// How the kernel answers a list of requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Answers {
+pub enum Answers {
     /// One by one: each is done or not.
     Each,
     /// All or nothing: the first and the last of the list are the brackets of a
@@ -55,15 +66,15 @@ pub(super) enum Answers {
 
 /// A socket in one namespace, for messages of one family.
 #[derive(Debug)]
-pub(super) struct Kernel {
+pub struct Kernel {
     socket: NetlinkSocket,
 }
 
 impl Kernel {
     /// Opens a socket in the namespace that this thread is in.
-    pub(super) fn here(family: Family) -> Result<Self, Error> {
+    pub fn here(family: Family) -> Result<Self, RequestError> {
         let socket = NetlinkSocket::open(family)
-            .map_err(|source| Error::Host { doing: "opening a netlink socket".into(), source })?;
+            .map_err(|source| RequestError { doing: "opening a netlink socket".into(), source })?;
         Ok(Self { socket })
     }
 
@@ -72,7 +83,7 @@ impl Kernel {
     ///
     /// # Errors
     /// For the first that was refused. The others were tried all the same.
-    pub(super) fn apply<M>(&self, requests: Vec<Request<M>>, answers: Answers) -> Result<(), Error>
+    pub fn apply<M>(&self, requests: Vec<Request<M>>, answers: Answers) -> Result<(), RequestError>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
     {
@@ -91,12 +102,13 @@ impl Kernel {
             append(&mut bytes, message);
             waiting.push((doing, accepts, bracket(at)));
         }
-        let said = |source| Error::Host { doing: "telling the kernel".into(), source };
+        let said = |source| RequestError { doing: "telling the kernel".into(), source };
+        let no_answer = |source| RequestError { doing: "waiting for the kernel".into(), source };
         self.socket.send(&bytes).map_err(said)?;
         let mut left = waiting.iter().filter(|(_, _, is_bracket)| !is_bracket).count();
         let mut first_error: Option<(usize, io::Error)> = None;
         while left > 0 {
-            for answer in self.receive::<M>().map_err(Error::host("waiting for the kernel"))? {
+            for answer in self.receive::<M>().map_err(no_answer)? {
                 let (sequence, NetlinkPayload::Error(error)) =
                     (answer.header.sequence_number, answer.payload)
                 else {
@@ -118,7 +130,7 @@ impl Kernel {
             None => Ok(()),
             Some((at, source)) => {
                 let doing = waiting.swap_remove(at).0;
-                Err(Error::Host { doing, source })
+                Err(RequestError { doing, source })
             }
         }
     }
@@ -127,18 +139,18 @@ impl Kernel {
     ///
     /// # Errors
     /// Where the kernel does not say.
-    pub(super) fn get<M>(
+    pub fn get<M>(
         &self,
         doing: &'static str,
         message: NetlinkMessage<M>,
-    ) -> Result<Option<M>, Error>
+    ) -> Result<Option<M>, RequestError>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
     {
         match self.ask(message, NLM_F_ACK, Some) {
             Ok(mut found) => Ok(found.pop()),
             Err(source) if Accepts::Missing.accepts(&source) => Ok(None),
-            Err(source) => Err(Error::Host { doing: doing.into(), source }),
+            Err(source) => Err(RequestError { doing: doing.into(), source }),
         }
     }
 
@@ -146,11 +158,11 @@ impl Kernel {
     ///
     /// # Errors
     /// Where the kernel does not say.
-    pub(super) fn list<M>(
+    pub fn list<M>(
         &self,
         doing: &'static str,
         message: NetlinkMessage<M>,
-    ) -> Result<Vec<M>, Error>
+    ) -> Result<Vec<M>, RequestError>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
     {
@@ -162,17 +174,17 @@ impl Kernel {
     ///
     /// # Errors
     /// Where the kernel does not say.
-    pub(super) fn list_some<M, T>(
+    pub fn list_some<M, T>(
         &self,
         doing: &'static str,
         message: NetlinkMessage<M>,
         keep: impl Fn(M) -> Option<T>,
-    ) -> Result<Vec<T>, Error>
+    ) -> Result<Vec<T>, RequestError>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
     {
         self.ask(message, NLM_F_DUMP, keep)
-            .map_err(|source| Error::Host { doing: doing.into(), source })
+            .map_err(|source| RequestError { doing: doing.into(), source })
     }
 
     fn ask<M, T>(
@@ -213,9 +225,7 @@ impl Kernel {
 ///
 /// # Errors
 /// Where it has something else.
-pub(super) fn parsed<M: NetlinkDeserializable>(
-    datagram: &[u8],
-) -> io::Result<Vec<NetlinkMessage<M>>> {
+pub fn parsed<M: NetlinkDeserializable>(datagram: &[u8]) -> io::Result<Vec<NetlinkMessage<M>>> {
     let invalid = |why: DecodeError| io::Error::new(io::ErrorKind::InvalidData, why);
     let mut messages = Vec::new();
     let mut rest = datagram;
@@ -234,7 +244,7 @@ const ALIGNMENT: usize = 4;
 
 /// Zero is the number of the kernel's own notifications.
 fn sequence(at: usize) -> u32 {
-    u32::try_from(at + 1).expect("nobody makes that many requests at once")
+    u32::try_from(at + 1).expect("no list of requests is as long")
 }
 
 fn append<M: NetlinkSerializable>(bytes: &mut Vec<u8>, mut message: NetlinkMessage<M>) {

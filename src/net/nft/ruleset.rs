@@ -1,33 +1,30 @@
 //! A firewall as a value: tables of chains of rules, in the kernel's own terms.
 //!
-//! What a rule means is said in `firewall.rs`; how it is told to the kernel in
-//! `nftables.rs`. A rule is a list of steps that are taken in order, until one does not
-//! hold: load something, compare it, count, decide.
+//! A rule is a list of steps that are taken in order, until one does not hold: load
+//! something, compare it, count, decide.
 
-use std::net::Ipv4Addr;
-
-use crate::sandbox::network::Span;
+use std::{net::Ipv4Addr, ops::RangeInclusive};
 
 /// All that is to be in force, table by table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Ruleset {
-    pub(super) tables: Vec<Table>,
+pub(crate) struct Ruleset {
+    pub(crate) tables: Vec<Table>,
 }
 
 /// A table, with everything in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Table {
-    pub(super) family: Family,
-    pub(super) name: String,
-    pub(super) sets: Vec<Set>,
-    pub(super) counters: Vec<&'static str>,
-    pub(super) limits: Vec<Limit>,
-    pub(super) chains: Vec<Chain>,
+pub(crate) struct Table {
+    pub(crate) family: Family,
+    pub(crate) name: String,
+    pub(crate) sets: Vec<Set>,
+    pub(crate) counters: Vec<&'static str>,
+    pub(crate) limits: Vec<Limit>,
+    pub(crate) chains: Vec<Chain>,
 }
 
 /// Which packets a table sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Family {
+pub(crate) enum Family {
     /// Frames, as they come from a device.
     Netdev,
     /// IPv4 and IPv6.
@@ -37,50 +34,51 @@ pub(super) enum Family {
 /// A named set of addresses. It stays when the rules are replaced, and only what is in it
 /// changes: a set that is deleted is empty for another CPU that still has the old rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Set {
-    pub(super) name: &'static str,
-    pub(super) spans: Vec<Span>,
+pub(crate) struct Set {
+    pub(crate) name: &'static str,
+    /// In order, and none overlaps or touches another.
+    pub(crate) ranges: Vec<RangeInclusive<Ipv4Addr>>,
 }
 
 /// A named limit of packets. It stays, so that replacing the rules gives nobody more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Limit {
-    pub(super) name: &'static str,
-    pub(super) per_second: u64,
-    pub(super) burst: u32,
+pub(crate) struct Limit {
+    pub(crate) name: &'static str,
+    pub(crate) per_second: u64,
+    pub(crate) burst: u32,
     /// Whether it holds for what is over it, rather than for what is within.
-    pub(super) over: bool,
+    pub(crate) over: bool,
 }
 
 /// A chain of rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Chain {
-    pub(super) name: &'static str,
+pub(crate) struct Chain {
+    pub(crate) name: &'static str,
     /// Where packets come in, if it is not only gone to by others.
-    pub(super) hook: Option<Hook>,
-    pub(super) rules: Vec<Rule>,
+    pub(crate) hook: Option<Hook>,
+    pub(crate) rules: Vec<Rule>,
 }
 
 /// Where in the path of a packet a chain is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Hook {
-    pub(super) kind: Kind,
-    pub(super) at: At,
-    pub(super) priority: i32,
+pub(crate) struct Hook {
+    pub(crate) kind: Kind,
+    pub(crate) at: At,
+    pub(crate) priority: i32,
     /// What becomes of a packet that no rule decided on.
-    pub(super) otherwise: Fate,
+    pub(crate) otherwise: Fate,
 }
 
 /// What the chain of a hook is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Filter,
     Nat,
 }
 
 /// A place in the path of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum At {
+pub(crate) enum At {
     /// Right after the device of this name.
     Ingress(&'static str),
     Prerouting,
@@ -91,16 +89,16 @@ pub(super) enum At {
 
 /// What becomes of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fate {
+pub(crate) enum Fate {
     Accept,
     Drop,
 }
 
-pub(super) type Rule = Vec<Step>;
+pub(crate) type Rule = Vec<Step>;
 
 /// A step of a rule. Steps that load put their value where the next one finds it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// Loads something about the packet.
     Load(Load),
     /// Keeps the bits of the loaded value that are in the mask.
@@ -137,14 +135,14 @@ pub(super) enum Step {
 
 /// What a sender is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub(crate) enum Refusal {
     TcpReset,
     AdminProhibited,
 }
 
 /// What can be loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Load {
+pub(crate) enum Load {
     InName,
     OutName,
     InGroup,
@@ -167,7 +165,7 @@ pub(super) enum Load {
 
 /// Which way the packets of a connection go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
+pub(crate) enum Direction {
     /// As the packet that opened it.
     Original,
     Reply,
@@ -175,35 +173,35 @@ pub(super) enum Direction {
 
 /// A part of a header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Field {
-    pub(super) offset: u32,
-    pub(super) length: u32,
+pub(crate) struct Field {
+    pub(crate) offset: u32,
+    pub(crate) length: u32,
 }
 
 impl Ruleset {
     /// Returns the addresses that a set has one by one, in order.
-    pub(super) fn addresses(&self, set: &str) -> Vec<Ipv4Addr> {
+    pub(crate) fn addresses(&self, set: &str) -> Vec<Ipv4Addr> {
         let sets = self.tables.iter().flat_map(|table| &table.sets);
-        let spans = sets.filter(|it| it.name == set).flat_map(|set| &set.spans);
-        let mut addresses: Vec<Ipv4Addr> = spans.map(|span| span.first).collect();
+        let ranges = sets.filter(|it| it.name == set).flat_map(|set| &set.ranges);
+        let mut addresses: Vec<Ipv4Addr> = ranges.map(|range| *range.start()).collect();
         addresses.sort_unstable();
         addresses
     }
 }
 
 /// Puts the parts of a rule together.
-pub(super) fn rule<const N: usize>(parts: [Vec<Step>; N]) -> Rule {
+pub(crate) fn rule<const N: usize>(parts: [Vec<Step>; N]) -> Rule {
     parts.into_iter().flatten().collect()
 }
 
 impl Chain {
     /// Makes a chain that is only gone to by others.
-    pub(super) fn inner<const N: usize>(name: &'static str, rules: [Rule; N]) -> Self {
+    pub(crate) fn inner<const N: usize>(name: &'static str, rules: [Rule; N]) -> Self {
         Self { name, hook: None, rules: rules.into() }
     }
 
     /// Makes a chain that packets come to by themselves.
-    pub(super) fn base<const N: usize>(name: &'static str, hook: Hook, rules: [Rule; N]) -> Self {
+    pub(crate) fn base<const N: usize>(name: &'static str, hook: Hook, rules: [Rule; N]) -> Self {
         Self { name, hook: Some(hook), rules: rules.into() }
     }
 }

@@ -1,7 +1,8 @@
 //! Sockets by which the kernel is told about links, routes and the firewall.
 //!
 //! A socket belongs to the network namespace of the thread that opens it, and stays with
-//! it. What the messages mean is known to `net`; here they are bytes.
+//! it. What the messages mean is known to `net`; here they are bytes, or of any type that can
+//! be written as such.
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 
@@ -17,6 +18,10 @@ use rustix::{
         },
     },
 };
+
+mod request;
+
+pub use request::{Accepts, Answers, Kernel, Request, RequestError, parsed};
 
 /// The kernel answers in the call that asks, so this is for a host that is out of
 /// breath: removing a set waits for all CPUs, some 13 ms when they are idle.
