@@ -4,22 +4,21 @@ use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt, path::PathBuf, time::SystemTi
 
 use fuser::{
     BsdFileFlags, Errno as Number, FileHandle, Filesystem, Generation, INodeNo, InitFlags,
-    IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags,
-    PollNotifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr,
+    Request, TimeOrNow, WriteFlags,
 };
 use tracing::{Span, field::Empty};
 
 use super::{
-    lanes::{Lanes, Share},
-    once::{Once, give},
-    polls::{self, Polls},
+    jobs::{Give, Jobs},
+    once::Once,
+    polls::Polls,
     tombstone,
     translate::{
-        BLOCK_BYTES, attr_ttl, caller, caught, file_attr, is_append, is_nonblocking, node,
-        not_taken, number, reply_attr, reply_data, reply_empty, reply_entry, reply_opened,
-        reply_opened_document, reply_written,
+        BLOCK_BYTES, access, attr_ttl, caller, caught, file_attr, is_nonblocking, node, not_taken,
+        number, reply_attr, reply_data, reply_empty, reply_entry, reply_opened, reply_ready,
     },
     waiting::{AnnouncedWrite, Waiting},
 };
@@ -28,33 +27,18 @@ use crate::{
     sandbox::{RowId, text::one_line},
     sync::Arc,
     sys::{growth::GrowthWatch, pool::Pool},
-    tree::{
-        Access, Answer, AttrChange, Caller, Closed, Errno, File, Job, Node, Opened, Tree, Written,
-    },
+    tree::{Answer, AttrChange, Caller, Errno, File, Node, Tree},
 };
 
 /// The largest write. A document is smaller; a larger one arrives whole, to be refused.
 const WRITE_MAX_BYTES: u32 = 128 * 1024;
-
-/// How many questions may wait for a disk or the kernel at a time. A crawler has one.
-const LOOKS_MAX: usize = 512;
-/// How many of those are one user's. They may be long work for the kernel, so they are few;
-/// those that hang on a stalled disk keep only their user from asking more.
-const LOOKS_OF_USER: Share = Share { threads: 8, queue: 1024 };
-/// How many operations a user may have under way or waiting for a lock. A thread for each
-/// is there or the request is refused: one that waited here would hold its caller's file.
-const OPERATIONS_OF_USER: Share = Share { threads: 256, queue: 0 };
 
 /// The file system that fuser serves.
 #[derive(Debug)]
 pub(super) struct Adapter {
     tree: Arc<Tree>,
     feed: Arc<ChangeFeed>,
-    operations: Lanes,
-    /// For questions that wait for a disk or the kernel: those that hang leave the threads
-    /// of `operations` to those who write.
-    looks: Lanes,
-    waiting: Arc<Waiting>,
+    jobs: Jobs,
     polls: Arc<Polls>,
     consoles: Arc<GrowthWatch>,
 }
@@ -71,9 +55,8 @@ impl Adapter {
         let consoles =
             GrowthWatch::start(move |row| woken.wake(Node::File(RowId(row), File::Console)))?;
         let consoles = Arc::new(consoles);
-        let looks = Lanes::new(Arc::new(Pool::with_limit(LOOKS_MAX)), LOOKS_OF_USER);
-        let operations = Lanes::new(pool, OPERATIONS_OF_USER);
-        Ok(Self { tree, feed, operations, looks, waiting, polls, consoles })
+        let jobs = Jobs::new(pool, waiting);
+        Ok(Self { tree, feed, jobs, polls, consoles })
     }
 
     /// Returns the span of a request, which its job takes over.
@@ -109,132 +92,17 @@ impl Adapter {
         caught(|| work(&self.tree)).map_err(number)
     }
 
-    /// Answers `reply` by a job; where there are too many already, with EBUSY.
-    fn later<T: Send + 'static, R: Send + 'static>(
+    /// Gives the answer of a call of the tree's.
+    fn answer<T: Send + 'static, R: Send + 'static>(
         &self,
-        job: Job<T>,
-        uid: u32,
+        request: &Request,
         reply: R,
-        answer: impl FnOnce(R, Result<T, Number>) + Send + 'static,
+        give: Give<R, T>,
+        work: impl FnOnce(&Arc<Tree>, Caller) -> Result<Answer<T>, Errno>,
     ) {
-        let reply = Once::new(reply);
-        let mine = reply.clone();
-        let answer = Arc::new(crate::sync::Mutex::new(Some(answer)));
-        let by_job = Arc::clone(&answer);
-        let queued = self.operations.run(uid, move || {
-            let result = caught(job).map_err(number);
-            give(&mine, &by_job, result);
-        });
-        if let Err(error) = queued {
-            give(&reply, &answer, Err(not_taken(&error)));
-        }
-    }
-}
-
-/// Has the pollers of a console woken when its guest prints. Before its first boot there
-/// is nothing to watch; they are woken when it boots.
-fn watch_console(tree: &Tree, consoles: &GrowthWatch, row: RowId) {
-    let Some(log) = tree.console_log(row) else { return };
-    if let Err(error) = consoles.watch(row.0, &log)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        tracing::warn!(%error, "watching a console for a program that polls");
-    }
-}
-
-impl Adapter {
-    /// Answers a request by a job that it can be interrupted in. Whoever
-    /// is not there any more for the answer has `unwanted` called with what the job made.
-    fn later_unless_signalled<T: Send + 'static, R: Send + 'static>(
-        &self,
-        job: Job<T>,
-        caller: Caller,
-        reply: R,
-        answer: fn(R, Result<T, Number>),
-        unwanted: impl FnOnce(T) + Send + 'static,
-    ) {
-        self.run_unless_signalled(&self.operations, job, caller, reply, answer, unwanted);
-    }
-
-    fn run_unless_signalled<T: Send + 'static, R: Send + 'static>(
-        &self,
-        lanes: &Lanes,
-        job: Job<T>,
-        caller: Caller,
-        reply: R,
-        answer: fn(R, Result<T, Number>),
-        unwanted: impl FnOnce(T) + Send + 'static,
-    ) {
-        let is_look = std::ptr::eq(lanes, &raw const self.looks);
-        let reply = Once::new(reply);
-        let (interrupted, mine) = (reply.clone(), reply.clone());
-        let waiting = Arc::clone(&self.waiting);
-        let place = waiting.enter(caller, move || {
-            if let Some(reply) = interrupted.take() {
-                answer(reply, Err(Number::EINTR));
-            }
-        });
-        let queued = lanes.run(caller.uid, move || {
-            if is_look && mine.is_given() {
-                return;
-            }
-            let result = caught(job).map_err(number);
-            waiting.leave(place);
-            match (mine.take(), result) {
-                (Some(reply), result) => answer(reply, result),
-                (None, Ok(made)) => unwanted(made),
-                (None, Err(_)) => {}
-            }
-        });
-        if let Err(error) = queued {
-            self.waiting.leave(place);
-            if let Some(reply) = reply.take() {
-                answer(reply, Err(not_taken(&error)));
-            }
-        }
-    }
-
-    fn write_later(&self, job: Job<usize>, node: Node, caller: Caller, reply: ReplyWrite) {
-        let reply = AnnouncedWrite::begin(node, &self.feed, reply);
-        self.later_unless_signalled(job, caller, reply, AnnouncedWrite::give, drop);
-    }
-
-    /// Answers a question. One that waits for a disk ends, for a caller that is signalled,
-    /// without an answer.
-    fn reply<T: Send + 'static, R: Send + 'static>(
-        &self,
-        answer: Result<Answer<T>, Number>,
-        caller: Caller,
-        reply: R,
-        give: fn(R, Result<T, Number>),
-    ) {
-        match answer {
-            Ok(Answer::Now(now)) => give(reply, Ok(now)),
-            Ok(Answer::Failed(errno)) => give(reply, Err(number(errno))),
-            Ok(Answer::Later(job)) => {
-                self.run_unless_signalled(&self.looks, job, caller, reply, give, drop);
-            }
-            Err(errno) => give(reply, Err(errno)),
-        }
-    }
-
-    /// Answers a close or an fsync.
-    fn reply_closed(&self, closed: Result<Closed, Number>, caller: Caller, reply: ReplyEmpty) {
-        match closed {
-            Ok(Closed::Now(result)) => reply_empty(reply, result.map_err(number)),
-            // Whoever is signalled need not wait, and the document is committed all the same.
-            Ok(Closed::Later(job)) => {
-                self.later_unless_signalled(job, caller, reply, reply_empty, drop);
-            }
-            Err(errno) => reply.error(errno),
-        }
-    }
-
-    fn open_later(&self, lanes: &Lanes, job: Job<u64>, caller: Caller, reply: ReplyOpen) {
-        let tree = Arc::clone(&self.tree);
-        self.run_unless_signalled(lanes, job, caller, reply, reply_opened, move |handle| {
-            drop(tree.close(handle));
-        });
+        let caller = caller(request);
+        let answer = self.call(|tree| work(tree, caller));
+        self.jobs.give(answer, caller, reply, give, drop);
     }
 }
 
@@ -280,17 +148,15 @@ impl Filesystem for Adapter {
 
     fn getattr(&self, request: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         let _in = self.span("getattr", request, ino).entered();
-        let caller = caller(request);
-        let attr = self.call(|tree| {
+        self.answer(request, reply, reply_attr, |tree, caller| {
             let node = node(ino)?;
             Ok(match tree.attr_for(node, caller) {
-                Answer::Failed(errno) => {
+                Answer::Now(Err(errno)) => {
                     tombstone::attr(tree, caller.tid, node).map_err(|_| errno).into()
                 }
-                answer @ (Answer::Now(_) | Answer::Later(_)) => answer,
+                answer @ (Answer::Now(_) | Answer::Job(..) | Answer::Started(..)) => answer,
             })
         });
-        self.reply(attr, caller, reply, reply_attr);
     }
 
     fn setattr(
@@ -312,21 +178,15 @@ impl Filesystem for Adapter {
         reply: ReplyAttr,
     ) {
         let _in = self.span("setattr", request, ino).entered();
-        let caller = caller(request);
         let mode = mode.and_then(|mode| u16::try_from(mode & 0o7777).ok());
         let change = AttrChange { mode, uid, gid, mtime: mtime.is_some() };
-        match self.call(|tree| {
+        self.answer(request, reply, reply_attr, |tree, caller| {
             let node = node(ino)?;
             if let (Some(size), Some(handle)) = (size, handle) {
                 tree.truncate(node, handle.0, size);
             }
-            let job = tree.set_attr(node, change, caller)?;
-            Ok((job, tree.attr(node)?))
-        }) {
-            Ok((None, attr)) => reply_attr(reply, Ok(attr)),
-            Ok((Some(job), _)) => self.later(job, caller.uid, reply, reply_attr),
-            Err(errno) => reply.error(errno),
-        }
+            Ok(tree.set_attr(node, change, caller))
+        });
     }
 
     fn mkdir(
@@ -339,11 +199,9 @@ impl Filesystem for Adapter {
         reply: ReplyEntry,
     ) {
         let _in = self.span_of_name("mkdir", request, parent, name).entered();
-        let caller = caller(request);
-        match self.call(|tree| tree.make_dir(node(parent)?, name.as_bytes(), caller)) {
-            Ok(job) => self.later(job, caller.uid, reply, reply_entry),
-            Err(errno) => reply.error(errno),
-        }
+        self.answer(request, reply, reply_entry, |tree, caller| {
+            Ok(tree.make_dir(node(parent)?, name.as_bytes(), caller))
+        });
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -381,38 +239,12 @@ impl Filesystem for Adapter {
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let _in = self.span("open", request, ino).entered();
-        let access = match flags.acc_mode() {
-            OpenAccMode::O_RDONLY => Access::Read,
-            OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR => {
-                match (is_append(flags), is_nonblocking(flags)) {
-                    (false, false) => Access::Write,
-                    (false, true) => Access::WriteNonblocking,
-                    (true, false) => Access::Append,
-                    (true, true) => Access::AppendNonblocking,
-                }
-            }
-        };
         let caller = caller(request);
-        let is_document = node(ino).is_ok_and(Tree::commits_at_close);
-        match self.call(|tree| tree.open(node(ino)?, access, caller)) {
-            Ok(Opened::Now(handle)) if is_document && access != Access::Read => {
-                reply_opened_document(reply, handle);
-            }
-            Ok(Opened::Now(handle)) => reply_opened(reply, Ok(handle)),
-            Ok(Opened::Later(job)) => self.open_later(&self.operations, job, caller, reply),
-            Ok(Opened::Look(job)) => self.open_later(&self.looks, job, caller, reply),
-            Ok(Opened::Started(handle, job)) => {
-                let started = self.operations.run(caller.uid, move || {
-                    // Nobody waits for the result; `error` has it.
-                    caught(job).ok();
-                });
-                if started.is_err() {
-                    drop(self.tree.close(handle));
-                }
-                reply_opened(reply, started.map(|()| handle).map_err(|error| not_taken(&error)));
-            }
-            Err(errno) => reply.error(errno),
-        }
+        let opened = self.call(|tree| Ok(tree.open(node(ino)?, access(flags), caller)));
+        let tree = Arc::clone(&self.tree);
+        self.jobs.give(opened, caller, reply, reply_opened, move |opened| {
+            drop(tree.close(opened.handle));
+        });
     }
 
     fn read(
@@ -427,10 +259,9 @@ impl Filesystem for Adapter {
         reply: ReplyData,
     ) {
         let _in = self.span("read", request, ino).entered();
-        let caller = caller(request);
-        let read =
-            self.call(|tree| Ok(tree.read(node(ino)?, handle.0, offset, size as usize, caller)));
-        self.reply(read, caller, reply, reply_data);
+        self.answer(request, reply, reply_data, |tree, caller| {
+            Ok(tree.read(node(ino)?, handle.0, offset, size as usize, caller))
+        });
     }
 
     fn write(
@@ -446,25 +277,18 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let _in = self.span("write", request, ino).entered();
-        let nonblocking = is_nonblocking(flags);
-        let caller = caller(request);
+        let (nonblocking, caller) = (is_nonblocking(flags), caller(request));
         let written = self.call(|tree| {
             let node = node(ino)?;
             Ok((node, tree.write(node, handle.0, offset, data, nonblocking, caller)))
         });
-        match written {
-            Ok((_, Written::Now(result))) => reply_written(reply, result.map_err(number)),
-            Ok((node, Written::Later(job))) => self.write_later(job, node, caller, reply),
-            Ok((_, Written::Started(len, job))) => {
-                let started = self.operations.run(caller.uid, move || {
-                    // Nobody waits for the result; `error` has it.
-                    caught(job).ok();
-                });
-                let started = started.map_err(|error| not_taken(&error));
-                reply_written(reply, started.map(|()| len));
-            }
-            Err(errno) => reply.error(errno),
-        }
+        let (node, written) = match written {
+            Ok((node, written)) => (node, written),
+            Err(errno) => return reply.error(errno),
+        };
+        let is_later = matches!(written, Answer::Job(..));
+        let reply = AnnouncedWrite::begin(node, is_later, &self.feed, reply);
+        self.jobs.give(Ok(written), caller, reply, AnnouncedWrite::give, drop);
     }
 
     fn flush(
@@ -476,9 +300,9 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let _in = self.span("flush", request, ino).entered();
-        let caller = caller(request);
-        let closed = self.call(|tree| Ok(tree.flush(node(ino)?, handle.0, caller)));
-        self.reply_closed(closed, caller, reply);
+        self.answer(request, reply, reply_empty, |tree, caller| {
+            Ok(tree.flush(node(ino)?, handle.0, caller))
+        });
     }
 
     fn fsync(
@@ -490,8 +314,7 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let _in = self.span("fsync", request, ino).entered();
-        let synced = self.call(|tree| Ok(tree.sync(node(ino)?, handle.0)));
-        self.reply_closed(synced, caller(request), reply);
+        self.answer(request, reply, reply_empty, |tree, _| Ok(tree.sync(node(ino)?, handle.0)));
     }
 
     fn release(
@@ -510,11 +333,9 @@ impl Filesystem for Adapter {
         }
         let left = self.call(|tree| Ok(tree.close(handle.0)));
         reply.ok();
+        // Whoever wrote it has closed it, so it takes no share of theirs.
         if let Ok(Some(job)) = left
-            // Nobody waits for the result; `error` has it.
-            && self.operations.run(0, move || {
-                caught(job).ok();
-            }).is_err()
+            && self.jobs.start(0, job).is_err()
         {
             tracing::error!("a document is lost, as too many operations are under way");
         }
@@ -601,27 +422,14 @@ impl Filesystem for Adapter {
         reply: ReplyPoll,
     ) {
         let _in = self.span("poll", request, ino).entered();
-        let ready = self.call(|tree| {
+        self.answer(request, reply, reply_ready, |tree, _| {
             let node = node(ino)?;
-            // First this, and then the look: what changes between them is not missed.
             let is_scheduled = flags.contains(PollFlags::FUSE_POLL_SCHEDULE_NOTIFY);
             if is_scheduled {
+                // First this, and then the look: what changes between them is not missed.
                 self.polls.enter(node, handle.0, notifier);
             }
-            Ok(match (tree.poll(node, handle.0), node) {
-                (Answer::Later(look), Node::File(row, File::Console)) if is_scheduled => {
-                    let (tree, consoles) = (Arc::clone(tree), Arc::clone(&self.consoles));
-                    Answer::Later(Box::new(move || {
-                        watch_console(&tree, &consoles, row);
-                        look()
-                    }))
-                }
-                (answer, _) => answer,
-            })
-        });
-        self.reply(ready, caller(request), reply, |reply, ready| match ready {
-            Ok(ready) => reply.poll(polls::events(ready)),
-            Err(errno) => reply.error(errno),
+            Ok(tree.poll(node, handle.0, is_scheduled.then_some(&self.consoles)))
         });
     }
 

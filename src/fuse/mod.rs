@@ -15,6 +15,7 @@
 //! does comes in here like anybody's request, and is answered without waiting.
 
 mod adapter;
+mod jobs;
 mod lanes;
 mod mount_point;
 mod once;

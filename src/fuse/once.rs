@@ -1,7 +1,5 @@
 //! A request's answer, which is given once: by the operation, or by the interrupt.
 
-use fuser::Errno;
-
 use crate::sync::{Arc, Mutex, lock};
 
 /// A request's answer, which is given once: by the operation or by the interrupt.
@@ -29,16 +27,5 @@ impl<R> Once<R> {
     /// Says whether the answer was given.
     pub(super) fn is_given(&self) -> bool {
         lock(&self.reply).is_none()
-    }
-}
-
-/// Gives an answer, unless one was given.
-pub(super) fn give<T, R, A: FnOnce(R, Result<T, Errno>)>(
-    reply: &Once<R>,
-    answer: &Mutex<Option<A>>,
-    result: Result<T, Errno>,
-) {
-    if let (Some(reply), Some(answer)) = (reply.take(), lock(answer).take()) {
-        answer(reply, result);
     }
 }

@@ -6,14 +6,16 @@ use std::{
 };
 
 use fuser::{
-    Errno as Number, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, OpenFlags,
-    ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request,
+    Errno as Number, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, OpenAccMode,
+    OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyPoll, ReplyWrite,
+    Request,
 };
 use rustix::fs::OFlags;
 
+use super::polls;
 use crate::{
     sys::pool::PoolError,
-    tree::{Attr, Caller, Errno, Node},
+    tree::{Access, Attr, Caller, Errno, Node, Opened, Readiness},
 };
 
 /// How long the kernel may remember a name. All names come and go through the mount,
@@ -103,24 +105,40 @@ pub(super) fn is_nonblocking(flags: OpenFlags) -> bool {
     OFlags::from_bits_retain(flags.0.cast_unsigned()).contains(OFlags::NONBLOCK)
 }
 
-pub(super) fn is_append(flags: OpenFlags) -> bool {
+fn is_append(flags: OpenFlags) -> bool {
     OFlags::from_bits_retain(flags.0.cast_unsigned()).contains(OFlags::APPEND)
 }
 
-/// Answers an open for writing of a document, which is committed at its close.
-pub(super) fn reply_opened_document(reply: ReplyOpen, handle: u64) {
-    reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO);
+/// Returns what a file is opened for.
+pub(super) fn access(flags: OpenFlags) -> Access {
+    match (flags.acc_mode(), is_append(flags), is_nonblocking(flags)) {
+        (OpenAccMode::O_RDONLY, _, _) => Access::Read,
+        (OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR, false, false) => Access::Write,
+        (OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR, false, true) => Access::WriteNonblocking,
+        (OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR, true, false) => Access::Append,
+        (OpenAccMode::O_WRONLY | OpenAccMode::O_RDWR, true, true) => Access::AppendNonblocking,
+    }
 }
 
-pub(super) fn reply_opened(reply: ReplyOpen, result: Result<u64, Number>) {
-    match result {
+pub(super) fn reply_opened(reply: ReplyOpen, result: Result<Opened, Number>) {
+    let Opened { handle, commits_at_close } = match result {
+        Ok(opened) => opened,
+        Err(errno) => return reply.error(errno),
+    };
+    let flags = if commits_at_close {
+        FopenFlags::FOPEN_DIRECT_IO
+    } else {
         // Verdicts come from write, so nobody has to ask again at close.
-        Ok(handle) => reply.opened(
-            FileHandle(handle),
-            FopenFlags::FOPEN_DIRECT_IO
-                | FopenFlags::FOPEN_NOFLUSH
-                | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
-        ),
+        FopenFlags::FOPEN_DIRECT_IO
+            | FopenFlags::FOPEN_NOFLUSH
+            | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+    };
+    reply.opened(FileHandle(handle), flags);
+}
+
+pub(super) fn reply_ready(reply: ReplyPoll, result: Result<Readiness, Number>) {
+    match result {
+        Ok(ready) => reply.poll(polls::events(ready)),
         Err(errno) => reply.error(errno),
     }
 }

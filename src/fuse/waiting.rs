@@ -67,9 +67,15 @@ pub(super) struct AnnouncedWrite {
 
 impl AnnouncedWrite {
     /// From now on the announcer leaves the file alone.
-    pub(super) fn begin(node: Node, feed: &Arc<ChangeFeed>, reply: ReplyWrite) -> Self {
+    /// It need not know of one that is answered at once.
+    pub(super) fn begin(
+        node: Node,
+        is_later: bool,
+        feed: &Arc<ChangeFeed>,
+        reply: ReplyWrite,
+    ) -> Self {
         let state_of = match node {
-            Node::File(row, File::State) => Some(row),
+            Node::File(row, File::State) if is_later => Some(row),
             Node::File(..) | Node::Root | Node::Daemon(_) | Node::Dir(_) | Node::NetDir(_) => None,
         };
         if let Some(row) = state_of {

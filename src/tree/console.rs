@@ -4,13 +4,14 @@
 //! is the oldest that was kept when the first of them opened it, and it never gets shorter
 //! while one has it open. Who was too slow for what was dropped gets one line that says so.
 
-use std::{collections::HashMap, path::PathBuf, time::SystemTime};
+use std::{collections::HashMap, io, time::SystemTime};
 
 use super::{Errno, Tree};
 use crate::{
     lifecycle::Entry,
     sandbox::{Record, RowId},
     sync::{Arc, Mutex, lock},
+    sys::growth::GrowthWatch,
 };
 
 /// Where the file of each console that is open begins, and how many have it open.
@@ -122,11 +123,16 @@ impl Tree {
         Ok(bytes)
     }
 
-    /// Returns the file that a console is kept in. It is there from the first boot on.
-    #[must_use]
-    pub fn console_log(&self, row: RowId) -> Option<PathBuf> {
-        let entry = self.lifecycle.by_row(row)?;
-        Some(self.lifecycle.home(&entry.record()).console_log())
+    /// Has `growth` tell when the guest prints. Before the first boot there is nothing to watch;
+    /// pollers are woken when it boots.
+    pub(super) fn watch_console(&self, growth: &GrowthWatch, row: RowId) {
+        let Some(entry) = self.lifecycle.by_row(row) else { return };
+        let log = self.lifecycle.home(&entry.record()).console_log();
+        if let Err(error) = growth.watch(row.0, &log)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, "watching a console for a program that polls");
+        }
     }
 
     /// Says whether there is more of a console than was read.

@@ -6,6 +6,7 @@
 //! Looking is free: no call but `write`, `set_attr`, `make_dir` and `remove_dir`
 //! reaches anything of `lifecycle` that changes a sandbox or counts as activity.
 
+mod answer;
 mod command;
 mod console;
 mod document;
@@ -33,9 +34,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+pub use answer::{Answer, Job, Work};
 pub use command::{BadCommand, Verb, verb};
 use console::Consoles;
-pub use document::Closed;
 use document::{DraftBudget, Openings};
 pub use errno::Errno;
 use glance::Glances;
@@ -48,7 +49,7 @@ pub use read::Readiness;
 use root_error::RootErrors;
 use seeing::viewer;
 pub use view::{DaemonFacts, Facts};
-pub use write::{AttrChange, Job, Removal, Written};
+pub use write::{AttrChange, Removal};
 
 use crate::{
     lifecycle::{ChangeFeed, Entry, Lifecycle, View},
@@ -83,46 +84,6 @@ pub struct Tree {
     device: OnceLock<Device>,
     /// What this daemon is forbidden and needs.
     lacks: Vec<String>,
-}
-
-/// How a question is answered.
-pub enum Answer<T> {
-    /// At once, from memory.
-    Now(T),
-    /// At once: it cannot be had.
-    Failed(Errno),
-    /// By a job that may wait for a disk or the kernel.
-    Later(Job<T>),
-}
-
-impl<T> Answer<T> {
-    /// Returns the answer, and waits for it.
-    ///
-    /// # Errors
-    /// Where it cannot be had.
-    pub fn wait(self) -> Result<T, Errno> {
-        match self {
-            Self::Now(answer) => Ok(answer),
-            Self::Failed(errno) => Err(errno),
-            Self::Later(job) => job(),
-        }
-    }
-}
-
-impl<T: fmt::Debug> fmt::Debug for Answer<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Now(answer) => f.debug_tuple("Now").field(answer).finish(),
-            Self::Failed(errno) => f.debug_tuple("Failed").field(errno).finish(),
-            Self::Later(_) => f.write_str("Later"),
-        }
-    }
-}
-
-impl<T> From<Result<T, Errno>> for Answer<T> {
-    fn from(result: Result<T, Errno>) -> Self {
-        result.map_or_else(Self::Failed, Self::Now)
-    }
 }
 
 /// Who asks.
@@ -261,9 +222,9 @@ impl Tree {
     pub fn attr_for(self: &Arc<Self>, node: Node, caller: Caller) -> Answer<Attr> {
         let this = Arc::clone(self);
         match node {
-            Node::Daemon(DaemonFile::List) => Answer::Later(Box::new(move || {
+            Node::Daemon(DaemonFile::List) => Answer::job(Work::Read, move || {
                 Ok(Attr { size: this.daemon_list_len(caller), ..this.attr(node)? })
-            })),
+            }),
             Node::Daemon(DaemonFile::Events) => {
                 let events_attr = move || {
                     let attr = this.attr(node)?;
@@ -274,21 +235,21 @@ impl Tree {
                 if caller.uid == 0 {
                     events_attr().into()
                 } else {
-                    Answer::Later(Box::new(events_attr))
+                    Answer::job(Work::Read, events_attr)
                 }
             }
             Node::Daemon(DaemonFile::Error) => {
                 let size = self.root_error(caller).len() as u64;
                 self.attr(node).map(|attr| Attr { size, ..attr }).into()
             }
-            Node::File(row, File::Console) => Answer::Later(Box::new(move || {
+            Node::File(row, File::Console) => Answer::job(Work::Read, move || {
                 let (size, mtime) = this.console_facts(&this.entry(row)?.record());
                 Ok(Attr { size, mtime, ..this.attr(node)? })
-            })),
-            Node::File(row, file) if Self::is_slow(file) => Answer::Later(Box::new(move || {
+            }),
+            Node::File(row, file) if Self::is_slow(file) => Answer::job(Work::Read, move || {
                 let size = this.told_len(&*this.entry(row)?, file);
                 Ok(Attr { size, ..this.attr(node)? })
-            })),
+            }),
             Node::File(row, file) if Self::changes_by_itself(file) => {
                 let attr = self.entry(row).map(|entry| {
                     let size = self.told_len(&entry, file);

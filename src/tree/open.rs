@@ -1,7 +1,7 @@
 //! Opening and closing. Only `awake` that is opened for writing does something by it.
 
 use super::{
-    Caller, DaemonFile, Errno, File, Job, Node, Tree,
+    Answer, Caller, DaemonFile, Errno, File, Job, Node, Tree, Work,
     document::DocumentKind,
     errno,
     handle::Handle,
@@ -15,48 +15,29 @@ use crate::{
     sync::Arc,
 };
 
-/// How an open is answered; each number is to be closed by [`Tree::close`].
-pub enum Opened {
-    /// At once.
-    Now(u64),
-    /// By a job that may take long.
-    Later(Job<u64>),
-    /// By a job that may wait for a disk, and changes nothing.
-    Look(Job<u64>),
-    /// At once; the job that was started goes on.
-    Started(u64, Job<()>),
-}
-
-impl std::fmt::Debug for Opened {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Now(handle) => f.debug_tuple("Now").field(handle).finish(),
-            Self::Later(_) => f.write_str("Later"),
-            Self::Look(_) => f.write_str("Look"),
-            Self::Started(handle, _) => f.debug_tuple("Started").field(handle).finish(),
-        }
-    }
+/// An open file, to be closed by [`Tree::close`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Opened {
+    /// Its number.
+    pub handle: u64,
+    /// Whether it commits when it is closed, so that each close is to be answered.
+    pub commits_at_close: bool,
 }
 
 impl Tree {
     /// Opens a file. Nothing happens to the sandbox by it, but by `awake` for writing: that
     /// wakes it, and holds it awake until it is closed.
     ///
-    /// # Errors
-    /// `Acces` for writing what is only read; `NoEnt` where the sandbox is gone; of a hold
-    /// those of a wake, and `Dquot`.
-    pub fn open(
-        self: &Arc<Self>,
-        node: Node,
-        access: Access,
-        caller: Caller,
-    ) -> Result<Opened, Errno> {
+    /// `Acces` answers who writes what is only read, and `NoEnt` where the sandbox is gone; a
+    /// hold is answered as a wake is, and by `Dquot`.
+    pub fn open(self: &Arc<Self>, node: Node, access: Access, caller: Caller) -> Answer<Opened> {
         let owner = match node {
             // Nobody changes the owner of these.
             Node::Root | Node::Daemon(_) => Owner { uid: 0, gid: 0 },
-            Node::Dir(row) | Node::NetDir(row) | Node::File(row, _) => {
-                self.entry(row)?.record().owner
-            }
+            Node::Dir(row) | Node::NetDir(row) | Node::File(row, _) => match self.entry(row) {
+                Ok(entry) => entry.record().owner,
+                Err(errno) => return errno.into(),
+            },
         };
         // The kernel has checked the caller's permissions; root passes all of them.
         let read_only = match node {
@@ -65,7 +46,7 @@ impl Tree {
             Node::File(_, file) => file.mode() & 0o222 == 0,
         };
         if access != Access::Read && read_only {
-            return Err(Errno::Acces);
+            return Errno::Acces.into();
         }
         let opened = OpenedBy { uid: caller.uid, owner };
         let mut handle = Handle::new(node, caller.uid);
@@ -76,17 +57,17 @@ impl Tree {
             }
             Node::File(row, File::Console) => {
                 let this = Arc::clone(self);
-                return Ok(Opened::Look(Box::new(move || {
+                return Answer::job(Work::Read, move || {
                     handle.console = Some(Arc::new(this.open_console(row)));
-                    this.handles.open(handle)
-                })));
+                    this.enter(handle)
+                });
             }
             Node::Daemon(DaemonFile::Events) if caller.uid != 0 => {
                 let this = Arc::clone(self);
-                return Ok(Opened::Look(Box::new(move || {
+                return Answer::job(Work::Read, move || {
                     handle.events = Some(this.open_events(node, caller));
-                    this.handles.open(handle)
-                })));
+                    this.enter(handle)
+                });
             }
             Node::Daemon(DaemonFile::Events) | Node::File(_, File::Events) => {
                 handle.events = Some(self.open_events(node, caller));
@@ -96,7 +77,13 @@ impl Tree {
         if let Some(kind) = DocumentKind::of(node).filter(|_| access != Access::Read) {
             handle.document = Some(self.open_document(node, kind, access, opened, caller));
         }
-        Ok(Opened::Now(self.handles.open(handle)?))
+        self.enter(handle).into()
+    }
+
+    /// Enters an open file.
+    fn enter(&self, handle: Handle) -> Result<Opened, Errno> {
+        let commits_at_close = handle.document.is_some();
+        Ok(Opened { handle: self.handles.open(handle)?, commits_at_close })
     }
 
     /// Closes an open file that nobody has open any more, and ends the hold that it is.
@@ -116,8 +103,11 @@ impl Tree {
         access: Access,
         opened: OpenedBy,
         caller: Caller,
-    ) -> Result<Opened, Errno> {
-        let entry = self.entry(row)?;
+    ) -> Answer<Opened> {
+        let entry = match self.entry(row) {
+            Ok(entry) => entry,
+            Err(errno) => return errno.into(),
+        };
         let by = actor(caller);
         let holder = Holder {
             pid: by.pid.unwrap_or(caller.tid),
@@ -127,7 +117,7 @@ impl Tree {
         let cause = Cause::Hold(by);
         let node = Node::File(row, File::Awake);
         // It is held from now on, so that nobody puts it to sleep before it is awake.
-        let enter = move |this: &Self, entry: &Entry| -> Result<HoldId, Errno> {
+        let hold = move |this: &Self, entry: &Entry| -> Result<HoldId, Errno> {
             let hold = this.lifecycle.hold(entry, holder).map_err(|error| {
                 this.lifecycle.note(entry, &error);
                 answer(&this.lifecycle, entry, "holding", &error)
@@ -137,20 +127,26 @@ impl Tree {
                 .inspect_err(|_| this.lifecycle.activity().release(hold))?;
             Ok(hold)
         };
+        let open = move |this: &Self, hold: HoldId| {
+            let handle = this.handles.open_hold(node, opened, hold);
+            let handle = handle.inspect_err(|_| this.lifecycle.activity().release(hold))?;
+            Ok(Opened { handle, commits_at_close: false })
+        };
         let this = Arc::clone(self);
         if access.wait() == Wait::Never {
-            let hold = enter(self, &entry)?;
-            let handle = self.handles.open_hold(node, opened, hold);
-            let handle = handle.inspect_err(|_| self.lifecycle.activity().release(hold))?;
-            return Ok(Opened::Started(handle, Box::new(move || this.wake_held(&entry, cause))));
+            return match hold(self, &entry).and_then(|hold| open(self, hold)) {
+                Ok(opened) => {
+                    Answer::Started(opened, Box::new(move || this.wake_held(&entry, cause)))
+                }
+                Err(errno) => errno.into(),
+            };
         }
-        Ok(Opened::Later(Box::new(move || {
-            let hold = enter(&this, &entry)?;
+        Answer::job(Work::Change, move || {
+            let hold = hold(&this, &entry)?;
             this.wake_held(&entry, cause)
                 .inspect_err(|_| this.lifecycle.activity().release(hold))?;
-            let handle = this.handles.open_hold(node, opened, hold);
-            handle.inspect_err(|_| this.lifecycle.activity().release(hold))
-        })))
+            open(&this, hold)
+        })
     }
 
     fn wake_held(&self, entry: &Arc<Entry>, cause: Cause) -> Result<(), Errno> {

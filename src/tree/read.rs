@@ -3,7 +3,7 @@
 use std::{fmt::Display, time::SystemTime};
 
 use super::{
-    Answer, Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree,
+    Answer, Caller, DaemonFacts, DaemonFile, Errno, Facts, File, Node, Tree, Work,
     document::DocumentKind,
     glance::Glance,
     seeing::{Seeing, viewer},
@@ -14,6 +14,7 @@ use crate::{
     lifecycle::{Entry, Gauges, Reader, View},
     sandbox::{Record, RowId},
     sync::Arc,
+    sys::growth::GrowthWatch,
 };
 
 /// What poll(2) is to say of an open file.
@@ -32,13 +33,24 @@ pub enum Readiness {
 }
 
 impl Tree {
-    /// Returns whether an open file has changed since it was last read.
-    pub fn poll(self: &Arc<Self>, node: Node, handle: u64) -> Answer<Readiness> {
-        if matches!(node, Node::File(_, File::Console)) {
-            let this = Arc::clone(self);
-            return Answer::Later(Box::new(move || Ok(this.readiness(node, handle))));
-        }
-        Answer::Now(self.readiness(node, handle))
+    /// Returns whether an open file has changed since it was last read. `growth` is told of a
+    /// console that is to wake its pollers when the guest prints.
+    pub fn poll(
+        self: &Arc<Self>,
+        node: Node,
+        handle: u64,
+        growth: Option<&Arc<GrowthWatch>>,
+    ) -> Answer<Readiness> {
+        let Node::File(row, File::Console) = node else {
+            return Answer::Now(Ok(self.readiness(node, handle)));
+        };
+        let (this, growth) = (Arc::clone(self), growth.cloned());
+        Answer::job(Work::Read, move || {
+            if let Some(growth) = growth {
+                this.watch_console(&growth, row);
+            }
+            Ok(this.readiness(node, handle))
+        })
     }
 
     /// As [`Self::poll`], here and now.
@@ -105,14 +117,11 @@ impl Tree {
         };
         if waits {
             let this = Arc::clone(self);
-            return Answer::Later(Box::new(move || {
+            return Answer::job(Work::Read, move || {
                 this.read_here(node, handle, offset, size, caller)
-            }));
+            });
         }
-        match self.read_here(node, handle, offset, size, caller) {
-            Ok(data) => Answer::Now(data),
-            Err(errno) => Answer::Failed(errno),
-        }
+        self.read_here(node, handle, offset, size, caller).into()
     }
 
     /// As [`Self::read`], here and now.

@@ -2,7 +2,7 @@
 //! a document is committed when it is closed, see [`document`](super::document).
 
 use super::{
-    Attr, Caller, Errno, File, Node, Tree,
+    Answer, Attr, Caller, Errno, File, Node, Tree, Work,
     command::{self, BadCommand, Verb},
     errno,
     opened::OpenedBy,
@@ -16,29 +16,6 @@ use crate::{
         task::{command_of, process_of},
     },
 };
-
-/// Work that may take long; its result answers the request.
-pub type Job<T> = Box<dyn FnOnce() -> Result<T, Errno> + Send>;
-
-/// How a write is answered.
-pub enum Written {
-    /// At once.
-    Now(Result<usize, Errno>),
-    /// By a job that may take long.
-    Later(Job<usize>),
-    /// At once with success; the job that was started goes on.
-    Started(usize, Job<usize>),
-}
-
-impl std::fmt::Debug for Written {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Now(result) => f.debug_tuple("Now").field(result).finish(),
-            Self::Later(_) => f.write_str("Later"),
-            Self::Started(..) => f.write_str("Started"),
-        }
-    }
-}
 
 /// A command that was written to a file of a sandbox.
 #[derive(Debug, Clone, Copy)]
@@ -120,17 +97,17 @@ impl Tree {
         data: &[u8],
         nonblocking: bool,
         caller: Caller,
-    ) -> Written {
+    ) -> Answer<usize> {
         let Node::File(row, file) = node else {
-            return Written::Now(Err(Errno::Acces));
+            return Errno::Acces.into();
         };
         let entry = match self.open_entry(row) {
             Ok(entry) => entry,
-            Err(errno) => return Written::Now(Err(errno)),
+            Err(errno) => return errno.into(),
         };
         let opened = self.handles.get(handle, node).opened;
         if let Err(errno) = check_opened(&self.lifecycle, &entry, opened) {
-            return Written::Now(Err(errno));
+            return errno.into();
         }
         let wait = if nonblocking { Wait::Never } else { Wait::ForIt };
         let len = data.len();
@@ -145,7 +122,7 @@ impl Tree {
             }
             File::Activity => Ok((len > 0).then(|| {
                 self.lifecycle.activity().saw(&entry, Signal::Touch);
-                Written::Now(Ok(len))
+                Answer::Now(Ok(len))
             })),
             File::IdleAfter => command::period(data).map(|it| it.map(Policy::IdleAfter).map(set)),
             File::DeleteAfter => {
@@ -165,18 +142,18 @@ impl Tree {
             | File::Address
             | File::Mac
             | File::Namespace
-            | File::Counters => return Written::Now(Err(Errno::Acces)),
+            | File::Counters => return Errno::Acces.into(),
         };
         match parsed {
-            Ok(written) => written.unwrap_or(Written::Now(Ok(len))),
-            Err(bad) => Written::Now(Err(refused(&self.lifecycle, &entry, &bad))),
+            Ok(written) => written.unwrap_or(Answer::Now(Ok(len))),
+            Err(bad) => refused(&self.lifecycle, &entry, &bad).into(),
         }
     }
 
-    fn write_verb(&self, of: Command<'_>, verb: Verb) -> Written {
+    fn write_verb(&self, of: Command<'_>, verb: Verb) -> Answer<usize> {
         let Command { entry, opened, wait, len, caller } = of;
         if let Some(done) = self.already(entry, verb) {
-            return Written::Now(done.map(|()| len));
+            return Answer::Now(done.map(|()| len));
         }
         let lifecycle = Arc::clone(&self.lifecycle);
         let entry = Arc::clone(entry);
@@ -186,11 +163,11 @@ impl Tree {
             Wait::ForIt => None,
             Wait::Never => match lifecycle.lock(&entry, Wait::Never, cause.clone()) {
                 Ok(held) => Some(held),
-                Err(error) => return Written::Now(Err(errno::of(&error))),
+                Err(error) => return errno::of(&error).into(),
             },
         };
         let nonblocking = held.is_some();
-        let job: Job<usize> = Box::new(move || {
+        let job = move || {
             let held = match held {
                 Some(held) => held,
                 None => lifecycle
@@ -207,8 +184,12 @@ impl Tree {
             };
             drop(held);
             result.map(|_| len).map_err(|error| answer(&lifecycle, &entry, doing, &error))
-        });
-        if nonblocking { Written::Started(len, job) } else { Written::Later(job) }
+        };
+        if nonblocking {
+            Answer::Started(len, Box::new(move || job().map(drop)))
+        } else {
+            Answer::job(Work::Change, job)
+        }
     }
 
     /// Answers at once where the sandbox is as wanted and nobody is at work on it.
@@ -231,48 +212,52 @@ impl Tree {
         Some(Ok(()))
     }
 
-    fn write_policy(&self, of: Command<'_>, policy: Policy) -> Written {
+    fn write_policy(&self, of: Command<'_>, policy: Policy) -> Answer<usize> {
         let Command { entry, opened, wait, len, caller } = of;
         let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
         let cause = Cause::Write(actor(caller));
-        Written::Later(Box::new(move || {
+        Answer::job(Work::Change, move || {
             let held = lifecycle.lock(&entry, wait, cause).map_err(|error| errno::of(&error))?;
             check_opened(&lifecycle, &entry, opened)?;
             lifecycle
                 .set(&held, &entry, policy)
                 .map(|()| len)
                 .map_err(|error| answer(&lifecycle, &entry, "setting policy of", &error))
-        }))
+        })
     }
 
-    fn write_console(&self, of: Command<'_>, bytes: Vec<u8>) -> Written {
+    fn write_console(&self, of: Command<'_>, bytes: Vec<u8>) -> Answer<usize> {
         let Command { entry, opened, .. } = of;
         let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
-        Written::Later(Box::new(move || {
+        Answer::job(Work::Change, move || {
             check_opened(&lifecycle, &entry, opened)?;
             lifecycle.type_in(&entry, &bytes).map_err(|error| {
                 lifecycle.note(&entry, &error);
                 answer(&lifecycle, &entry, "typing on the console of", &error)
             })
-        }))
+        })
     }
 
     /// Changes attributes: `touch activity` keeps alive, `chmod` and `chown` do what
-    /// they say, and everything else, truncation above all, does nothing.
-    ///
-    /// # Errors
-    /// `NoEnt` or `NoDev` where the sandbox is gone.
+    /// they say, and everything else, truncation above all, does nothing. Answered by `NoEnt` or
+    /// `NoDev` where the sandbox is gone.
     pub fn set_attr(
         self: &Arc<Self>,
         node: Node,
         change: AttrChange,
         caller: Caller,
-    ) -> Result<Option<Job<Attr>>, Errno> {
-        let attr = self.attr(node)?;
+    ) -> Answer<Attr> {
+        let attr = match self.attr(node) {
+            Ok(attr) => attr,
+            Err(errno) => return errno.into(),
+        };
         if change.mtime
             && let Node::File(row, File::Activity) = node
         {
-            self.lifecycle.activity().saw(&*self.open_entry(row)?, Signal::Touch);
+            match self.open_entry(row) {
+                Ok(entry) => self.lifecycle.activity().saw(&entry, Signal::Touch),
+                Err(errno) => return errno.into(),
+            }
         }
         let mode = change.mode.filter(|mode| *mode != attr.mode);
         let owner =
@@ -280,13 +265,13 @@ impl Tree {
         let owner = Some(owner).filter(|owner| (owner.uid, owner.gid) != (attr.uid, attr.gid));
         // The owner of a sandbox is the owner of its directory and of all in it.
         if owner.is_some() && !matches!(node, Node::Dir(_)) {
-            return Err(Errno::Perm);
+            return Errno::Perm.into();
         }
         if mode.is_none() && owner.is_none() {
-            return Ok(None);
+            return self.attr(node).into();
         }
         let this = Arc::clone(self);
-        Ok(Some(Box::new(move || {
+        Answer::job(Work::Attributes, move || {
             if let Some(mode) = mode {
                 this.change_mode(node, mode)?;
             }
@@ -294,7 +279,7 @@ impl Tree {
                 this.change_owner(row, owner, actor(caller))?;
             }
             this.attr(node)
-        })))
+        })
     }
 
     fn change_mode(&self, node: Node, mode: u16) -> Result<(), Errno> {
@@ -322,32 +307,28 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes a sandbox: `mkdir` in the root.
-    ///
-    /// # Errors
-    /// `Inval` or `NameTooLong` for what is no id, `Perm` in a sandbox.
-    pub fn make_dir(
-        self: &Arc<Self>,
-        parent: Node,
-        name: &[u8],
-        caller: Caller,
-    ) -> Result<Job<Attr>, Errno> {
+    /// Makes a sandbox: `mkdir` in the root. Answered by `Inval` or `NameTooLong` for what is no
+    /// id, by `Perm` in a sandbox.
+    pub fn make_dir(self: &Arc<Self>, parent: Node, name: &[u8], caller: Caller) -> Answer<Attr> {
         match parent {
             Node::Root => {}
-            Node::Dir(_) | Node::NetDir(_) => return Err(Errno::Perm),
-            Node::Daemon(_) | Node::File(..) => return Err(Errno::NotDir),
+            Node::Dir(_) | Node::NetDir(_) => return Errno::Perm.into(),
+            Node::Daemon(_) | Node::File(..) => return Errno::NotDir.into(),
         }
-        let id = SandboxId::from_bytes(name).map_err(|error| {
-            let start: String = String::from_utf8_lossy(name).chars().take(64).collect();
-            self.root_errors.note(caller.uid, Some(&format!("`{start}`: {error}")));
-            match error {
-                IdError::TooLong => Errno::NameTooLong,
-                IdError::Malformed => Errno::Inval,
+        let id = match SandboxId::from_bytes(name) {
+            Ok(id) => id,
+            Err(error) => {
+                let start: String = String::from_utf8_lossy(name).chars().take(64).collect();
+                self.root_errors.note(caller.uid, Some(&format!("`{start}`: {error}")));
+                return Answer::from(match error {
+                    IdError::TooLong => Errno::NameTooLong,
+                    IdError::Malformed => Errno::Inval,
+                });
             }
-        })?;
+        };
         let this = Arc::clone(self);
         let cause = Cause::Mkdir(actor(caller));
-        Ok(Box::new(move || {
+        Answer::job(Work::Attributes, move || {
             let owner = Owner { uid: caller.uid, gid: caller.gid };
             let created = this.lifecycle.create(&id, owner, cause);
             let reason = created.as_ref().err().map(|error| chain(error));
@@ -363,7 +344,7 @@ impl Tree {
                     Err(errno)
                 }
             }
-        }))
+        })
     }
 
     /// Removes a sandbox: `rmdir` in the root. What is returned does it, on a thread of

@@ -27,11 +27,11 @@ use opening::Opening;
 pub(super) use opening::Openings;
 
 use super::{
-    Caller, Errno, Job, Node, Tree,
+    Answer, Caller, Errno, Job, Node, Tree, Work,
     command::{self, BadCommand},
     errno,
     opened::{Access, OpenedBy},
-    write::{Written, actor, answer, check_opened, refused},
+    write::{actor, answer, check_opened, refused},
 };
 use crate::{
     lifecycle::{Entry, Error, Lifecycle, NamedFiles, Policy},
@@ -40,30 +40,7 @@ use crate::{
     sys::task::{count_open_for_writing, groups_of, process_of, signal_that_killed},
 };
 
-/// How the close of a file is answered.
-pub enum Closed {
-    /// At once.
-    Now(Result<(), Errno>),
-    /// By a job that may take long.
-    Later(Job<()>),
-}
-
-impl std::fmt::Debug for Closed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Now(result) => f.debug_tuple("Now").field(result).finish(),
-            Self::Later(_) => f.write_str("Later"),
-        }
-    }
-}
-
 impl Tree {
-    /// Says whether the close of a file that is open for writing is to be answered.
-    #[must_use]
-    pub fn commits_at_close(node: Node) -> bool {
-        DocumentKind::of(node).is_some()
-    }
-
     /// Opens a document for writing.
     pub(super) fn open_document(
         &self,
@@ -81,32 +58,31 @@ impl Tree {
 
     /// Closes a file for one of the processes that have it open: the document is committed
     /// if that opened it, and has no copy of what it closes.
-    pub fn flush(&self, node: Node, handle: u64, caller: Caller) -> Closed {
+    pub fn flush(&self, node: Node, handle: u64, caller: Caller) -> Answer<()> {
         let (Node::File(row, file), Some(document)) =
             (node, self.handles.get(handle, node).document)
         else {
-            return Closed::Now(Ok(()));
+            return Answer::Now(Ok(()));
         };
         let Some(opening) = &document.opening else {
             // Which process it is cannot be seen from here.
-            return self.open_entry(row).map_or_else(
-                |errno| Closed::Now(Err(errno)),
-                |entry| self.commit(&entry, document),
-            );
+            return self
+                .open_entry(row)
+                .map_or_else(Answer::from, |entry| self.commit(&entry, document));
         };
         if process_of(caller.tid) != Some(opening.pid) {
-            return Closed::Now(Ok(()));
+            return Answer::Now(Ok(()));
         }
         opening.closing();
         let entry = match self.open_entry(row) {
             Ok(entry) => entry,
-            Err(_) if document.status() == DraftStatus::Clean => return Closed::Now(Ok(())),
-            Err(errno) => return Closed::Now(Err(errno)),
+            Err(_) if document.status() == DraftStatus::Clean => return Answer::Now(Ok(())),
+            Err(errno) => return errno.into(),
         };
         let device = self.device.get().copied();
         let lifecycle = Arc::clone(&self.lifecycle);
         // A process may have many files open.
-        Closed::Later(Box::new(move || {
+        Answer::job(Work::Change, move || {
             // In this order: one that is killed has no files any more, and is seen to be killed.
             let left = device
                 .map_or(Ok(0), |device| count_open_for_writing(caller.tid, device, node.inode()));
@@ -134,19 +110,19 @@ impl Tree {
             document.refuse(errno);
             lifecycle.note(&entry, &refused);
             Err(errno)
-        }))
+        })
     }
 
     /// Commits a document that stays open.
-    pub fn sync(&self, node: Node, handle: u64) -> Closed {
+    pub fn sync(&self, node: Node, handle: u64) -> Answer<()> {
         let (Node::File(row, _), Some(document)) = (node, self.handles.get(handle, node).document)
         else {
             // What was written was durable when the write returned.
-            return Closed::Now(Ok(()));
+            return Answer::Now(Ok(()));
         };
         match self.open_entry(row) {
             Ok(entry) => self.commit(&entry, document),
-            Err(errno) => Closed::Now(Err(errno)),
+            Err(errno) => errno.into(),
         }
     }
 
@@ -158,8 +134,8 @@ impl Tree {
             return None;
         }
         match self.commit(&self.lifecycle.by_row(row)?, document) {
-            Closed::Now(_) => None,
-            Closed::Later(job) => Some(job),
+            Answer::Job(_, job) => Some(job),
+            Answer::Now(_) | Answer::Started(..) => None,
         }
     }
 
@@ -170,16 +146,14 @@ impl Tree {
         }
     }
 
-    fn commit(&self, entry: &Arc<Entry>, document: Arc<Document>) -> Closed {
+    fn commit(&self, entry: &Arc<Entry>, document: Arc<Document>) -> Answer<()> {
         match document.status() {
-            DraftStatus::Clean => return Closed::Now(Ok(())),
-            DraftStatus::Failed(errno) | DraftStatus::Refused(errno) => {
-                return Closed::Now(Err(errno));
-            }
+            DraftStatus::Clean => return Answer::Now(Ok(())),
+            DraftStatus::Failed(errno) | DraftStatus::Refused(errno) => return errno.into(),
             DraftStatus::Changed => {}
         }
         let (lifecycle, entry) = (Arc::clone(&self.lifecycle), Arc::clone(entry));
-        Closed::Later(Box::new(move || commit_now(&lifecycle, &entry, &document)))
+        Answer::job(Work::Change, move || commit_now(&lifecycle, &entry, &document))
     }
 
     /// Writes to a document. Nothing is in force by it, and it fails only where the document
@@ -191,26 +165,26 @@ impl Tree {
         offset: u64,
         data: &[u8],
         caller: Caller,
-    ) -> Written {
+    ) -> Answer<usize> {
         let Some(document) = document else {
             // The open file is an earlier daemon's.
-            return Written::Now(Err(Errno::NoDev));
+            return Errno::NoDev.into();
         };
         let lifecycle = Arc::clone(&self.lifecycle);
         let part = Part { offset, data: data.to_vec() };
         // The lists name no files, for which their writer's groups would matter.
         if document.kind != DocumentKind::Config {
             let author = (actor(caller), Writer::new(caller.uid, caller.gid, Vec::new()));
-            return Written::Now(part.write(&lifecycle, entry, &document, || author));
+            return Answer::Now(part.write(&lifecycle, entry, &document, || author));
         }
         // A part of a line is not checked yet, and the groups of its writer may be known.
         if !data.contains(&b'\n') && (caller.uid == 0 || document.has_author(caller.uid)) {
-            return Written::Now(part.write(&lifecycle, entry, &document, || author_of(caller)));
+            return Answer::Now(part.write(&lifecycle, entry, &document, || author_of(caller)));
         }
         let entry = Arc::clone(entry);
-        Written::Later(Box::new(move || {
+        Answer::job(Work::Change, move || {
             part.write(&lifecycle, &entry, &document, || author_of(caller))
-        }))
+        })
     }
 }
 

@@ -88,7 +88,7 @@ type Done = Result<(), Stop>;
 
 /// How an operation is to be answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Answer {
+pub(super) enum Reply {
     Is(Result<(), Errno>),
     /// The daemon is gone.
     Crashed,
@@ -284,10 +284,10 @@ impl Reference {
     }
 
     /// Does what `op` is to do, and returns how it is to be answered.
-    pub(super) fn apply(&mut self, op: &Op) -> Answer {
+    pub(super) fn apply(&mut self, op: &Op) -> Reply {
         let there = |name: &Name| self.known[*name].is_some();
         match op {
-            Op::Mkdir(name) => Answer::Is(self.mkdir(*name)),
+            Op::Mkdir(name) => Reply::Is(self.mkdir(*name)),
             Op::Rmdir(name, _)
             | Op::Verb { name, .. }
             | Op::Set(name, _)
@@ -296,60 +296,60 @@ impl Reference {
             | Op::Hold { name, .. }
                 if !there(name) =>
             {
-                Answer::Is(Err(Errno::NoEnt))
+                Reply::Is(Err(Errno::NoEnt))
             }
             Op::Rmdir(name, trouble) => self.rmdir(*name, trouble),
             Op::Verb { name, verb, nonblocking, trouble } => {
                 let answer = self.verb(*name, *verb, &mut Course::of(trouble));
                 // Who does not wait hears nothing of how it ended.
-                if *nonblocking { Answer::Is(Ok(())) } else { answer }
+                if *nonblocking { Reply::Is(Ok(())) } else { answer }
             }
             Op::Set(name, Setting::Config { vcpus, mib }) if self.refuses(*name, *vcpus, *mib) => {
                 // Its lines are refused when they are written, before any operation begins.
                 self.get(*name).error = Some("cannot change while it is");
-                Answer::Is(Err(Errno::Busy))
+                Reply::Is(Err(Errno::Busy))
             }
             Op::Set(name, setting) => {
                 let done = self.set(*name, *setting);
                 self.answer(*name, done)
             }
             Op::Nonsense(name, which) => match NONSENSE[*which].2 {
-                None => Answer::Is(Ok(())),
+                None => Reply::Is(Ok(())),
                 Some(words) => {
                     self.get(*name).error = Some(words);
-                    Answer::Is(Err(Errno::Inval))
+                    Reply::Is(Err(Errno::Inval))
                 }
             },
             Op::Touch { name, .. } => {
                 let now = self.now;
                 self.get(*name).act(now);
-                Answer::Is(Ok(()))
+                Reply::Is(Ok(()))
             }
             Op::Hold { name, nonblocking, trouble } => self.hold(*name, *nonblocking, trouble),
             Op::LetGo(which) => {
                 self.let_go(*which);
-                Answer::Is(Ok(()))
+                Reply::Is(Ok(()))
             }
             Op::Tick(trouble) => {
                 self.tick(&mut Course::of(trouble));
-                Answer::Is(Ok(()))
+                Reply::Is(Ok(()))
             }
             Op::Pass(by) => {
                 self.now += i64::try_from(by.as_millis()).unwrap();
-                Answer::Is(Ok(()))
+                Reply::Is(Ok(()))
             }
             Op::StepWall(by) => {
                 self.wall_offset += by;
-                Answer::Is(Ok(()))
+                Reply::Is(Ok(()))
             }
             Op::End(name, end) => {
                 self.end(*name, *end);
-                Answer::Is(Ok(()))
+                Reply::Is(Ok(()))
             }
             Op::Restart { ordered, down, dies } => {
                 self.now += i64::try_from(down.as_millis()).unwrap();
                 self.restart(*ordered, dies);
-                Answer::Is(Ok(()))
+                Reply::Is(Ok(()))
             }
         }
     }
@@ -366,45 +366,45 @@ impl Reference {
         Ok(())
     }
 
-    fn rmdir(&mut self, name: Name, trouble: &Trouble) -> Answer {
+    fn rmdir(&mut self, name: Name, trouble: &Trouble) -> Reply {
         let held = self.is_held(name);
         let known = self.get(name);
         if known.pinned {
             known.error = Some("is pinned");
-            return Answer::Is(Err(Errno::Perm));
+            return Reply::Is(Err(Errno::Perm));
         }
         if held {
             known.error = Some("held awake by");
-            return Answer::Is(Err(Errno::Busy));
+            return Reply::Is(Err(Errno::Busy));
         }
         self.known[name] = None;
         if matches!(trouble, Trouble::Crash(_)) {
             self.restart(false, &[false; NAMES.len()]);
-            return Answer::Crashed;
+            return Reply::Crashed;
         }
-        Answer::Is(Ok(()))
+        Reply::Is(Ok(()))
     }
 
     /// Puts the result of an operation where `error` finds it.
-    fn answer(&mut self, name: Name, done: Done) -> Answer {
+    fn answer(&mut self, name: Name, done: Done) -> Reply {
         match done {
             Ok(()) => {
                 let known = self.get(name);
                 (known.error, known.durable_error) = (None, None);
-                Answer::Is(Ok(()))
+                Reply::Is(Ok(()))
             }
             Err(Stop::Refused(errno, words)) => {
                 self.get(name).fails(words);
-                Answer::Is(Err(errno))
+                Reply::Is(Err(errno))
             }
             Err(Stop::Crashed) => {
                 self.restart(false, &[false; NAMES.len()]);
-                Answer::Crashed
+                Reply::Crashed
             }
         }
     }
 
-    fn verb(&mut self, name: Name, verb: Verb, course: &mut Course) -> Answer {
+    fn verb(&mut self, name: Name, verb: Verb, course: &mut Course) -> Reply {
         let done = self.settle(name, course).and_then(|()| match verb {
             Verb::Wake => self.wake(name, course),
             Verb::Sleep | Verb::SleepCounted | Verb::SleepStale => self.sleep(name, verb, course),
@@ -512,11 +512,11 @@ impl Reference {
         Ok(())
     }
 
-    fn hold(&mut self, name: Name, nonblocking: bool, trouble: &Trouble) -> Answer {
+    fn hold(&mut self, name: Name, nonblocking: bool, trouble: &Trouble) -> Reply {
         let now = self.now;
         if self.holds.len() >= HOLDS_MAX {
             self.get(name).error = Some("files `awake` open");
-            return Answer::Is(Err(Errno::Dquot));
+            return Reply::Is(Err(Errno::Dquot));
         }
         self.holds.push(name);
         let known = self.get(name);
@@ -524,12 +524,12 @@ impl Reference {
         known.noted = true;
         let answer = self.verb(name, Verb::Wake, &mut Course::of(trouble));
         match answer {
-            Answer::Is(Err(_)) if nonblocking => Answer::Is(Ok(())),
-            Answer::Is(Err(_)) => {
+            Reply::Is(Err(_)) if nonblocking => Reply::Is(Ok(())),
+            Reply::Is(Err(_)) => {
                 self.let_go(self.holds.len() - 1);
                 answer
             }
-            Answer::Is(Ok(())) | Answer::Crashed => answer,
+            Reply::Is(Ok(())) | Reply::Crashed => answer,
         }
     }
 
@@ -589,7 +589,7 @@ impl Reference {
     fn reap(&mut self, name: Name, course: &mut Course) {
         let now = self.now;
         let done = save(self.get(name), now, true, course);
-        if let Answer::Is(Err(_)) = self.answer(name, done) {
+        if let Reply::Is(Err(_)) = self.answer(name, done) {
             self.get(name).retry_at = Some(now + RETRY_MILLIS);
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{
     op::{End, NAMES, NONSENSE, Name, Op, Setting, Trouble, Verb},
-    reference::{Answer, BUDGET_MIB, Known, Reference},
+    reference::{BUDGET_MIB, Known, Reference, Reply},
 };
 use crate::{
     lifecycle::testing::{Host, wait_for},
@@ -13,9 +13,7 @@ use crate::{
     sandbox::{Period, State},
     sync::Arc,
     sys::clock::Clock,
-    tree::{
-        Access, AttrChange, Caller, Closed, DaemonFile, Errno, File, Node, Opened, Tree, Written,
-    },
+    tree::{Access, Answer, AttrChange, Caller, DaemonFile, Errno, File, Node, Tree},
 };
 
 pub(super) const ROOT: Caller = Caller { uid: 0, gid: 0, tid: 0 };
@@ -64,7 +62,7 @@ impl Rig {
         self.compare(op);
     }
 
-    fn act(&mut self, op: &Op) -> Answer {
+    fn act(&mut self, op: &Op) -> Reply {
         let planned = |trouble: &Trouble| match trouble {
             Trouble::Faults(faults) => faults.clone(),
             Trouble::None | Trouble::Crash(_) => Vec::new(),
@@ -83,7 +81,7 @@ impl Rig {
             }
             Op::Restart { ordered, down, dies } => {
                 self.restart(*ordered, *down, dies);
-                Answer::Is(Ok(()))
+                Reply::Is(Ok(()))
             }
             Op::Mkdir(_)
             | Op::Set(..)
@@ -92,24 +90,24 @@ impl Rig {
             | Op::LetGo(_)
             | Op::Pass(_)
             | Op::StepWall(_)
-            | Op::End(..) => Answer::Is(self.act_plainly(op)),
+            | Op::End(..) => Reply::Is(self.act_plainly(op)),
         }
     }
 
-    fn act_in_trouble(&mut self, op: &Op, trouble: &Trouble) -> Answer {
+    fn act_in_trouble(&mut self, op: &Op, trouble: &Trouble) -> Reply {
         let Trouble::Crash(point) = trouble else {
-            return Answer::Is(self.act_plainly(op));
+            return Reply::Is(self.act_plainly(op));
         };
         // What is open does not outlive a crash, so it need not be known.
         let mut done = Ok(());
         let (tree, handles) = (Arc::clone(&self.tree), &mut self.handles);
         let crashed = self.host.crashes_at(*point, || done = plainly(&tree, handles, op));
         if !crashed {
-            return Answer::Is(done);
+            return Reply::Is(done);
         }
         drop(tree);
         self.restart(false, Duration::ZERO, &[false; NAMES.len()]);
-        Answer::Crashed
+        Reply::Crashed
     }
 
     fn act_plainly(&mut self, op: &Op) -> Result<(), Errno> {
@@ -321,9 +319,10 @@ pub(super) fn node(tree: &Tree, id: &str, file: File) -> Result<Node, Errno> {
 
 /// Reads a file from its start to its end, as `cat` does.
 pub(super) fn try_read(tree: &Arc<Tree>, node: Node) -> Result<String, Errno> {
-    let Opened::Now(handle) = tree.open(node, Access::Read, ROOT)? else {
+    let Answer::Now(opened) = tree.open(node, Access::Read, ROOT) else {
         panic!("to open a file for reading is no job");
     };
+    let handle = opened?.handle;
     let text = tree.read_here(node, handle, 0, 1 << 20, ROOT);
     drop(tree.close(handle));
     Ok(String::from_utf8(text?).unwrap())
@@ -343,22 +342,12 @@ pub(super) fn write(
 ) -> Result<(), Errno> {
     let file = File::ALL.into_iter().find(|known| known.name() == file).unwrap();
     let node = node(tree, id, file)?;
-    let Opened::Now(handle) = tree.open(node, Access::Write, ROOT)? else {
+    let Answer::Now(opened) = tree.open(node, Access::Write, ROOT) else {
         panic!("to open {file:?} is no job");
     };
-    let written = match tree.write(node, handle, 0, text.as_bytes(), nonblocking, ROOT) {
-        Written::Now(result) => result.map(drop),
-        Written::Later(job) => job().map(drop),
-        // Whoever does not wait has had its answer; the job is done all the same.
-        Written::Started(_, job) => {
-            job().ok();
-            Ok(())
-        }
-    };
-    let closed = match tree.flush(node, handle, ROOT) {
-        Closed::Now(result) => result,
-        Closed::Later(job) => job(),
-    };
+    let handle = opened?.handle;
+    let written = done(tree.write(node, handle, 0, text.as_bytes(), nonblocking, ROOT)).map(drop);
+    let closed = tree.flush(node, handle, ROOT).wait();
     drop(tree.close(handle));
     written.and(closed)
 }
@@ -366,13 +355,17 @@ pub(super) fn write(
 /// Opens `awake` for writing.
 pub(super) fn hold(tree: &Arc<Tree>, id: &str, nonblocking: bool) -> Result<u64, Errno> {
     let access = if nonblocking { Access::WriteNonblocking } else { Access::Write };
-    match tree.open(node(tree, id, File::Awake)?, access, ROOT)? {
-        Opened::Now(handle) => Ok(handle),
-        Opened::Later(job) | Opened::Look(job) => job(),
-        Opened::Started(handle, job) => {
+    done(tree.open(node(tree, id, File::Awake)?, access, ROOT)).map(|opened| opened.handle)
+}
+
+/// Returns an answer. Whoever does not wait has had theirs; the job is done all the same.
+fn done<T>(answer: Answer<T>) -> Result<T, Errno> {
+    match answer {
+        Answer::Started(value, job) => {
             job().ok();
-            Ok(handle)
+            Ok(value)
         }
+        answer @ (Answer::Now(_) | Answer::Job(..)) => answer.wait(),
     }
 }
 
@@ -380,8 +373,7 @@ pub(super) fn hold(tree: &Arc<Tree>, id: &str, nonblocking: bool) -> Result<u64,
 fn plainly(tree: &Arc<Tree>, handles: &mut Vec<u64>, op: &Op) -> Result<(), Errno> {
     match op {
         Op::Mkdir(name) => {
-            let made = tree.make_dir(Node::Root, NAMES[*name].as_bytes(), ROOT)?;
-            made().map(drop)
+            tree.make_dir(Node::Root, NAMES[*name].as_bytes(), ROOT).wait().map(drop)
         }
         Op::Rmdir(name, _) => tree.remove_dir(Node::Root, NAMES[*name].as_bytes(), ROOT)?.wait(),
         Op::Verb { name, verb, nonblocking, .. } => {
@@ -417,7 +409,7 @@ fn plainly(tree: &Arc<Tree>, handles: &mut Vec<u64>, op: &Op) -> Result<(), Errn
         Op::Touch { name, write: false } => {
             let node = node(tree, NAMES[*name], File::Activity)?;
             let touched = AttrChange { mtime: true, ..AttrChange::default() };
-            tree.set_attr(node, touched, ROOT).map(|job| assert!(job.is_none()))
+            done(tree.set_attr(node, touched, ROOT)).map(drop)
         }
         Op::Hold { name, nonblocking, .. } => {
             handles.push(hold(tree, NAMES[*name], *nonblocking)?);

@@ -139,7 +139,7 @@ impl Shared {
 
     fn remake(&self, id: &str) -> Result<(), Errno> {
         self.remove(id)?;
-        self.tree.make_dir(Node::Root, id.as_bytes(), ROOT)?().map(drop)
+        self.tree.make_dir(Node::Root, id.as_bytes(), ROOT).wait().map(drop)
     }
 
     /// Looks at all of them until the others are done.

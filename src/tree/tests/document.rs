@@ -25,7 +25,7 @@ impl Open {
         host.create("a");
         let tree = tree(&host);
         let node = node(&tree, "a", file);
-        let Opened::Now(handle) = tree.open(node, access, caller).unwrap() else { panic!() };
+        let handle = tree.open(node, access, caller).wait().unwrap().handle;
         Self { _host: host, tree, file, node, handle }
     }
 
@@ -114,7 +114,7 @@ fn a_line_that_can_never_be_right_fails_its_write_and_the_whole_document() {
         (File::Denied, "10.0.0.0/8\n", "10.0.0.0/33\n", "line 2"),
         (File::Nameservers, "9.9.9.9\n", "nine\n", "line 2"),
         (File::Config, "vcpus = 1\n", "vcpsu = 2\n", "line 2: unknown key `vcpsu`"),
-        (File::Config, "vcpus = 1\n", "vcpus = 2\n", "line 2: duplicate key"),
+        (File::Config, "vcpus = 1\n", "vcpus = 2\n", "line 2: `vcpus`: duplicate key"),
         (File::Config, "vcpus = 1\n", "kernel = \"/no\"\n", "line 2: `kernel`: /no"),
         (File::Config, "vcpus = 1\n", "denied = [\"x\"]\n", "line 2: `denied`: `x`"),
     ] {
@@ -160,14 +160,14 @@ fn what_may_still_become_right_fails_only_at_the_close() {
 fn a_child_that_closes_the_file_commits_nothing_and_the_last_close_does_what_is_left() {
     let open = Open::new(File::Denied, Access::Write, us());
     open.write_all(&["10.0.0.0/8\n"]);
-    assert_eq!(answered(open.tree.flush(open.node, open.handle, OTHER)), Ok(()));
+    assert_eq!(open.tree.flush(open.node, open.handle, OTHER).wait(), Ok(()));
     assert_eq!(open.text(), "");
     open.write_at(11, "10.1.0.0/16\n").unwrap();
-    assert_eq!(answered(open.tree.flush(open.node, open.handle, us())), Ok(()));
+    assert_eq!(open.tree.flush(open.node, open.handle, us()).wait(), Ok(()));
     assert_eq!(open.text(), "10.0.0.0/8\n10.1.0.0/16\n");
     // A child that has outlived the opener goes on writing.
     open.write_at(23, "10.2.0.0/16\n").unwrap();
-    assert_eq!(answered(open.tree.flush(open.node, open.handle, OTHER)), Ok(()));
+    assert_eq!(open.tree.flush(open.node, open.handle, OTHER).wait(), Ok(()));
     let left = open.tree.close(open.handle).expect("there is something left to commit");
     assert_eq!(left(), Ok(()));
     assert_eq!(open.text(), "10.0.0.0/8\n10.1.0.0/16\n10.2.0.0/16\n");
@@ -178,9 +178,9 @@ fn a_child_that_closes_the_file_commits_nothing_and_the_last_close_does_what_is_
 fn fsync_commits_and_the_close_after_it_has_nothing_left_to_do() {
     let open = Open::new(File::Denied, Access::Write, ROOT);
     open.write_all(&["10.0.0.0/8"]);
-    assert_eq!(answered(open.tree.sync(open.node, open.handle)), Ok(()));
+    assert_eq!(open.tree.sync(open.node, open.handle).wait(), Ok(()));
     assert_eq!(open.text(), "10.0.0.0/8\n");
-    assert!(matches!(open.tree.flush(open.node, open.handle, ROOT), Closed::Now(Ok(()))));
+    assert!(matches!(open.tree.flush(open.node, open.handle, ROOT), Answer::Now(Ok(()))));
 }
 
 #[test]
@@ -232,9 +232,7 @@ fn a_user_has_a_bounded_number_of_bytes_in_documents_that_are_not_closed() {
     assert!(open.error().contains("close some"), "{}", open.error());
     // Another user is not concerned, and what is closed makes room.
     let theirs = Caller { uid: 7, gid: 7, tid: 0 };
-    let Opened::Now(other) = open.tree.open(open.node, Access::Write, theirs).unwrap() else {
-        panic!()
-    };
+    let other = open.tree.open(open.node, Access::Write, theirs).wait().unwrap().handle;
     assert_eq!(write_to(&open.tree, open.node, other, 0, "#"), Ok(1));
     drop(open.tree.close(handles.pop().unwrap()));
     let again = open_for(&open, Access::Write);

@@ -113,7 +113,7 @@ fn an_unknown_signal_is_refused_with_the_list() {
     let bad = "vcpus = 1\n[activity]\nsignals = [\"cpu\", \"ram\"]\n";
     assert_eq!(write(&tree, "a", File::Config, bad), Err(Errno::Inval));
     let error = read(&tree, "a", File::Error);
-    let says = "line 3: \"ram\" is not accepted; write a list with any of \"control\", \"touch\"";
+    let says = "line 3: `signals`: \"ram\" is not accepted; write a list with any of \"control\"";
     assert!(error.contains(says), "{error}");
 }
 

@@ -30,11 +30,7 @@ fn node(tree: &Tree, id: &str, file: File) -> Node {
 
 /// Opens a file, and does the job at once if there is one.
 fn open(tree: &Arc<Tree>, node: Node, access: Access) -> Result<u64, Errno> {
-    match tree.open(node, access, ROOT)? {
-        Opened::Now(handle) => Ok(handle),
-        Opened::Later(job) | Opened::Look(job) => job(),
-        Opened::Started(handle, job) => job().map(|()| handle),
-    }
+    tree.open(node, access, ROOT).wait().map(|opened| opened.handle)
 }
 
 fn read(tree: &Arc<Tree>, id: &str, file: File) -> String {
@@ -56,10 +52,7 @@ fn write(tree: &Arc<Tree>, id: &str, file: File, data: &str) -> Result<usize, Er
 
 /// Writes to an open file, and does the job at once if there is one.
 fn write_to(tree: &Tree, node: Node, handle: u64, offset: u64, data: &str) -> Result<usize, Errno> {
-    match tree.write(node, handle, offset, data.as_bytes(), false, ROOT) {
-        Written::Now(result) => result,
-        Written::Later(job) | Written::Started(_, job) => job(),
-    }
+    tree.write(node, handle, offset, data.as_bytes(), false, ROOT).wait()
 }
 
 /// Closes a file as its only process does: flush, and then release.
@@ -70,14 +63,7 @@ fn close(tree: &Tree, node: Node, handle: u64) -> Result<(), Errno> {
 }
 
 fn flush(tree: &Tree, node: Node, handle: u64) -> Result<(), Errno> {
-    answered(tree.flush(node, handle, ROOT))
-}
-
-fn answered(closed: Closed) -> Result<(), Errno> {
-    match closed {
-        Closed::Now(result) => result,
-        Closed::Later(job) => job(),
-    }
+    tree.flush(node, handle, ROOT).wait()
 }
 
 #[test]
@@ -193,16 +179,11 @@ fn a_writer_that_does_not_wait_gets_eagain_while_the_lock_is_taken() {
         .daemon
         .lock(&host.entry("a"), crate::lifecycle::Wait::ForIt, crate::sandbox::Cause::Reconcile)
         .unwrap();
-    assert!(matches!(
-        tree.write(state, 0, 0, b"wake", true, ROOT),
-        Written::Now(Err(Errno::Again))
-    ));
+    assert!(matches!(tree.write(state, 0, 0, b"wake", true, ROOT), Answer::Now(Err(Errno::Again))));
     drop(held);
     match tree.write(state, 0, 0, b"wake", true, ROOT) {
-        Written::Started(4, job) => assert_eq!(job(), Ok(4)),
-        other @ (Written::Now(_) | Written::Later(_) | Written::Started(..)) => {
-            panic!("{other:?}")
-        }
+        Answer::Started(4, job) => assert_eq!(job(), Ok(())),
+        other @ (Answer::Now(_) | Answer::Job(..) | Answer::Started(..)) => panic!("{other:?}"),
     }
     assert_eq!(host.state("a"), State::Running);
 }
@@ -238,10 +219,10 @@ fn an_open_file_of_a_deleted_sandbox_answers_enodev_and_its_inode_is_not_used_ag
     assert_eq!(tree.read_here(state, handle, 0, 9, ROOT), Err(Errno::NoDev));
     assert!(matches!(
         tree.write(state, 0, 0, b"wake", false, ROOT),
-        Written::Now(Err(Errno::NoDev))
+        Answer::Now(Err(Errno::NoDev))
     ));
-    let make = tree.make_dir(Node::Root, b"a", ROOT).unwrap();
-    assert_ne!(make().unwrap().node, Node::Dir(crate::sandbox::RowId(1)));
+    let made = tree.make_dir(Node::Root, b"a", ROOT).wait();
+    assert_ne!(made.unwrap().node, Node::Dir(crate::sandbox::RowId(1)));
     assert_ne!(node(&tree, "a", File::State), state);
 }
 
@@ -250,14 +231,13 @@ fn names_are_ids_and_directories_are_only_made_in_the_root() {
     let host = Host::new();
     host.create("a");
     let tree = tree(&host);
-    let make = |parent, name: &[u8]| tree.make_dir(parent, name, ROOT).map(drop);
+    let make = |parent, name: &[u8]| tree.make_dir(parent, name, ROOT).wait().map(drop);
     for bad in [&b"A"[..], b"a.b", b"\xff", b"-a", b"dozed.list", b""] {
         assert_eq!(make(Node::Root, bad), Err(Errno::Inval), "{bad:?}");
     }
     assert_eq!(make(Node::Root, &[b'a'; 64]), Err(Errno::NameTooLong));
     assert_eq!(make(Node::Dir(crate::sandbox::RowId(1)), b"b"), Err(Errno::Perm));
-    let job = tree.make_dir(Node::Root, b"a", ROOT).unwrap();
-    assert_eq!(job(), Err(Errno::Exist));
+    assert_eq!(make(Node::Root, b"a"), Err(Errno::Exist));
 }
 
 #[test]
@@ -339,10 +319,11 @@ fn looking_changes_nothing() {
         AttrChange { mtime: true, ..Default::default() },
         ROOT,
     )
+    .wait()
     .unwrap();
     assert_eq!((entry.activity_count(), entry.last_activity(), entry.record()), before);
     let touch = AttrChange { mtime: true, ..Default::default() };
-    tree.set_attr(node(&tree, "a", File::Activity), touch, ROOT).unwrap();
+    tree.set_attr(node(&tree, "a", File::Activity), touch, ROOT).wait().unwrap();
     assert_eq!(entry.activity_count(), before.0 + 1);
 }
 
@@ -354,10 +335,7 @@ fn chmod_and_chown_do_what_they_say_and_last() {
         let tree = tree(&host);
         (tree.lookup(Node::Root, b"a").unwrap().node, node(&tree, "a", File::State))
     };
-    let change = |host: &Host, node, change| {
-        let job = tree(host).set_attr(node, change, ROOT)?;
-        job.map_or_else(|| tree(host).attr(node), |job| job())
-    };
+    let change = |host: &Host, node, change| tree(host).set_attr(node, change, ROOT).wait();
     let mode = AttrChange { mode: Some(0o600), ..Default::default() };
     assert_eq!(change(&host, state, mode).unwrap().mode, 0o600);
     let wide = AttrChange { mode: Some(0o1777), ..Default::default() };
@@ -367,7 +345,7 @@ fn chmod_and_chown_do_what_they_say_and_last() {
     let owned = change(&host, dir, owner).unwrap();
     assert_eq!((owned.uid, owned.gid, owned.mode), (7, 8, 0o750));
     // The same again, as `chown -R` does, is no change.
-    assert!(tree(&host).set_attr(state, owner, ROOT).unwrap().is_none());
+    assert!(matches!(tree(&host).set_attr(state, owner, ROOT), Answer::Now(Ok(_))));
 
     host.restart();
     let state = tree(&host).attr(state).unwrap();
@@ -571,17 +549,17 @@ fn what_waits_for_a_disk_or_the_kernel_is_a_job() {
         (Node::Daemon(DaemonFile::Metrics), false, false),
         (Node::Dir(row), false, false),
     ] {
-        let is_job = matches!(tree.attr_for(node, ROOT), Answer::Later(_));
+        let is_job = matches!(tree.attr_for(node, ROOT), Answer::Job(Work::Read, _));
         assert_eq!(is_job, sizes, "the attributes of {node:?}");
         if !node.is_dir() {
-            let is_job = matches!(tree.read(node, 0, 0, 10, ROOT), Answer::Later(_));
+            let is_job = matches!(tree.read(node, 0, 0, 10, ROOT), Answer::Job(Work::Read, _));
             assert_eq!(is_job, reads, "{node:?}");
         }
     }
     let console = Node::File(row, File::Console);
-    assert!(matches!(tree.open(console, Access::Read, ROOT), Ok(Opened::Look(_))));
-    assert!(matches!(tree.poll(console, 0), Answer::Later(_)));
-    assert!(matches!(tree.poll(Node::File(row, File::State), 0), Answer::Now(_)));
+    assert!(matches!(tree.open(console, Access::Read, ROOT), Answer::Job(Work::Read, _)));
+    assert!(matches!(tree.poll(console, 0, None), Answer::Job(Work::Read, _)));
+    assert!(matches!(tree.poll(Node::File(row, File::State), 0, None), Answer::Now(_)));
 }
 
 #[test]
@@ -594,7 +572,7 @@ fn why_a_mkdir_or_an_rmdir_failed_is_told_to_its_user_until_one_succeeds() {
         let text = tree.read(node, 0, 0, 4096, caller).wait().unwrap();
         String::from_utf8(text).unwrap()
     };
-    let make = |name: &[u8]| tree.make_dir(Node::Root, name, user).and_then(|job| job());
+    let make = |name: &[u8]| tree.make_dir(Node::Root, name, user).wait();
     assert_eq!(error(user), "ok\n");
     assert_eq!(make(b"Web_1").unwrap_err(), Errno::Inval);
     let says = "`Web_1`: an id is lower-case letters, digits and inner hyphens, as `web-1`\n";
@@ -620,7 +598,7 @@ fn changed_modes_go_with_their_sandbox_from_memory_and_index() {
     }
     let tree = tree(&host);
     let mode = AttrChange { mode: Some(0o600), ..Default::default() };
-    let change = |node: Node| tree.set_attr(node, mode, ROOT).unwrap().unwrap()().unwrap();
+    let change = |node: Node| tree.set_attr(node, mode, ROOT).wait().unwrap();
     let row = |id: &str| host.entry(id).row();
     let nodes = [Node::Dir(row("a")), Node::File(row("a"), File::State), Node::Dir(row("ab"))];
     for node in nodes.into_iter().chain([Node::Root]) {
