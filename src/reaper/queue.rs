@@ -5,12 +5,38 @@ use std::{
     time::Duration,
 };
 
-use super::Due;
 use crate::{
     sandbox::{RowId, Timestamp},
     sync::{Condvar, Mutex, lock, wait},
     sys::clock::Stopwatch,
 };
+
+/// What is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Due {
+    Sleep(RowId),
+    Delete(RowId),
+    Unlink(RowId),
+    Settle(RowId),
+}
+
+impl Due {
+    /// Which kinds come first. To settle a leftover is to ask a VMM that did not answer.
+    fn rank(self) -> u8 {
+        match self {
+            Self::Sleep(_) => 0,
+            Self::Delete(_) => 1,
+            Self::Unlink(_) => 2,
+            Self::Settle(_) => 3,
+        }
+    }
+
+    pub(super) fn row(self) -> RowId {
+        match self {
+            Self::Sleep(row) | Self::Delete(row) | Self::Settle(row) | Self::Unlink(row) => row,
+        }
+    }
+}
 
 /// The queue. A sandbox is in it, or being acted on, at most once, which bounds it.
 #[derive(Debug)]

@@ -2,15 +2,18 @@
 
 use std::time::Duration;
 
-use super::*;
+use super::{
+    workers::{RETRY_FIRST, RETRY_MAX, backoff},
+    *,
+};
 use crate::{
     activity::{HoldError, Holder},
     lifecycle::{
-        Policy,
+        Error, Outcome, Policy, Wait, Why,
         testing::{Host, LINGER, wait_for},
     },
     net::{Activity, Count, fake::Fault as NetworkFault},
-    sandbox::{NetMode, Period, Signal, Spec, State},
+    sandbox::{Cause, NetMode, Period, Signal, Spec, State, Timestamp},
     sys::clock::{Clock, boots::SYNC_GRACE},
     vmm::fake::{Call, Fault},
 };
