@@ -63,8 +63,7 @@ pub enum HoldError {
     },
     /// It is held awake.
     #[error(
-        "{id} is held awake by {by}; they let go of it when they close its file `awake`, or \
-         end"
+        "{id} is held awake by {by}; a hold ends when its holder closes the file `awake` or exits"
     )]
     Held {
         /// The sandbox.

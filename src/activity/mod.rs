@@ -133,7 +133,8 @@ impl Activities {
         };
         if after != before && !after.is_empty() {
             let (id, unknown) = (entry.id(), after);
-            tracing::warn!(%id, %unknown, "a sample failed; it stays awake until one does not");
+            tracing::warn!(%id, %unknown, "sampling failed; it stays awake until a sample \
+                                           succeeds");
         }
         for signal in above {
             self.saw(entry, signal);

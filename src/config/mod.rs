@@ -308,8 +308,8 @@ fn refuse_own_range(template: &Spec, range: &AddressPlan) -> Result<(), SpecErro
         return Ok(());
     };
     let message = format!(
-        "`allowed` of [template] has `{network}`, which cannot be allowed: it is of the sandboxes' \
-         own range, {range}"
+        "`allowed` of [template] has `{network}`, which cannot be allowed: it is in the range of \
+         sandboxes, {range}"
     );
     Err(SpecError { line: None, message })
 }

@@ -157,7 +157,7 @@ fn what_is_not_accepted_is_told_with_its_line_and_what_is() {
         ("[vmm]\nqemu = \"qemu\"", 2, "write an absolute path"),
         ("[vmm]\nxen = 1", 2, "expected one of `cloud_hypervisor`, `qemu`, `users`"),
         ("[vmm]\nusers = 1000", 2, "write a range, as \"2010000000-2109999999\", or \"off\""),
-        ("[vmm]\nusers = \"0-99\"", 2, "user ids below 1000 are the system's"),
+        ("[vmm]\nusers = \"0-99\"", 2, "user ids below 1000 belong to the system"),
         ("[vmm]\nusers = \"on\"", 2, "\"on\" is not accepted: write it as"),
         ("\nmount = \"m\"", 2, "write an absolute path without `..`"),
         ("mount = \"/a/../b\"", 1, "write an absolute path without `..`"),
@@ -241,7 +241,7 @@ fn users_of_their_own_are_switched_off_by_a_word() {
 fn a_template_that_allows_the_sandboxes_own_range_is_refused() {
     let text = "[network]\nrange = \"10.7.0.0/16\"\n[template]\nallowed = [\"10.7.1.0/24\"]";
     let error = parse(text).map(drop).unwrap_err();
-    let says = "`10.7.1.0/24`, which cannot be allowed: it is of the sandboxes' own range";
+    let says = "`10.7.1.0/24`, which cannot be allowed: it is in the range of sandboxes";
     assert!(error.message.contains(says), "{error}");
     parse("[template]\nallowed = [\"10.7.1.0/24\", \"10.0.0.0/8\"]").unwrap();
 }

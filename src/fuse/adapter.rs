@@ -122,11 +122,11 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_PARALLEL_DIROPS;
         // An older kernel lists a little slower without them.
         if let Err(lacking) = config.add_capabilities(wanted) {
-            tracing::debug!(?lacking, "the kernel's FUSE lacks something");
+            tracing::debug!(?lacking, "the kernel's FUSE lacks a feature");
             config.add_capabilities(wanted - lacking).ok();
         }
         if let Err(nearest) = config.set_max_write(WRITE_MAX_BYTES) {
-            tracing::debug!(nearest, "the kernel's FUSE takes another size of writes");
+            tracing::debug!(nearest, "the kernel's FUSE uses another write size");
         }
         Ok(())
     }
@@ -337,7 +337,7 @@ impl Filesystem for Adapter {
         if let Ok(Some(job)) = left
             && self.jobs.start(0, job).is_err()
         {
-            tracing::error!("a document is lost, as too many operations are under way");
+            tracing::error!("a document was lost: too many operations are running");
         }
     }
 

@@ -270,7 +270,7 @@ impl Index {
         // What is left of it here goes at the next start.
         let doing = || format!("removing what the index has of {}", record.id);
         if let Err(error) = self.execute(&doing, |open| schema::remove_metas(open, &keys)) {
-            tracing::warn!(%error, "keys of a sandbox that is gone stay");
+            tracing::warn!(%error, "keys of a deleted sandbox remain");
         }
         Ok(())
     }

@@ -73,6 +73,6 @@ impl Drop for Checkpoints {
 fn run(connection: &Connection) {
     if let Err(error) = schema::checkpoint(connection, PAGES_MAX) {
         // The log goes on growing, and the next one moves all of it.
-        tracing::warn!(%error, "moving the log of the index into its file");
+        tracing::warn!(%error, "checkpointing the index");
     }
 }

@@ -109,7 +109,7 @@ impl Index {
         let connection = lock(&self.connection);
         let open = connection.as_ref().ok_or(Error::Closed)?;
         query(open, sql, state, now, after.unwrap_or(START), limit)
-            .map_err(Error::sql(&self.path, || "looking in the index for who is due".to_owned()))
+            .map_err(Error::sql(&self.path, || "looking in the index for due sandboxes".to_owned()))
     }
 }
 

@@ -18,7 +18,7 @@ pub enum Error {
     #[error(transparent)]
     Refused(#[from] Refused),
     /// The row is not what it was a moment ago, or is gone, though we have the lock.
-    #[error("{id} (row {row}) is not {state} in the index as it was: somebody else writes to it")]
+    #[error("{id} (row {row}) is no longer {state} in the index: another process writes to it")]
     Lost {
         /// The name.
         id: SandboxId,
@@ -45,8 +45,8 @@ pub enum Error {
     },
     /// The file is damaged.
     #[error(
-        "the index {} is damaged and was left as it is; restore it from a backup, or move it \
-         away to begin a new one: {why}",
+        "the index {} is damaged and was left as it is; restore it from a backup, or move it away \
+         to start with a new one: {why}",
         .path.display()
     )]
     Damaged {
@@ -56,15 +56,15 @@ pub enum Error {
         why: String,
     },
     /// The file is some other program's.
-    #[error("{} is a database, but no index of dozed; it was left as it is", .path.display())]
+    #[error("{} is a database, but not an index of dozed; it was left as it is", .path.display())]
     Foreign {
         /// The file.
         path: PathBuf,
     },
     /// The file was written by a later version of this program.
     #[error(
-        "the index {} has version {found}, and this dozed knows versions up to {known}: a newer \
-         one is needed",
+        "the index {} has version {found}, and this dozed knows versions up to {known}; use a \
+         newer dozed",
         .path.display()
     )]
     Newer {
@@ -76,15 +76,15 @@ pub enum Error {
         known: i64,
     },
     /// The disk did not take what was committed.
-    #[error("bringing the index to the disk, after which no change can be taken any more")]
+    #[error("syncing the index, which accepts no more changes")]
     Unsynced {
         /// What the system said.
         source: std::io::Error,
     },
     /// The disk takes too long.
     #[error(
-        "the disk has not taken a change of the index within {} s, and no other is begun until it \
-         has",
+        "the disk did not accept a change of the index within {} s, and no other is begun until \
+         it has",
         .limit.as_secs()
     )]
     Stalled {

@@ -377,7 +377,7 @@ fn id(text: &str) -> Result<SandboxId, String> {
 }
 
 fn state(word: &str) -> Result<State, String> {
-    State::from_word(word).ok_or_else(|| format!("`{word}` is no state"))
+    State::from_word(word).ok_or_else(|| format!("`{word}` is not a state"))
 }
 
 fn process(c: &mut Columns<'_>) -> Result<Option<ProcessIdentity>, Malformation> {

@@ -352,7 +352,7 @@ impl Shared {
                     self.done.notify_all();
                 }
                 Err(error) => {
-                    tracing::error!(%error, "syncing the index; it takes no more changes");
+                    tracing::error!(%error, "syncing the index failed; it accepts no more changes");
                     self.break_by(Broken::Failed(error.raw_os_error(), error.kind()));
                 }
             }

@@ -102,7 +102,7 @@ impl Lifecycle {
             return Ok(());
         }
         let range = self.settings.addresses.range();
-        let failed = net_failed(entry, "looking which addresses are the host's, for");
+        let failed = net_failed(entry, "listing the host's addresses for");
         let own = self.networks.host().host_addresses().map_err(failed)?;
         let protected: Vec<Span> =
             own.into_iter().map(Span::from).chain([Span::from(range)]).collect();
@@ -110,9 +110,9 @@ impl Lifecycle {
             return Ok(());
         };
         let why = if range.contains(&network) {
-            format!("it is of the sandboxes' own range, {range}")
+            format!("it is in the range of sandboxes, {range}")
         } else {
-            "the host itself has its addresses, which no sandbox reaches".to_owned()
+            "its addresses belong to the host, which sandboxes cannot reach".to_owned()
         };
         Err(Error::NotAllowed { network: network.to_string(), why })
     }
@@ -146,7 +146,7 @@ impl Lifecycle {
         let Some(live) = self.machines.get(entry.row()) else { return };
         if let Err(error) = lock(&live.machine).give_vsock(owner) {
             // A VMM that does as it should has it where it was, so this is one that does not.
-            tracing::error!(id = %entry.id(), error = chain(&error), "giving its vsock away");
+            tracing::error!(id = %entry.id(), error = chain(&error), "changing the vsock's owner");
         }
     }
 }

@@ -62,8 +62,8 @@ pub enum Error {
     },
     /// Who wrote `config` cannot open a file that it names.
     #[error(
-        "who wrote the `config` of {id} (uid {uid}, gid {gid}) cannot open {}, which it names; let \
-         them, or have somebody who can write it again",
+        "the user who wrote the `config` of {id} (uid {uid}, gid {gid}) cannot open {}, which it \
+         names; grant access, or have a user with access write it again",
         .path.display()
     )]
     NotWriters {
@@ -175,7 +175,7 @@ pub enum Error {
     },
     /// The files of the sandbox say more than its record.
     #[error(
-        "the index does not know what became of {id}: {why}; nothing was changed; restore the \
+        "the index does not match the files of {id}: {why}; nothing was changed; restore the \
          index (index.db and index.db-wal) that was last in use, or delete the sandbox"
     )]
     Unrecorded {
@@ -185,7 +185,7 @@ pub enum Error {
         why: String,
     },
     /// What runs the guest is not what would have to wake it.
-    #[error("{id} is not put to sleep, as nothing here could wake it: {why}")]
+    #[error("{id} was not put to sleep, because nothing on this host could wake it: {why}")]
     Unwakeable {
         /// The sandbox.
         id: SandboxId,
@@ -200,8 +200,8 @@ pub enum Error {
     },
     /// A VMM did not say whether the guest runs that it was told to let run.
     #[error(
-        "the VMM of {id} does not say whether its guest runs, so nothing is taken back and it is \
-         asked again"
+        "the VMM of {id} did not say whether its guest runs; nothing was undone, and it is asked \
+         again"
     )]
     Unanswered {
         /// The sandbox.
@@ -251,7 +251,7 @@ pub enum Error {
         source: index::Error,
     },
     /// An operation failed, and taking it back failed too.
-    #[error("taking it back failed too ({failures})")]
+    #[error("undoing it failed too ({failures})")]
     Undo {
         /// What failed while undoing, in the order tried.
         failures: String,
@@ -259,7 +259,7 @@ pub enum Error {
         source: Box<Error>,
     },
     /// A bug of ours.
-    #[error("an operation on {id} panicked, which is a bug of dozed; the log has the details")]
+    #[error("an operation on {id} panicked, which is a bug in dozed; the log has the details")]
     Panicked {
         /// The sandbox.
         id: SandboxId,

@@ -39,9 +39,9 @@ const NAMED_MAX: usize = 5;
 pub enum Contradicted {
     /// They do.
     #[error(
-        "the index {} was lost or is of an earlier time than what is there: {found}; nothing was \
-         changed; restore the index.db and index.db-wal that were last in use, or end these VMMs \
-         and move these directories away to begin without them",
+        "the index {} was lost or is older than the store: {found}; nothing was changed; restore \
+         the index.db and index.db-wal that were last in use, or kill these VMMs and move these \
+         directories away to start without them",
         .index.display()
     )]
     Behind {
@@ -51,7 +51,7 @@ pub enum Contradicted {
         found: String,
     },
     /// It could not be seen whether they do.
-    #[error("holding the index against {}", .dir.display())]
+    #[error("comparing the index with {}", .dir.display())]
     Look {
         /// The directory of all sandboxes.
         dir: PathBuf,
@@ -196,7 +196,7 @@ impl Lifecycle {
             None => Ok(()),
             Some(generation) => {
                 let dir = home.snapshot_dir(generation);
-                let why = format!("it is stopped, and yet sleeps in {}", dir.display());
+                let why = format!("it is stopped, but has a snapshot in {}", dir.display());
                 Err(Error::Unrecorded { id: entry.id().clone(), why })
             }
         }

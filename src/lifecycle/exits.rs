@@ -67,7 +67,7 @@ impl Lifecycle {
         self.networks.abandon(entry);
         if let Err(error) = self.home(&entry.record()).end_run() {
             // The next boot or the deletion removes what is left.
-            tracing::warn!(id = %entry.id(), error = chain(&error), "clearing up after a guest");
+            tracing::warn!(id = %entry.id(), error = chain(&error), "cleaning up after a guest");
         }
         // A writer that finds the guest gone did not end it.
         let cause = match held.cause() {
@@ -102,11 +102,11 @@ impl Lifecycle {
         match exit {
             Exit::Code(0) => "the guest shut down".to_owned(),
             Exit::Code(code) => format!(
-                "the VMM failed with exit code {code}; its words are in {}",
+                "the VMM failed with exit code {code}; its output is in {}",
                 self.home(&entry.record()).vmm_log().display()
             ),
             Exit::Signal(signal) => self.reason_of_signal(signal),
-            Exit::Unknown => "the VMM ended, and the kernel does not tell how".to_owned(),
+            Exit::Unknown => "the VMM ended; the kernel did not report how".to_owned(),
         }
     }
 

@@ -172,8 +172,8 @@ impl NamedFiles<'_> {
         };
         let why = if let Some(Writer { uid, gid, .. }) = &denied {
             format!(
-                "you (uid {uid}, gid {gid}) may not read it; whoever writes a `config` has to be \
-                 allowed to read what it names, but for what [template] names"
+                "you (uid {uid}, gid {gid}) may not read it; the writer of a `config` must be \
+                 able to read the files that it names, except those that [template] names"
             )
         } else if error.kind() == io::ErrorKind::NotFound {
             "there is no such file; write the path of one".to_owned()

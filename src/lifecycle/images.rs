@@ -44,10 +44,9 @@ pub(super) fn why_unfit(path: &Path, role: FileRole, file: &Opened) -> Option<St
     }
     match role {
         FileRole::Kernel if kernel::is_kernel(&file.start) => None,
-        FileRole::Kernel => Some(
-            "is no kernel, neither an ELF file nor a bzImage; name one as `kernel` in `config`"
-                .to_owned(),
-        ),
+        FileRole::Kernel => {
+            Some("is not a kernel (an ELF file or a bzImage); set `kernel` in `config`".to_owned())
+        }
         FileRole::Initramfs => None,
         FileRole::Disk { readonly } => why_not_raw(path, &file.start, readonly)
             .or_else(|| why_no_sectors(path, file.size.bytes)),

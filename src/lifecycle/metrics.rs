@@ -59,14 +59,12 @@ impl Default for Metrics {
             let opts = HistogramOpts::new(name, help).buckets(BUCKETS.to_vec());
             enter(&registry, Histogram::with_opts(opts).expect("names are valid"))
         };
-        let reaper_failures = IntCounter::new(
-            "dozed_reaper_failures_total",
-            "What the reaper began and could not bring to its end",
-        );
+        let reaper_failures =
+            IntCounter::new("dozed_reaper_failures_total", "Failed attempts of the reaper");
         Self {
-            sleeps: counted("dozed_sleeps_total", "Sleeps that were completed, by cause", "cause"),
+            sleeps: counted("dozed_sleeps_total", "Completed sleeps, by cause", "cause"),
             wakes: counted("dozed_wakes_total", "Wakes from a snapshot, by cause", "cause"),
-            boots: counted("dozed_boots_total", "Boots that were completed, by cause", "cause"),
+            boots: counted("dozed_boots_total", "Completed boots, by cause", "cause"),
             losses: counted(
                 "dozed_losses_total",
                 "Guests that shut down, or were lost with their VMM, by cause",
@@ -74,12 +72,12 @@ impl Default for Metrics {
             ),
             failures: counted(
                 "dozed_failures_total",
-                "What somebody asked for and was refused or failed, by errno",
+                "Requested operations that failed or were refused, by errno",
                 "errno",
             ),
             reaper_failures: enter(&registry, reaper_failures.expect("names are valid")),
-            sleep_seconds: timed("dozed_sleep_duration_seconds", "How long sleeps took"),
-            wake_seconds: timed("dozed_wake_duration_seconds", "How long wakes took"),
+            sleep_seconds: timed("dozed_sleep_duration_seconds", "Duration of sleeps"),
+            wake_seconds: timed("dozed_wake_duration_seconds", "Duration of wakes"),
             registry,
         }
     }
@@ -139,26 +137,34 @@ impl Gauges {
         let set = |name: &str, help: &str, value: f64| {
             enter(&registry, Gauge::new(name, help).expect("names are valid")).set(value);
         };
-        let info = Opts::new("dozed_info", "The daemon that says this")
+        let info = Opts::new("dozed_info", "The running daemon")
             .const_label("version", env!("CARGO_PKG_VERSION"));
         enter(&registry, Gauge::with_opts(info).expect("names are valid")).set(1.0);
-        let states = Opts::new("dozed_sandboxes", "How many sandboxes there are, by state");
+        let states = Opts::new("dozed_sandboxes", "Number of sandboxes, by state");
         let states = IntGaugeVec::new(states, &["state"]).expect("names are valid");
         let states = enter(&registry, states);
         for (state, count) in self.counts {
             let count = i64::try_from(count).unwrap_or(i64::MAX);
             states.with_label_values(&[state.word()]).set(count);
         }
-        set("dozed_memory_bytes", "The memory of all that are awake", number(self.memory_bytes));
+        set("dozed_memory_bytes", "Memory of all running sandboxes", number(self.memory_bytes));
         if let Some(budget) = self.memory_budget_bytes {
-            set("dozed_memory_budget_bytes", "What that may be at the most", number(budget));
+            set(
+                "dozed_memory_budget_bytes",
+                "Limit of the memory of all running sandboxes",
+                number(budget),
+            );
         }
-        set("dozed_holds", "How many files hold a sandbox awake", number(self.holds as u64));
+        set(
+            "dozed_holds",
+            "Number of open files that hold a sandbox awake",
+            number(self.holds as u64),
+        );
         let started = self.started.as_millisecond();
-        set("dozed_start_time_seconds", "When the daemon started", seconds(started));
+        set("dozed_start_time_seconds", "Start time of the daemon", seconds(started));
         if let Some(tick) = self.reaper_last_tick {
             let at = seconds(tick.as_millisecond());
-            set("dozed_reaper_last_tick_seconds", "When the reaper last looked", at);
+            set("dozed_reaper_last_tick_seconds", "Time of the reaper's last tick", at);
         }
         registry.gather()
     }

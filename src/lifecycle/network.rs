@@ -209,7 +209,7 @@ impl Networks {
     pub(super) fn deliver<'a>(&'a self, entry: &'a Entry) -> Result<(), Error> {
         let record = entry.record();
         let Some(address) = self.address(&record) else { return Ok(()) };
-        let failed = net_failed(entry, "passing on what was sent to");
+        let failed = net_failed(entry, "delivering queued packets to");
         self.host.deliver(entry.id(), address).map_err(failed)
     }
 
@@ -272,10 +272,11 @@ impl Networks {
         let what = self
             .host
             .put_back(&wanted, vmm)
-            .map_err(net_failed(entry, "looking over the network of"))?;
+            .map_err(net_failed(entry, "checking the network of"))?;
         if !what.is_empty() {
             let what = what.join(", ");
-            tracing::warn!(id = %entry.id(), what, "put back what somebody changed or removed");
+            tracing::warn!(id = %entry.id(), what, "restored what another program changed or \
+                                                    removed");
         }
         Ok(())
     }
@@ -341,14 +342,14 @@ impl Networks {
         let known: Vec<_> = seen.chain(left_out).collect();
         // What stays is nobody's, and the next start looks again.
         let found = self.host.reconcile(&known).unwrap_or_else(|error| {
-            tracing::error!(error = chain(&error), "looking for networks of nobody");
+            tracing::error!(error = chain(&error), "looking for networks without a sandbox");
             Reconciled::default()
         });
         for name in found.removed {
-            tracing::info!(name, "removed what is of no sandbox");
+            tracing::info!(name, "removed parts of networks without a sandbox");
         }
         for error in found.left {
-            tracing::error!(error, "removing what is of no sandbox");
+            tracing::error!(error, "removing parts of networks without a sandbox");
         }
         let there: HashSet<&SandboxId> = found.there.iter().collect();
         let mut any_listened_for = false;
@@ -399,7 +400,7 @@ impl Networks {
     /// Removes what is the host's of networks, if nobody has one. Called when all else is over.
     pub fn retire(&self) {
         if let Err(error) = self.host.retire() {
-            tracing::warn!(error = chain(&error), "removing what the host had for networks");
+            tracing::warn!(error = chain(&error), "removing the host's part of networks");
         }
     }
 
@@ -417,7 +418,7 @@ impl Networks {
         let read = |(id, read): net::Sampled| {
             let reading = read.map_or_else(
                 |error| {
-                    tracing::debug!(%id, error = chain(&error), "looking for its traffic");
+                    tracing::debug!(%id, error = chain(&error), "reading its traffic");
                     Reading::Failed
                 },
                 |activity| Reading::Is(activity.bytes()),

@@ -28,7 +28,8 @@ impl Lifecycle {
                 let Some(lifecycle) = this.upgrade() else { break };
                 let waking = Arc::clone(&lifecycle);
                 if lifecycle.pool.run(move || wake_for_packet(&waking, address, trigger)).is_err() {
-                    tracing::warn!(%address, "all threads are busy; a packet wakes nobody");
+                    tracing::warn!(%address, "all threads are busy; a packet did not wake its \
+                                              sandbox");
                     lifecycle.networks.host().refuse(address);
                 }
             }

@@ -195,7 +195,7 @@ impl Lifecycle {
                 killed += 1;
             } else if entry.record().process().is_none_or(|known| known.pid != pid) {
                 // One that could not be adopted is told of by its sandbox.
-                tracing::warn!(id = %entry.id(), pid, "leaving a VMM whose guest may be wanted");
+                tracing::warn!(id = %entry.id(), pid, "leaving a VMM that may still be needed");
             }
         }
         killed
@@ -357,7 +357,7 @@ impl Lifecycle {
 
     /// Says whether the VMM in the record was started since the host was.
     fn is_of_this_boot(&self, entry: &Entry) -> Result<bool, Error> {
-        let boot_id = boot_id().map_err(host_failed(entry, "asking which boot this is of"))?;
+        let boot_id = boot_id().map_err(host_failed(entry, "reading the boot id of"))?;
         Ok(entry.record().process().is_some_and(|process| *process.boot_id == *boot_id))
     }
 
@@ -389,7 +389,7 @@ impl Lifecycle {
         self.release(entry)?;
         self.networks.abandon(entry);
         let home = self.home(&entry.record());
-        home.end_run().map_err(snapshot_failed(entry, "clearing up after"))?;
+        home.end_run().map_err(snapshot_failed(entry, "cleaning up after"))?;
         self.step(held, entry, Step::Undo, |_| ())?;
         Ok(())
     }

@@ -65,7 +65,7 @@ impl Lifecycle {
             Ok(bytes) => Some(bytes),
             Err(error) => {
                 let error = chain(&error);
-                tracing::warn!(id = %record.id, error, "giving back room that nobody uses");
+                tracing::warn!(id = %record.id, error, "releasing unused disk space");
                 None
             }
         }
@@ -106,8 +106,8 @@ impl Lifecycle {
         {
             tracing::warn!(
                 id = %record.id, %error,
-                "no room on the disk for memory that its guest gave back; it is killed if it \
-                 wants that again before there is room"
+                "no disk space for memory that its guest freed; if the guest uses it again before \
+                 there is space, it is killed"
             );
         }
     }
@@ -138,8 +138,8 @@ impl Lifecycle {
         let free = free_bytes(&self.settings.store).unwrap_or(u64::MAX);
         if free < snapshot::SLEEP_RESERVE_BYTES {
             format!(
-                "{killed} (SIGBUS), as its guest touched memory that the disk had no room for: \
-                 {free} bytes are free in {store}; make room there"
+                "{killed} (SIGBUS): its guest used memory for which the disk had no space; {free} \
+                 bytes are free in {store}; free some"
             )
         } else {
             format!(

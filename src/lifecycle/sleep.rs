@@ -227,7 +227,7 @@ impl Lifecycle {
         })?;
         let mut staged = home
             .stage(guest.record.generation + 1, guest.memory)
-            .map_err(snapshot_failed(entry, "beginning the snapshot of"))?;
+            .map_err(snapshot_failed(entry, "starting the snapshot of"))?;
         self.crash_point(CrashPoint::SleepStaged);
         let filled = self.fill(op, guest, run, &mut staged);
         let facts = filled.and_then(|()| self.facts(entry, &guest.identity, disks));
@@ -307,12 +307,12 @@ impl Lifecycle {
         if staged.follows_failed_sync() {
             let record = entry.record();
             let home = self.home(&record);
-            tracing::warn!(id = %entry.id(), "a sync failed: all that it has is written anew");
+            tracing::warn!(id = %entry.id(), "a sync failed; all its data is written again");
             let disks = record.spec.disks.iter().enumerate().filter(|(_, disk)| !disk.readonly);
             for (number, _) in disks {
                 write_anew(&home.disk(number), &op.cancel).map_err(|error| match error {
                     PieceError::CalledOff(_) => Error::Gone { id: record.id.clone() },
-                    PieceError::Io(source) => host_failed(entry, "writing a disk anew of")(source),
+                    PieceError::Io(source) => host_failed(entry, "rewriting a disk of")(source),
                 })?;
             }
         }
@@ -391,19 +391,18 @@ fn discard_later(op: &mut Op<'_>, staged: Staged) {
 /// Returns why a guest that runs by `runs` could not be woken by what is installed of its
 /// VMM, if that is so: a snapshot loads only into the build that saved it.
 fn why_unwakeable(vmm: &dyn Vmm, runs: &VmmIdentity) -> Option<String> {
-    let mended = "put that back, or have the guest shut down and boot it again";
+    let mended = "reinstall the former, or shut the guest down and boot it again";
     let here = match vmm.identity() {
         Ok(here) => here,
         Err(error) => {
             let (name, version) = (runs.name, &runs.version);
             let error = super::chain(&error);
-            return Some(format!("its guest runs by {name} {version}, and {error}; {mended}"));
+            return Some(format!("its guest runs on {name} {version}, and {error}; {mended}"));
         }
     };
     let (what, then, now) = runs.difference(&here)?;
     Some(format!(
-        "its guest runs by a {} with {what} `{then}`, and the one installed now has `{now}`; \
-         {mended}",
+        "its guest runs on a {} with {what} `{then}`, and the installed one has `{now}`; {mended}",
         runs.name
     ))
 }

@@ -44,9 +44,12 @@ impl Troubles {
         let before = std::mem::replace(&mut *lock(&self.host), text.clone());
         match text {
             Some(text) if before.as_ref() != Some(&text) => {
-                tracing::error!(error = text, "looking over networks");
+                tracing::error!(error = text, "checking networks");
             }
-            None if before.is_some() => tracing::info!("the host's network is as it is to be"),
+            None if before.is_some() => tracing::info!(
+                "the host's part of networks is complete \
+                                                        again"
+            ),
             Some(_) | None => {}
         }
     }

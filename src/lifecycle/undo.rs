@@ -76,9 +76,6 @@ mod tests {
         }
         let error = undo.run(Error::ShuttingDown);
         assert_eq!(*order.borrow(), ["third", "second", "first"]);
-        assert_eq!(
-            chain(&error),
-            "taking it back failed too (second: stuck): dozed is shutting down"
-        );
+        assert_eq!(chain(&error), "undoing it failed too (second: stuck): dozed is shutting down");
     }
 }

@@ -36,7 +36,11 @@ impl Lifecycle {
             tell.try_send(()).ok();
         };
         if let Err(error) = self.networks.host().watch(Arc::new(changed)) {
-            tracing::warn!(error = chain(&error), "what others change is seen at ticks only");
+            tracing::warn!(
+                error = chain(&error),
+                "changes by other programs are noticed only at \
+                                                   ticks"
+            );
         }
         std::thread::Builder::new().name("dozed-networks".to_owned()).spawn(move || {
             if let Some(lifecycle) = this.upgrade() {
@@ -84,7 +88,7 @@ pub(super) fn look_over_networks(lifecycle: &Lifecycle) -> Option<Duration> {
     let looked = lifecycle.networks.host().look(&known);
     if !looked.put_back.is_empty() {
         let what = looked.put_back.join(", ");
-        tracing::warn!(what, "put back what somebody changed or removed");
+        tracing::warn!(what, "restored what another program changed or removed");
     }
     let troubles = lifecycle.networks.troubles();
     troubles.log_host(looked.failed.as_ref());
@@ -117,7 +121,7 @@ fn put_network_back(lifecycle: &Lifecycle, held: &Held, entry: &Entry) {
         Err(error) => {
             let text = chain(&error);
             if lifecycle.networks.troubles().record(entry.row(), &text) {
-                tracing::error!(id = %entry.id(), error = text, "looking over networks");
+                tracing::error!(id = %entry.id(), error = text, "checking networks");
                 lifecycle.note(entry, &error);
                 lifecycle.publish_failure(held, entry, text.into_boxed_str());
             }

@@ -204,8 +204,8 @@ impl Lifecycle {
             Some((what, then, now)) => Err(Error::Foreign {
                 id: record.id.clone(),
                 why: format!(
-                    "it was made with {what} `{then}` and here it is `{now}`; put back what \
-                     made it ({} {}), or delete the sandbox",
+                    "it was made with {what} `{then}` and this host has `{now}`; reinstall {} {}, \
+                     or delete the sandbox",
                     made.name, made.version
                 ),
             }),

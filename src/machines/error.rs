@@ -23,8 +23,8 @@ pub enum Error {
     },
     /// The memory budget is used up.
     #[error(
-        "waking {id} takes {needed_mib} MiB, and of the budget ([limits] memory) {left_mib} MiB \
-         are left"
+        "waking {id} takes {needed_mib} MiB, and the budget ([limits] memory) has {left_mib} MiB \
+         left"
     )]
     NoMemory {
         /// The sandbox.
@@ -49,7 +49,7 @@ pub enum Error {
         why: String,
     },
     /// A killed VMM did not exit.
-    #[error("the VMM of {id} was killed but is still there after {} s", .limit.as_secs())]
+    #[error("the VMM of {id} was killed but still exists after {} s", .limit.as_secs())]
     KillTimeout {
         /// The sandbox.
         id: SandboxId,

@@ -58,7 +58,7 @@ impl Vmms {
                     "qemu-system-x86_64 is not installed; `apt install qemu-system-x86`".into()
                 }
                 VmmChoice::CloudHypervisor => {
-                    "cloud-hypervisor is not installed, or not usable (`dozed doctor` tells); \
+                    "cloud-hypervisor is not installed, or not usable (`dozed doctor` says why); \
                      install it, or use vmm = \"qemu\""
                         .into()
                 }
@@ -74,7 +74,10 @@ impl Vmms {
         match record.vmm.as_deref().and_then(|named| named.split(' ').next()) {
             None => self.chosen(record),
             Some(name) => self.named(name).ok_or_else(|| {
-                let why = format!("it is of {name}, which is not installed any more; put it back");
+                let why = format!(
+                    "its VMM is {name}, which is not installed any more; reinstall \
+                                   it"
+                );
                 Error::NoVmm { id: record.id.clone(), why }
             }),
         }
@@ -93,7 +96,7 @@ impl Vmms {
         self.named(name).ok_or_else(|| Error::NoVmm {
             id: record.id.clone(),
             why: format!(
-                "its snapshot was made by {name} {version}, which is not installed; put it back, \
+                "its snapshot was made by {name} {version}, which is not installed; reinstall it, \
                  or delete the sandbox"
             ),
         })

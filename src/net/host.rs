@@ -135,7 +135,7 @@ fn apply_host_firewall(netfilter: &Kernel, plan: &AddressPlan) -> Result<HostFir
         let error = super::chain(&error);
         tracing::warn!(
             error,
-            "what sandboxes opened while the firewall was gone stays untranslated"
+            "connections that sandboxes opened while the firewall was missing stay untranslated"
         );
     }
     Ok(in_force)
@@ -272,7 +272,7 @@ pub(super) fn set_aside(range: &Range, name: &str) -> Result<(), Error> {
     let remove = move || {
         if let Err(error) = links.apply(vec![link::remove(index)], Answers::Each) {
             // The next start removes it.
-            tracing::warn!(link = aside, error = super::chain(&error), "a link stays");
+            tracing::warn!(link = aside, error = super::chain(&error), "a link was not removed");
         }
     };
     thread::Builder::new()

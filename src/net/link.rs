@@ -289,14 +289,14 @@ pub(super) fn up(index: u32) -> Request<RouteNetlinkMessage> {
     let mut message = change(index, Vec::new());
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
-    request("taking a link into use", set_link(message))
+    request("setting a link up", set_link(message))
 }
 
 /// Takes a link out of use.
 pub(super) fn down(index: u32) -> Request<RouteNetlinkMessage> {
     let mut message = change(index, Vec::new());
     message.header.change_mask = LinkFlags::Up;
-    let request = request("taking a link out of use", set_link(message));
+    let request = request("setting a link down", set_link(message));
     Request { accepts: Accepts::Missing, ..request }
 }
 

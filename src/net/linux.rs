@@ -415,7 +415,7 @@ impl Network for LinuxNetwork {
             let is_up = namespace::wait_until_up(&namespace.ok_or(Error::NotThere)?)?
                 && link::wait_until_up(&links, &address.host_link())?;
             if !is_up {
-                tracing::warn!(%id, "nobody has the guest's device open; what comes is lost");
+                tracing::warn!(%id, "no VMM has the guest's device open; packets to it are lost");
             }
             namespace::route(&links, &self.plan, address).map(drop)
         });
@@ -507,7 +507,7 @@ impl Network for LinuxNetwork {
                 continue;
             }
             if range.whose(&link) == Whose::Unmarked {
-                found.left.push(format!("the link {} does not say whose it is", link.name));
+                found.left.push(format!("the link {} has no mark of an owner", link.name));
                 continue;
             }
             match host::remove_link(&links, &range, &link.name) {

@@ -390,7 +390,7 @@ pub enum Error {
         remedy: &'static str,
     },
     /// A name that we want is taken by what is not ours.
-    #[error("{name} is there already and not of this daemon's making")]
+    #[error("{name} exists already and was not made by this daemon")]
     NotOurs {
         /// Such as `the link dz0ad50002`.
         name: String,
@@ -414,7 +414,8 @@ pub enum Error {
     NotThere,
     /// Somebody has removed the guest's device, which only its VMM can open anew.
     #[error(
-        "somebody removed the guest's device; it is made anew when the sandbox sleeps and wakes"
+        "another program removed the guest's device; it is created again when the sandbox sleeps \
+         and wakes"
     )]
     NoDevice,
     /// Several things went wrong, and these are all.

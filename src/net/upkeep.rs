@@ -97,7 +97,7 @@ impl LinuxNetwork {
             self.ensure_listener(on_trigger)?;
             what.push("the listener for packets to sleepers");
         } else if wake_on_packet.route_again()? == Ensured::Added {
-            what.push("the route of sleepers");
+            what.push("the route for sleeping sandboxes");
         }
         Ok(what)
     }
@@ -262,7 +262,11 @@ impl LinuxNetwork {
     /// Says what was put back of the host's, if anything was.
     pub(super) fn tell_host_put_back(what: &[&str]) {
         if !what.is_empty() {
-            tracing::warn!(what = what.join(", "), "put back what somebody changed or removed");
+            tracing::warn!(
+                what = what.join(", "),
+                "restored what another program changed or \
+                                                    removed"
+            );
         }
     }
 }

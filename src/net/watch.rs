@@ -79,7 +79,7 @@ fn listen(notifications: &Notifications, plan: AddressPlan, changed: &Changed) {
             }
             Ok(Notification::Messages(Family::Route, bytes)) => is_of_ours(&plan, &bytes),
             Err(error) => {
-                tracing::error!(%error, "changes of the host's network are seen at ticks only");
+                tracing::error!(%error, "changes of the host's network are noticed only at ticks");
                 return;
             }
         };

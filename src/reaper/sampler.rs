@@ -63,7 +63,7 @@ impl Sampler {
         });
         if let Err(error) = started {
             *lock(&self.chores.under_way) = false;
-            tracing::warn!(%error, "the chores of a tick are left to the next");
+            tracing::warn!(%error, "the work of a tick is left to the next");
             return;
         }
         let under_way = lock(&self.chores.under_way);

@@ -79,7 +79,7 @@ impl Workers {
     fn act(&self, due: Due) {
         let done = catch_unwind(AssertUnwindSafe(|| self.act_on(due)));
         if done.is_err() {
-            tracing::error!(row = %due.row(), "a reaper's act panicked");
+            tracing::error!(row = %due.row(), "an action of the reaper panicked");
         }
         self.queue.done(due);
     }
@@ -98,10 +98,12 @@ impl Workers {
             return;
         };
         let (doing, result) = match due {
-            Due::Sleep(_) => {
-                ("putting an idle one to sleep", { self.lifecycle.sleep(&held, &entry, Why::Idle) })
+            Due::Sleep(_) => ("putting an idle sandbox to sleep", {
+                self.lifecycle.sleep(&held, &entry, Why::Idle)
+            }),
+            Due::Delete(_) => {
+                ("deleting a stale sandbox", self.lifecycle.destroy_stale(&held, &entry))
             }
-            Due::Delete(_) => ("deleting a stale one", self.lifecycle.destroy_stale(&held, &entry)),
             Due::Settle(_) => {
                 ("settling a leftover", self.lifecycle.settle_leftover(&held, &entry))
             }
@@ -143,7 +145,7 @@ impl Workers {
 
     fn postpone(&self, held: &Held, entry: &Arc<Entry>, until: Timestamp) {
         if let Err(error) = self.lifecycle.postpone(held, entry, until) {
-            tracing::error!(id = %entry.id(), error = chain(&error), "putting off a retry");
+            tracing::error!(id = %entry.id(), error = chain(&error), "postponing a retry");
         }
     }
 }

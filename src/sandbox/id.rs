@@ -18,7 +18,7 @@ pub enum IdError {
     #[error("an id has at most 63 characters")]
     TooLong,
     /// Not a DNS label.
-    #[error("an id is lower-case letters, digits and inner hyphens, as `web-1`")]
+    #[error("an id consists of lower-case letters, digits and inner hyphens, such as `web-1`")]
     Malformed,
 }
 

@@ -27,7 +27,7 @@ pub enum UsersError {
     #[error("its last user id is below its first")]
     Empty,
     /// It has ids that are no sandbox's.
-    #[error("user ids below {UID_MIN} are the system's")]
+    #[error("user ids below {UID_MIN} belong to the system")]
     System,
     /// It has an id that means something else.
     #[error("{id} cannot be a user id; write a range without it")]
@@ -120,8 +120,8 @@ mod tests {
             ("+2000-3000", "write it as"),
             ("2000-4294967296", "write it as"),
             ("3000-2000", "its last user id is below its first"),
-            ("0-2000", "user ids below 1000 are the system's"),
-            ("999-2000", "user ids below 1000 are the system's"),
+            ("0-2000", "user ids below 1000 belong to the system"),
+            ("999-2000", "user ids below 1000 belong to the system"),
             ("2000-65534", "65534 cannot be a user id"),
             ("65535-70000", "65535 cannot be a user id"),
             ("70000-4294967295", "4294967295 cannot be a user id"),

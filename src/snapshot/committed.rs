@@ -69,7 +69,7 @@ impl Snapshot {
         let path = self.memory();
         files::take_room(&path, self.manifest.hardware.memory_bytes)
             .map(drop)
-            .map_err(Error::io(|| format!("taking room for {}", path.display())))
+            .map_err(Error::io(|| format!("reserving space for {}", path.display())))
     }
 
     /// Reads the whole memory and compares it with its digest. It may run while the VMM
@@ -203,7 +203,7 @@ impl Home {
         let (live, dir) = (self.live_dir(generation), self.snapshot_dir(generation));
         self.check_unchanged(id, generation, cancel)?;
         files::rename_durably(&live, &dir)
-            .map_err(Error::io(|| format!("taking back {}", live.display())))
+            .map_err(Error::io(|| format!("restoring {}", live.display())))
     }
 
     /// Makes sure that the memory of the run `generation` is as in the snapshot that it was

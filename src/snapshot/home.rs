@@ -185,7 +185,7 @@ impl Home {
             }
             Ok(bytes)
         };
-        given_back().map_err(Error::io(|| format!("giving back room of {}", dir.display())))
+        given_back().map_err(Error::io(|| format!("releasing space of {}", dir.display())))
     }
 
     /// Returns how many bytes of the memory of the snapshot `generation` are in the page cache,

@@ -171,7 +171,7 @@ impl Manifest {
         }
         let text = checked_text(bytes).map_err(|why| damaged(why.to_owned()))?;
         let head: Head = serde_json::from_str(text).map_err(|error| {
-            Unreadable::Foreign(format!("its manifest is none of ours: {error}"))
+            Unreadable::Foreign(format!("its manifest is not one of dozed: {error}"))
         })?;
         if head.magic != MAGIC {
             let why = format!("its manifest says `{}`, not `{MAGIC}`", head.magic);
@@ -181,7 +181,7 @@ impl Manifest {
             return Err(Unreadable::Newer(head.format));
         }
         if head.format == 0 {
-            return Err(damaged("has format 0, which never was".to_owned()));
+            return Err(damaged("has format 0, which does not exist".to_owned()));
         }
         let manifest: Self = serde_json::from_str(text)
             .map_err(|error| damaged(format!("cannot be decoded: {error}")))?;
@@ -332,10 +332,10 @@ pub(super) mod tests {
         assert_eq!(refused("\"format\": 1", "\"format\": 2"), Unreadable::Newer(2));
         for (from, to, says) in [
             ("dozed-snapshot", "tarball", "says `tarball`, not `dozed-snapshot`"),
-            ("\"magic\"", "\"tragic\"", "none of ours: missing field `magic`"),
-            ("\"format\": 1", "\"format\": 0", "format 0, which never was"),
+            ("\"magic\"", "\"tragic\"", "not one of dozed: missing field `magic`"),
+            ("\"format\": 1", "\"format\": 0", "format 0, which does not exist"),
             ("\"row\": 7", "\"row\": -7", "cannot be decoded"),
-            ("\"web-1\"", "\"Web 1\"", "`id`: an id is lower-case"),
+            ("\"web-1\"", "\"Web 1\"", "`id`: an id consists of lower-case"),
             ("\"vmstate\"", "\"../vmstate\"", "lists a file `../vmstate`"),
             ("\"vmstate\"", "\"manifest\"", "lists a file `manifest`"),
             ("\"vmstate\"", "\"memory\"", "lists `memory` twice"),

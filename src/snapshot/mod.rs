@@ -91,7 +91,7 @@ pub enum Error {
         why: String,
     },
     /// It is a snapshot of something else.
-    #[error("{} belongs elsewhere and was left as it is: {why}", .dir.display())]
+    #[error("{} belongs to another sandbox and was left as it is: {why}", .dir.display())]
     Foreign {
         /// The directory.
         dir: PathBuf,
@@ -100,7 +100,7 @@ pub enum Error {
     },
     /// It was written by a later version of this program.
     #[error(
-        "{} has format {found}, and this dozed reads up to {known}: a newer one is needed",
+        "{} has format {found}, and this dozed reads up to {known}; use a newer dozed",
         .dir.display()
     )]
     Newer {
@@ -113,7 +113,7 @@ pub enum Error {
     },
     /// There is more than one directory of a kind, and so no truth.
     #[error(
-        "{} has {names} where only one can be true; they were left as they are",
+        "{} has {names}, of which only one can be valid; they were left as they are",
         .dir.display()
     )]
     Ambiguous {
@@ -123,7 +123,7 @@ pub enum Error {
         names: String,
     },
     /// What is to be committed is not a whole snapshot.
-    #[error("{} is no whole snapshot: {why}", .dir.display())]
+    #[error("{} is not a complete snapshot: {why}", .dir.display())]
     Incomplete {
         /// The directory.
         dir: PathBuf,

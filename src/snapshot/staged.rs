@@ -160,7 +160,7 @@ impl Staged {
             for name in small.iter().map(String::as_str).chain([MEMORY]) {
                 let path = dir.join(name);
                 files::write_anew(&path, cancel)
-                    .map_err(Error::piece(|| format!("writing {} anew", path.display())))?;
+                    .map_err(Error::piece(|| format!("rewriting {}", path.display())))?;
             }
         }
         let reading = self.reading.take();
@@ -219,15 +219,15 @@ impl Staged {
             let entry = entry.map_err(reading())?;
             let meta = entry.metadata().map_err(reading())?;
             let Ok(name) = entry.file_name().into_string() else {
-                return Err(incomplete("the VMM left a file with no name in UTF-8".to_owned()));
+                return Err(incomplete("the VMM left a file whose name is not UTF-8".to_owned()));
             };
             if !meta.is_file() {
-                return Err(incomplete(format!("`{name}` is no file")));
+                return Err(incomplete(format!("`{name}` is not a file")));
             } else if name == MEMORY {
                 memory = Some(meta.len());
             } else if meta.len() > SMALL_FILE_MAX_BYTES {
                 return Err(incomplete(format!(
-                    "`{name}` has {} bytes, and {SMALL_FILE_MAX_BYTES} are the most",
+                    "`{name}` has {} bytes, more than the limit of {SMALL_FILE_MAX_BYTES}",
                     meta.len()
                 )));
             } else if !name.starts_with(MANIFEST) {

@@ -243,13 +243,13 @@ fn what_is_no_whole_snapshot_is_not_committed() {
         ("the VMM saved nothing", |dir| {
             fs::remove_file(dir.join("vmstate")).unwrap();
         }),
-        ("`odd` is no file", |dir| {
+        ("`odd` is not a file", |dir| {
             fs::create_dir(dir.join("odd")).unwrap();
         }),
-        ("`odd` is no file", |dir| {
+        ("`odd` is not a file", |dir| {
             std::os::unix::fs::symlink("memory", dir.join("odd")).unwrap();
         }),
-        ("are the most", |dir| {
+        ("more than the limit of", |dir| {
             write_open(&dir.join("vmstate")).set_len(SMALL_FILE_MAX_BYTES + 1).unwrap();
         }),
     ];
@@ -450,7 +450,7 @@ fn two_truths_are_no_truth() {
     let store = Store::asleep();
     fs::create_dir(store.home.snapshot_dir(5)).unwrap();
     let error = store.home.survey().unwrap_err().to_string();
-    assert!(error.contains("has 4 and 5 where only one can be true"), "{error}");
+    assert!(error.contains("has 4 and 5, of which only one can be valid"), "{error}");
     fs::remove_dir(store.home.snapshot_dir(5)).unwrap();
     fs::create_dir(store.home.live_dir(2)).unwrap();
     fs::create_dir(store.home.live_dir(3)).unwrap();

@@ -68,7 +68,7 @@ pub fn output(program: &Path, args: &[&str], limit: Duration) -> io::Result<Outp
     }
     let status = child.wait()?;
     let stdout = String::from_utf8(printed?)
-        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it printed no UTF-8"))?;
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "its output is not UTF-8"))?;
     Ok(Output { status, stdout })
 }
 
@@ -86,7 +86,7 @@ fn listen(child: &mut Child, deadline: &Deadline) -> io::Result<Vec<u8>> {
         }
         printed.extend_from_slice(&chunk[..count]);
         if printed.len() as u64 > OUTPUT_MAX_BYTES {
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "it prints without end"));
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "it prints too much"));
         }
     }
     wait_for(&ended, deadline)?;
@@ -99,7 +99,7 @@ fn wait_for(fd: &impl AsFd, deadline: &Deadline) -> io::Result<()> {
         let left = Timespec::try_from(deadline.left()).expect("a deadline is within a year");
         match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left)) {
             Ok(0) if deadline.passed() => {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "it does not come to an end"));
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "it did not exit in time"));
             }
             Ok(0) | Err(rustix::io::Errno::INTR) => {}
             Ok(_) => return Ok(()),

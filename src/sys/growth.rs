@@ -72,7 +72,7 @@ impl Shared {
             match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => {
-                    tracing::error!(%error, "no longer hearing of files that grow");
+                    tracing::error!(%error, "no longer notified of files that grow");
                     return;
                 }
             }

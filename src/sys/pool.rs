@@ -41,7 +41,7 @@ pub enum PoolError {
         limit: usize,
     },
     /// The system gave no thread for it.
-    #[error("the system gives no thread for one more operation")]
+    #[error("the system cannot start a thread for another operation")]
     NoThread {
         /// What it said.
         source: io::Error,

@@ -13,7 +13,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 pub fn join_by<T>(thread: JoinHandle<T>, deadline: &Deadline, what: &str) -> bool {
     while !thread.is_finished() {
         if deadline.passed() {
-            tracing::warn!("{what} does not end and is left behind");
+            tracing::warn!("{what} did not end in time and is left behind");
             return false;
         }
         pause_for(LOOK_EVERY.min(deadline.left()));

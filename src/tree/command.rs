@@ -23,13 +23,13 @@ pub enum Verb {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadCommand {
     /// Longer than any command or document.
-    #[error("what is written at once has at most {limit} bytes")]
+    #[error("one write has at most {limit} bytes")]
     TooLong {
         /// The limit, in bytes.
         limit: usize,
     },
     /// Not text.
-    #[error("what is written is not UTF-8 text")]
+    #[error("the text is not UTF-8")]
     NotText,
     /// No word that we know.
     #[error("`{word}` is not a verb; write `sleep` or `wake`")]
@@ -48,8 +48,8 @@ pub enum BadCommand {
     TwoCommands,
     /// A document that was written from somewhere in its middle.
     #[error(
-        "a document is written from its beginning, and this is for byte {at} where {len} bytes \
-         were written so far; open it anew, or to append"
+        "a document is written from its beginning: this write is at byte {at}, after {len} bytes \
+         so far; open it again, or open it to append"
     )]
     Hole {
         /// Where it was written.
@@ -70,8 +70,8 @@ pub enum BadCommand {
     },
     /// Whoever wrote a document did not come to its end.
     #[error(
-        "the program that wrote `{file}` was killed by signal {signal} before it closed the \
-         file, so nothing of it holds; write it again"
+        "the program that wrote `{file}` was killed by signal {signal} before it closed the file, \
+         so nothing was changed; write it again"
     )]
     Killed {
         /// The file, below the sandbox's directory.
@@ -81,7 +81,7 @@ pub enum BadCommand {
     },
     /// Whoever wrote a document could not be looked at, so that it may have been killed.
     #[error(
-        "the program that wrote `{file}` cannot be looked at ({why}), so nothing of it holds; \
+        "the program that wrote `{file}` could not be checked ({why}), so nothing was changed; \
          write it again"
     )]
     Unseen {

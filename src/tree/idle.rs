@@ -49,7 +49,7 @@ impl Facts<'_> {
             Verdict::Exempt => self.exempt(),
             Verdict::Grace(left) => {
                 let why = "it was held awake when the daemon was restarted, and its holders have";
-                format!("{why} {} s more to open it anew", left.as_secs())
+                format!("{why} {} s more to open it again", left.as_secs())
             }
             Verdict::PutOff(left) => {
                 let why = "the last try to put it to sleep failed; the next is in";
@@ -65,7 +65,7 @@ impl Facts<'_> {
 
     fn why_unknown(&self, signals: SignalSet) -> String {
         let what = signals.to_string().replace(' ', " and ");
-        format!("its {what} could not be read at the last look; {}", self.latest())
+        format!("its {what} could not be read at the last check; {}", self.latest())
     }
 
     /// Says why it is not put to sleep.
@@ -95,7 +95,7 @@ impl Facts<'_> {
         let record = self.record;
         let pinned = if record.pinned { ", and it is pinned" } else { "" };
         let (since, delete_after) = (self.time(record.since), record.delete_after);
-        let text = format!("it sleeps since {since}; delete_after is {delete_after}{pinned}");
+        let text = format!("asleep since {since}; delete_after is {delete_after}{pinned}");
         match self.stale.filter(|stale| stale.waits_for_clock) {
             Some(Stale { at, .. }) => {
                 let why = "but the host's clock has not been synchronised since it booted, so it \
@@ -111,7 +111,7 @@ impl Facts<'_> {
         let (age, stays) = (self.age(record.since), until.since(record.since).as_secs());
         let why = match record.waking.in_vain {
             0 | 1 => String::new(),
-            sleeps => format!(", as its last {sleeps} sleeps were short ones"),
+            sleeps => format!(", because its last {sleeps} sleeps were short"),
         };
         format!("woken {age} s ago, it stays awake for {stays} s{why}")
     }

@@ -420,7 +420,7 @@ pub enum Error {
         limit: Duration,
     },
     /// The operation was called off.
-    #[error("called off while {doing}")]
+    #[error("cancelled while {doing}")]
     Cancelled {
         /// Such as `loading the snapshot`.
         doing: String,

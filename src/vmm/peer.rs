@@ -71,7 +71,7 @@ pub(super) fn begin<M: Machine>(
     let process = machine.process();
     process.kill();
     if process.wait(EXIT_LIMIT).is_none() {
-        tracing::error!(%process, "it was killed and does not end");
+        tracing::error!(%process, "it was killed but does not exit");
     }
     plan.cancel.check().map_err(|_| called_off())?;
     Err(error)

@@ -86,7 +86,7 @@ impl Program {
             .map_err(|error| self.missing(&error.to_string()))?;
         (self.parse)(&said.stdout)
             .map(str::to_owned)
-            .ok_or_else(|| self.missing("it does not tell its version"))
+            .ok_or_else(|| self.missing("it does not print its version"))
     }
 
     fn digest(&self) -> Result<String, Error> {
@@ -182,7 +182,7 @@ mod tests {
         let path = dir.path().join("vmm");
         write_program(&path, "hello");
         let error = identity(&Program::new(path, after_v)).unwrap_err();
-        assert!(error.to_string().ends_with("it does not tell its version"), "{error}");
+        assert!(error.to_string().ends_with("it does not print its version"), "{error}");
     }
 
     #[test]

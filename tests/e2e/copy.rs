@@ -190,7 +190,8 @@ fn mkdir_says_in_a_file_why_it_failed() {
     let host = Setup::bare().start();
     assert_eq!(host.read("dozed.error"), "ok\n");
     assert!(!host.bash("mkdir Web_1").status.success());
-    let says = "`Web_1`: an id is lower-case letters, digits and inner hyphens, as `web-1`\n";
+    let says = "`Web_1`: an id consists of lower-case letters, digits and inner hyphens, such as \
+                `web-1`\n";
     assert_eq!(host.read("dozed.error"), says);
     host.bash_ok("mkdir web-1; echo 1 > web-1/pinned");
     assert_eq!(host.read("dozed.error"), "ok\n");

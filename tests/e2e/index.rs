@@ -126,7 +126,7 @@ fn a_sleeper_that_an_earlier_index_takes_for_stopped_is_not_booted() {
     assert_eq!(host.state("asleep"), "stopped");
     let before = names_and_sizes(&store);
     host.write("asleep/state", "wake").unwrap_err();
-    assert!(host.error("asleep").contains("and yet sleeps in"), "{}", host.error("asleep"));
+    assert!(host.error("asleep").contains("but has a snapshot in"), "{}", host.error("asleep"));
     assert_eq!(names_and_sizes(&store), before);
 
     host.kill_daemon();

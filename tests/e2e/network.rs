@@ -393,7 +393,7 @@ fn a_second_daemon_with_the_same_addresses_is_refused_and_cuts_nobody_off() {
         beside.mkdir("web-1").unwrap();
         beside.write("web-1/state", "wake").unwrap_err();
         let error = beside.error("web-1");
-        assert!(error.contains("is there already and not of this daemon's making"), "{error}");
+        assert!(error.contains("exists already and was not made by this daemon"), "{error}");
         echo(&mut inbound, "its successor is another's");
         beside.terminate();
         drop(beside);

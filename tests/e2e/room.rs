@@ -42,7 +42,7 @@ fn a_guest_that_a_full_disk_kills_has_the_disk_named_in_its_error() {
     host.signal_vmm(vmm, Signal::CONT);
     let error = why_stopped(&host);
     let store = host.store().display().to_string();
-    for says in ["signal 7 (SIGBUS)", "the disk had no room", "bytes are free", &store] {
+    for says in ["signal 7 (SIGBUS)", "the disk had no space", "bytes are free", &store] {
         assert!(error.contains(says), "{error}");
     }
     disk.make_room();

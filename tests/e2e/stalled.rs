@@ -144,7 +144,7 @@ fn a_process_whose_arguments_cannot_be_read_keeps_no_daemon_from_starting() {
     drop(stalls);
     drop(hidden);
     let log = host.log();
-    let told = log.matches("a process does not let its name be read").count();
+    let told = log.matches("the name of a process could not be read").count();
     assert!(told > 0, "the one that is taken for a VMM was not asked: {log}");
     assert_eq!(host.counts_on("web-2").boots, 1);
 }

@@ -339,7 +339,7 @@ fn a_link_that_does_not_say_whose_it_is_is_told_of_and_stays() {
         let orphan = host.plan.address(9).unwrap().host_link();
         add_link(host, &orphan, "orphan0", "");
         let found = host.network.reconcile(&[]).unwrap();
-        assert_eq!(found.left, [format!("the link {orphan} does not say whose it is")]);
+        assert_eq!(found.left, [format!("the link {orphan} has no mark of an owner")]);
         ip(&format!("link del {orphan}"));
     });
 }

@@ -272,9 +272,9 @@ fn a_vmm_that_leaves_something_else_than_files_gets_nothing_touched() {
     fs::set_permissions(&victim, Permissions::from_mode(0o600)).unwrap();
     let before = fs::metadata(&victim).unwrap();
     let told = [
-        ("symlink", "is no regular file"),
-        ("fifo", "is no regular file"),
-        ("hard-link", "has a second name"),
+        ("symlink", "is not a regular file"),
+        ("fifo", "is not a regular file"),
+        ("hard-link", "has a second hard link"),
     ];
     for (what, told) in told {
         for name in ["config.json", "state.json", "memory-ranges", "zzz"] {
@@ -315,7 +315,10 @@ fn a_vmm_that_cannot_be_its_own_user_is_root_without_privileges_and_says_so() {
     let claim = |machine: &dyn dozed::vmm::Machine| {
         let lacks = machine.lacks();
         assert_eq!(lacks.len(), 1, "{lacks:?}");
-        assert!(lacks[0].starts_with("its VMM runs as root without privileges, as "), "{lacks:?}");
+        assert!(
+            lacks[0].starts_with("its VMM runs as root without privileges, because "),
+            "{lacks:?}"
+        );
         assert_eq!(user_of(machine.process().identity().pid), 0);
         lacks[0].clone()
     };
@@ -358,7 +361,7 @@ fn status_tells_of_a_vmm_that_is_not_its_own_user_also_after_a_restart() {
     );
     fs::write(daemon.path("mount").join(ID).join("config"), config).unwrap();
     succeed(&daemon, ID, "wake");
-    let sentence = "its VMM runs as root without privileges, as ";
+    let sentence = "its VMM runs as root without privileges, because ";
     let lacks = |daemon: &Daemon| {
         let status = daemon.read(ID, "status");
         let lacks = status.lines().find_map(|line| line.strip_prefix("lacks ")).unwrap();
@@ -387,7 +390,7 @@ fn a_daemon_that_may_not_change_users_runs_guests_as_root_without_privileges() {
         wait_for_lines(&daemon, 2);
         assert_eq!(user(&daemon), 0, "{call}");
         let status = daemon.read(ID, "status");
-        assert!(status.contains("its VMM runs as root without privileges, as "), "{status}");
+        assert!(status.contains("its VMM runs as root without privileges, because "), "{status}");
         assert_whole(&daemon.read(ID, "console"));
     }
 }

@@ -220,7 +220,10 @@ fn a_snapshot_without_a_vsock_does_not_load_into_a_machine_with_one() {
         end(&*machine);
         host.plan.vsock = host_with_vsock().plan.vsock.clone();
         let error = vmm.restore(&host.plan, &saved).unwrap_err();
-        assert!(error.to_string().contains("only one has a vsock"), "{error}");
+        assert!(
+            error.to_string().contains("only one of snapshot and sandbox has a vsock"),
+            "{error}"
+        );
         assert!(host.processes().is_empty());
     }
 }

@@ -121,7 +121,7 @@ impl Notifier {
         let deadline = Deadline::after(FLUSH_LIMIT);
         while self.shared.is_listening() && self.shared.feed.unannounced() > 0 {
             if deadline.passed() {
-                tracing::debug!("not everything was announced");
+                tracing::debug!("some changes were not announced");
                 break;
             }
             pause_for(Duration::from_millis(1));
@@ -160,7 +160,7 @@ impl Shared {
         let Some(socket) = socket else { return };
         for order in orders {
             if let Err(error) = socket.send(order.text().as_bytes()) {
-                tracing::debug!(%error, "giving orders to the announcer");
+                tracing::debug!(%error, "sending requests to the announcer");
                 socket.end();
                 return;
             }

@@ -84,7 +84,7 @@ impl Shared {
         if outside.register(name)? {
             Ok(())
         } else {
-            Err(io::Error::other("the daemon does not know us"))
+            Err(io::Error::other("the daemon does not know this process"))
         }
     }
 

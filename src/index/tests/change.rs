@@ -93,7 +93,7 @@ fn while_the_disk_takes_nothing_no_further_change_is_begun() {
         host.index.set_meta("k", "v").unwrap_err(),
     ];
     for error in refused {
-        let says = "has not taken a change of the index within 120 s, and no other is begun";
+        let says = "did not accept a change of the index within 120 s, and no other is begun";
         assert!(error.to_string().contains(says), "{error}");
     }
     assert_eq!((log_bytes(), b.record()), (before, record));

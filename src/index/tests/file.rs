@@ -20,7 +20,7 @@ fn a_database_of_something_else_is_refused() {
     drop(other);
     let before = fs::read(&path).unwrap();
     let error = Index::open(&path).unwrap_err().to_string();
-    assert!(error.contains("is a database, but no index of dozed"), "{error}");
+    assert!(error.contains("is a database, but not an index of dozed"), "{error}");
     assert_eq!(fs::read(&path).unwrap(), before);
 }
 
@@ -168,7 +168,7 @@ fn a_damaged_file_is_refused_and_left() {
 #[test]
 fn a_row_that_makes_no_sense_is_left_out_and_stays_as_it_is() {
     for (sql, says) in [
-        ("UPDATE sandbox SET id = 'Web.1' WHERE row = 1", "`Web.1`: an id is lower-case"),
+        ("UPDATE sandbox SET id = 'Web.1' WHERE row = 1", "`Web.1`: an id consists of lower-case"),
         ("UPDATE spec SET toml = 'vcpus = 0' WHERE row = 1", "its spec: line 1: `vcpus`"),
         ("DELETE FROM spec WHERE row = 1", "it has no spec"),
         ("UPDATE sandbox SET pid = 7 WHERE row = 1", "half a process"),

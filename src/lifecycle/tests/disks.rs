@@ -162,7 +162,7 @@ fn a_kernel_that_is_none_boots_nothing() {
     spec.kernel = Some(script.clone());
     host.set("a", Policy::Spec(Box::new(spec))).unwrap();
     assert!(matches!(host.wake("a"), Err(Error::Unbootable { .. })));
-    assert!(host.error("a").contains("is no kernel"), "{}", host.error("a"));
+    assert!(host.error("a").contains("is not a kernel"), "{}", host.error("a"));
     fs::write(&script, b"\x7fELF").unwrap();
     host.wake("a").unwrap();
 }

@@ -136,7 +136,11 @@ fn an_index_of_an_earlier_time_than_a_sleeper_is_refused_or_the_sleeper_is_left(
     let before = files(&host);
     let error = host.wake("a").unwrap_err();
     assert!(matches!(error, Error::Unrecorded { .. }), "{error}");
-    assert!(host.error("a").contains("it is stopped, and yet sleeps in"), "{}", host.error("a"));
+    assert!(
+        host.error("a").contains("it is stopped, but has a snapshot in"),
+        "{}",
+        host.error("a")
+    );
     assert_eq!((host.state("a"), files(&host)), (State::Stopped, before));
     assert!(host.destroy("a").unwrap());
 }

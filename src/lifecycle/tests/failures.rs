@@ -59,7 +59,7 @@ fn a_sleep_does_not_wait_for_a_fifo_or_a_link_in_place_of_the_memory() {
         crate::sys::files::rename(&memory(), &aside).unwrap();
         put(&memory(), &aside);
         let error = crate::lifecycle::chain(&host.sleep("a").unwrap_err());
-        assert!(error.contains("`memory` is no file"), "{error}");
+        assert!(error.contains("`memory` is not a file"), "{error}");
         assert_eq!(host.state("a"), State::Running);
         assert!(host.guest_runs("a"));
         let memory = memory();
@@ -134,7 +134,7 @@ fn a_wake_whose_vmm_does_not_say_that_the_guest_runs_is_finished_and_not_taken_b
         assert_eq!(error.fault(), Comes::TimedOut);
         let vmm = host.vmm.living();
         assert_eq!((host.state("a"), vmm.len()), (State::Restoring, 1));
-        assert!(host.error("a").contains("does not say whether"), "{}", host.error("a"));
+        assert!(host.error("a").contains("did not say whether"), "{}", host.error("a"));
         host.settle();
         assert_eq!((host.state("a"), host.vmm.living()), (State::Running, vmm));
         assert_eq!(host.runs("a"), runs + 1);
@@ -241,7 +241,11 @@ fn a_snapshot_of_another_version_of_the_vmm_is_refused() {
     let host = asleep();
     host.vmm.upgrade("2.0");
     assert!(matches!(host.wake("a"), Err(Error::Foreign { .. })));
-    assert!(host.error("a").contains("version `1.0` and here it is `2.0`"), "{}", host.error("a"));
+    assert!(
+        host.error("a").contains("version `1.0` and this host has `2.0`"),
+        "{}",
+        host.error("a")
+    );
     assert_eq!(host.state("a"), State::Snapshotted);
     host.vmm.upgrade("1.0");
     host.check("a");
@@ -254,7 +258,7 @@ fn a_guest_of_before_an_upgrade_is_not_put_to_sleep_as_nothing_could_wake_it() {
     host.restart();
     let error = host.sleep("a").unwrap_err();
     assert!(matches!(error, Error::Unwakeable { .. }), "{error}");
-    let says = "with version `1.0`, and the one installed now has `2.0`; put that back";
+    let says = "with version `1.0`, and the installed one has `2.0`; reinstall the former";
     assert!(host.error("a").contains(says), "{}", host.error("a"));
     assert_eq!((host.state("a"), host.vmm.count(Call::Pause)), (State::Running, 0));
     assert!(host.guest_runs("a"));
@@ -294,7 +298,7 @@ fn a_snapshot_of_a_machine_with_other_devices_is_refused() {
     host.daemon.amend(&held, &entry, |record| record.spec = spec.into()).unwrap();
     drop(held);
     assert!(matches!(host.wake("a"), Err(Error::Foreign { .. })));
-    let says = "machine `none` and here it is `none, no balloon`";
+    let says = "machine `none` and this host has `none, no balloon`";
     assert!(host.error("a").contains(says), "{}", host.error("a"));
 }
 
@@ -311,7 +315,7 @@ fn an_intent_that_cannot_reach_the_disk_stops_the_sleep_and_the_guest_runs_on() 
     host.wake("a").unwrap();
     host.fail_syncs();
     let error = crate::lifecycle::chain(&host.sleep("a").unwrap_err());
-    assert!(error.contains("bringing the index to the disk"), "{error}");
+    assert!(error.contains("syncing the index"), "{error}");
     assert!(host.guest_runs("a"));
     host.restart();
     assert_eq!(host.state("a"), State::Running);
@@ -327,7 +331,7 @@ fn an_intent_that_cannot_reach_the_disk_stops_the_wake_before_its_snapshot_is_us
     let runs = host.runs("a");
     host.fail_syncs();
     let error = crate::lifecycle::chain(&host.wake("a").unwrap_err());
-    assert!(error.contains("bringing the index to the disk"), "{error}");
+    assert!(error.contains("syncing the index"), "{error}");
     assert_eq!(host.runs("a"), runs);
     host.restart();
     assert_eq!(host.state("a"), State::Snapshotted);

@@ -262,7 +262,7 @@ fn a_start_leaves_what_runs_alone_and_brings_its_policy_up_to_date() {
     host.network.remove(&name("a"), address).unwrap();
     renew_networks(&host.daemon);
     assert_eq!(in_force(&host), None, "another would not be the guest's");
-    assert!(host.error("a").contains("looking over the network of a"), "{}", host.error("a"));
+    assert!(host.error("a").contains("checking the network of a"), "{}", host.error("a"));
     host.sleep("a").unwrap();
     host.wake("a").unwrap();
     assert!(in_force(&host).is_some());
@@ -292,7 +292,7 @@ fn what_is_wrong_with_a_network_is_told_once_and_until_it_is_mended() {
     look_over_networks(&host.daemon);
     assert_eq!(host.error("a"), "ok");
     host.network.remove(&wanted.id, wanted.address).unwrap();
-    let says = "looking over the network of a: the sandbox has no network";
+    let says = "checking the network of a: the sandbox has no network";
     let lacks = || host.daemon.lacks(&host.entry("a").record()).iter().any(|it| it == says);
     let view = View::Sandbox(host.entry("a").row());
     let told = || host.daemon.feed().log().size(&view).0;
@@ -404,8 +404,8 @@ fn what_no_sandbox_reaches_cannot_be_allowed() {
     let allow =
         |text: &str| host.set("a", Policy::Allowed(Destinations::allowed(text.lines()).unwrap()));
     for (text, says) in [
-        ("10.1.0.0/16\n10.213.7.0/24", "it is of the sandboxes' own range, 10.213.0.0/16"),
-        ("192.168.1.5", "the host itself has its addresses, which no sandbox reaches"),
+        ("10.1.0.0/16\n10.213.7.0/24", "it is in the range of sandboxes, 10.213.0.0/16"),
+        ("192.168.1.5", "its addresses belong to the host, which sandboxes cannot reach"),
     ] {
         let error = allow(text).unwrap_err();
         let network = text.lines().last().unwrap();

@@ -276,7 +276,7 @@ impl Listener {
 
     fn report(&self, triggers: &[(SandboxAddress, Trigger)]) {
         for (address, trigger) in triggers {
-            tracing::debug!(%address, %trigger, "a packet to a sandbox that sleeps");
+            tracing::debug!(%address, %trigger, "a packet to a sleeping sandbox");
             (self.on_trigger)(*address, *trigger);
         }
     }
@@ -289,7 +289,7 @@ impl Listener {
     fn send_refusals(&self, packets: &[impl AsRef<[u8]>], refusal: Refusal) {
         for told in packets.iter().filter_map(|packet| answer(packet.as_ref(), refusal)) {
             if let Err(error) = self.device.write(&told) {
-                tracing::debug!(%error, "a sender is not told that it is refused");
+                tracing::debug!(%error, "answering a refused packet failed");
             }
         }
     }

@@ -492,8 +492,8 @@ impl Spec {
     fn check_memory_mode(&self) -> Result<(), &'static str> {
         match (self.vmm, self.memory_mode) {
             (VmmChoice::Qemu, MemoryMode::Shared) => {
-                Err("qemu has the memory of its guests in a file; write \"auto\" or \"file\", or \
-                     vmm = \"cloud-hypervisor\"")
+                Err("qemu keeps guest memory in a file; write \"auto\" or \"file\", or vmm = \
+                     \"cloud-hypervisor\"")
             }
             (VmmChoice::Qemu, MemoryMode::Auto | MemoryMode::File)
             | (VmmChoice::Auto | VmmChoice::CloudHypervisor, _) => Ok(()),

@@ -57,7 +57,7 @@ fn each_bad_key_is_named_with_its_line_and_what_is_accepted() {
         ("kernel = \"k\"", 1, "write an absolute one"),
         ("memory_mode = \"tmpfs\"", 1, "expected one of `auto`, `shared`, `file`"),
         ("restore_mode = \"lazy\"", 1, "expected one of `auto`, `copy`, `on-demand`"),
-        ("vmm = \"qemu\"\nmemory_mode = \"shared\"", 2, "qemu has the memory of its guests"),
+        ("vmm = \"qemu\"\nmemory_mode = \"shared\"", 2, "qemu keeps guest memory"),
         ("vmm = \"qemu\"\nrestore_mode = \"on-demand\"", 2, "in a file is not read at a wake"),
         ("restore_mode = \"on-demand\"\nmemory_mode = \"file\"", 1, "is not read at a wake"),
         ("restore_mode = \"copy-on-write\"", 1, "takes a Cloud Hypervisor later than v53.0"),
@@ -135,7 +135,7 @@ fn a_mode_that_does_not_fit_what_the_template_says_is_refused_too() {
     let over = |text| Spec::parse(text, &base, &|_, _| None);
     let error = over("vmm = \"qemu\"").unwrap_err();
     assert_eq!(error.line, None);
-    assert!(error.message.starts_with("`memory_mode`: qemu has"), "{error}");
+    assert!(error.message.starts_with("`memory_mode`: qemu keeps"), "{error}");
     over("vmm = \"qemu\"\nmemory_mode = \"auto\"").unwrap();
     over("vmm = \"cloud-hypervisor\"\nrestore_mode = \"on-demand\"").unwrap();
 }

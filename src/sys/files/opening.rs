@@ -148,7 +148,7 @@ fn refuse_tree(found: &OwnedFd) -> io::Result<()> {
     let device = Device { major: facts.stx_dev_major, minor: facts.stx_dev_minor };
     // What is on a disk need not be looked for in the list.
     if device.major == 0 && mount::mount_of_device(device)?.is_some_and(|mount| mount.is_tree()) {
-        let why = "it is in the tree of dozed, and no file there is one that a machine can use";
+        let why = "it is in the tree of dozed, whose files a machine cannot use";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     }
     Ok(())

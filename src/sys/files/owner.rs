@@ -46,7 +46,7 @@ pub fn open_path(path: &Path) -> io::Result<OwnedFd> {
 pub fn give_file(path: &Path, uid: u32) -> io::Result<()> {
     let file = open_as_is(path, OFlags::NONBLOCK)?;
     if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is no regular file"));
+        return Err(io::Error::other("it is not a regular file"));
     }
     own(&file, uid, uid, 0o600)
 }
@@ -102,9 +102,9 @@ pub fn check_plain(dir: &Path, uid: u32) -> io::Result<()> {
         // This looks at a link, and not at what it leads to.
         let meta = entry.metadata()?;
         let why = if !meta.is_file() {
-            "is no regular file"
+            "is not a regular file"
         } else if meta.nlink() != 1 {
-            "has a second name"
+            "has a second hard link"
         } else if meta.uid() != uid {
             "belongs to somebody else"
         } else {
@@ -244,10 +244,10 @@ mod tests {
         };
         type Make<'a> = &'a dyn Fn(&Path);
         let cases: [(Make<'_>, &str); 5] = [
-            (&|path| symlink(&outside, path).unwrap(), "`it` is no regular file"),
-            (&|path| fs::hard_link(&outside, path).unwrap(), "`it` has a second name"),
-            (&fifo, "`it` is no regular file"),
-            (&|path| fs::create_dir(path).unwrap(), "`it` is no regular file"),
+            (&|path| symlink(&outside, path).unwrap(), "`it` is not a regular file"),
+            (&|path| fs::hard_link(&outside, path).unwrap(), "`it` has a second hard link"),
+            (&fifo, "`it` is not a regular file"),
+            (&|path| fs::create_dir(path).unwrap(), "`it` is not a regular file"),
             (
                 &|path| {
                     fs::write(path, b"x").unwrap();

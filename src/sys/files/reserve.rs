@@ -43,7 +43,7 @@ impl Reserve {
             Ok(()) => {
                 let dir = self.dir.display();
                 tracing::warn!(
-                    "the disk of {dir} is full: a reserve of {RESERVE_BYTES} bytes is used"
+                    "the disk of {dir} is full; the reserve of {RESERVE_BYTES} bytes is released"
                 );
                 true
             }

@@ -40,7 +40,7 @@ pub fn give_socket(dir: &Path, name: &str, before: Option<u32>, to: (u32, u32)) 
     let is_socket = FileType::from_raw_mode(its.st_mode) == FileType::Socket;
     let known = [Some(its_dir.st_uid), before, Some(to.0)].contains(&Some(its.st_uid));
     if !is_socket || its.st_nlink != 1 || !known {
-        let said = "what is there is not the socket that was made there";
+        let said = "the socket was replaced";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, said));
     }
     let (user, group) = (Uid::from_raw(to.0), Gid::from_raw(to.1));

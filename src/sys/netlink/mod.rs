@@ -91,7 +91,7 @@ impl NetlinkSocket {
                 Ok((_, length)) if length > buffer.len() => {
                     return Err(io::Error::new(
                         io::ErrorKind::InvalidData,
-                        "the kernel's answer is longer than any that we know",
+                        "the kernel's answer is too long",
                     ));
                 }
                 Ok((_, length)) => {

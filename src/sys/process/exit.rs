@@ -43,7 +43,7 @@ impl fmt::Display for Exit {
         match self {
             Self::Code(code) => write!(f, "exit code {code}"),
             Self::Signal(signal) => write!(f, "killed by signal {signal}"),
-            Self::Unknown => f.write_str("nobody knows how"),
+            Self::Unknown => f.write_str("for an unknown reason"),
         }
     }
 }

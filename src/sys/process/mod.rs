@@ -129,7 +129,7 @@ impl Process {
                         io::ErrorKind::TimedOut | io::ErrorKind::PermissionDenied
                     ) =>
                 {
-                    tracing::warn!(pid, %error, "a process does not let its name be read");
+                    tracing::warn!(pid, %error, "the name of a process could not be read");
                     continue;
                 }
                 Err(error) => return Err(error),

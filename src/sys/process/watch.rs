@@ -97,7 +97,7 @@ impl Shared {
             match epoll::wait(&self.epoll, spare_capacity(&mut events), None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => {
-                    tracing::error!(%error, "no longer hearing of processes that end");
+                    tracing::error!(%error, "no longer notified of processes that exit");
                     return;
                 }
             }

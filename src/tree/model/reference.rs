@@ -123,7 +123,7 @@ impl Course {
 fn refused(fault: Fault, doing: &'static str) -> Stop {
     match fault {
         Fault::NoSpace => Stop::Refused(Errno::NoSpc, doing),
-        Fault::Panic => Stop::Refused(Errno::Io, "is a bug of dozed"),
+        Fault::Panic => Stop::Refused(Errno::Io, "is a bug in dozed"),
         Fault::Unanswered => Stop::Refused(Errno::TimedOut, doing),
         Fault::Refuse | Fault::Die | Fault::Hang => Stop::Refused(Errno::Io, doing),
     }
@@ -467,7 +467,7 @@ impl Reference {
             return Ok(());
         }
         if awake + known.mib > BUDGET_MIB {
-            return Err(Stop::Refused(Errno::NoMem, "of the budget"));
+            return Err(Stop::Refused(Errno::NoMem, "and the budget"));
         }
         match known.state {
             State::Snapshotted => restore(known, now, course),

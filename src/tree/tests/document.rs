@@ -209,7 +209,7 @@ fn a_document_has_no_holes_and_an_end() {
     let before = open.text();
     open.write_all(&["vcpus = 1\n"]);
     assert_eq!(open.write_at(11, "# further on\n"), Err(Errno::Inval));
-    assert!(open.error().contains("for byte 11 where 10 bytes"), "{}", open.error());
+    assert!(open.error().contains("at byte 11, after 10 bytes"), "{}", open.error());
     assert_eq!(open.flush(), Err(Errno::Inval));
     let other = open_for(&open, Access::Write);
     let half = "#".repeat(32 << 10);

@@ -172,7 +172,7 @@ fn one_that_an_earlier_daemon_held_says_how_long_it_is_spared() {
     host.clock.advance(seconds(70));
     assert_eq!(idle(&tree, "verdict"), "held");
     let because = idle(&tree, "because");
-    assert!(because.ends_with("its holders have 50 s more to open it anew"), "{because}");
+    assert!(because.ends_with("its holders have 50 s more to open it again"), "{because}");
     host.clock.advance(seconds(50));
     assert_eq!(idle(&tree, "verdict"), "idle");
 }
@@ -209,8 +209,8 @@ fn idle_says_which_signal_could_not_be_read_of_one_whose_time_is_over() {
     host.clock.advance(seconds(60));
     host.daemon.sample_activity();
     let text = read(&tree, "b", File::Idle);
-    let says = "verdict unknown\nbecause its network could not be read at the last look; the last \
-                activity was its boot, 60 s ago\n";
+    let says = "verdict unknown\nbecause its network could not be read at the last check; the \
+                last activity was its boot, 60 s ago\n";
     assert!(text.starts_with(says), "{text}");
     host.network.set_unreadable(entry.id(), false);
     host.clock.advance(seconds(1));
@@ -228,7 +228,7 @@ fn one_that_nothing_could_wake_is_passed_over_and_says_so() {
     let passed_over = host.sleep_because("a", Why::Idle).unwrap();
     assert_eq!(passed_over, crate::lifecycle::Outcome::Skipped);
     let idle = read(&tree(&host), "a", File::Idle);
-    let says = "verdict exempt\nbecause nothing here could wake it: its guest runs by a fake with \
+    let says = "verdict exempt\nbecause nothing here could wake it: its guest runs on a fake with \
                 version `1.0`";
     assert!(idle.starts_with(says), "{idle}");
     assert!(idle.contains("\nsleeps_at none\n"), "{idle}");

@@ -371,7 +371,7 @@ fn a_panic_in_one_operation_is_an_eio_and_never_hangs_the_mount() {
         assert_eq!(write("a/state", "wake"), Err(Some(libc::EIO)));
     }
     let says = fs::read_to_string(dir.path().join("a/error")).unwrap();
-    assert!(says.contains("panicked, which is a bug of dozed"), "{says}");
+    assert!(says.contains("panicked, which is a bug in dozed"), "{says}");
     for id in ["a", "b"] {
         write(&format!("{id}/state"), "wake").unwrap();
         assert_eq!(fs::read_to_string(dir.path().join(id).join("state")).unwrap(), "running\n");
@@ -575,7 +575,8 @@ fn why_a_mkdir_or_an_rmdir_failed_is_told_to_its_user_until_one_succeeds() {
     let make = |name: &[u8]| tree.make_dir(Node::Root, name, user).wait();
     assert_eq!(error(user), "ok\n");
     assert_eq!(make(b"Web_1").unwrap_err(), Errno::Inval);
-    let says = "`Web_1`: an id is lower-case letters, digits and inner hyphens, as `web-1`\n";
+    let says = "`Web_1`: an id consists of lower-case letters, digits and inner hyphens, such as \
+                `web-1`\n";
     assert_eq!((error(user).as_str(), error(ROOT).as_str()), (says, "ok\n"));
     make(b"web-1").unwrap();
     assert_eq!(error(user), "ok\n");

@@ -275,11 +275,11 @@ pub(super) fn adapt(
         (Some(_), true) => config["vsock"]["socket"] = json!(vsock::told_path()),
         (None, false) => {}
         (Some(_), false) | (None, true) => {
-            return Err("of snapshot and sandbox only one has a vsock".to_owned());
+            return Err("only one of snapshot and sandbox has a vsock".to_owned());
         }
     }
     let Some(config) = config.as_object_mut() else {
-        return Err("its config.json is no object".to_owned());
+        return Err("its config.json is not an object".to_owned());
     };
     memory_file::adapt(config.entry("memory").or_insert_with(|| json!({})), memory_file)?;
     config.insert("landlock_enable".to_owned(), json!(rules.is_some()));

@@ -82,7 +82,7 @@ fn open(link: &Path) -> io::Result<File> {
     if is_terminal {
         Ok(input)
     } else {
-        Err(io::Error::new(io::ErrorKind::InvalidData, "it is no terminal"))
+        Err(io::Error::new(io::ErrorKind::InvalidData, "it is not a terminal"))
     }
 }
 

@@ -361,7 +361,7 @@ impl CloudMachine {
             if serde_json::from_slice::<IgnoredAny>(&text).is_err() {
                 return Err(Error::Nonsense {
                     command: "vm.snapshot".to_owned(),
-                    said: format!("it wrote {} bytes of {name} and no more", text.len()),
+                    said: format!("it wrote only {} bytes of {name}", text.len()),
                 });
             }
             if self.in_file && name == STATE_FILE {
@@ -450,7 +450,7 @@ impl Machine for CloudMachine {
 
     fn lacks(&self) -> Vec<String> {
         let why = self.why_ours.iter();
-        why.map(|why| format!("its VMM runs as root without privileges, as {why}")).collect()
+        why.map(|why| format!("its VMM runs as root without privileges, because {why}")).collect()
     }
 
     fn disk_traffic(&self) -> DiskTraffic {

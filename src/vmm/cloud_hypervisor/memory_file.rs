@@ -80,7 +80,8 @@ pub(super) fn keep_from_changing(path: &Path, text: &[u8]) -> Result<(), Error> 
     let quiet = without_wall_clock(text).map_err(|said| Error::Nonsense {
         command: "vm.snapshot".to_owned(),
         said: format!(
-            "what it wrote of its CPUs is not as known ({said}); use memory_mode = \"shared\""
+            "the CPU state that it wrote has an unknown format ({said}); use memory_mode = \
+             \"shared\""
         ),
     })?;
     let Some(quiet) = quiet else {

@@ -94,9 +94,9 @@ impl CloudHypervisor {
     #[must_use]
     pub fn why_no_users(&self) -> Option<&'static str> {
         (host::is_root() && !identity::kvm_is_possible()).then_some(
-            "each runs as root without privileges, and not as a user of its own, as only root \
-             may use /dev/kvm; give it to a group of its own (`chgrp kvm /dev/kvm`, `chmod 660 \
-             /dev/kvm`), or let dozed make devices and mount (CAP_MKNOD, CAP_SYS_ADMIN)",
+            "each runs as root without privileges instead of as its own user, because only root \
+             may use /dev/kvm; give it to a group (`chgrp kvm /dev/kvm`, `chmod 660 /dev/kvm`), \
+             or let dozed make devices and mount (CAP_MKNOD, CAP_SYS_ADMIN)",
         )
     }
 }
@@ -145,8 +145,8 @@ impl Vmm for CloudHypervisor {
         let mut lacks = Version::parse(version).map(Version::lacks).unwrap_or_default();
         if !self.confined {
             lacks.push(
-                "it is not shut in to its own files, as the kernel has no Landlock of version 3 \
-                 (Linux 6.2), or it is off (see the kernel's option `lsm=`)",
+                "it is not confined to its own files: the kernel has no Landlock version 3 (Linux \
+                 6.2), or it is disabled (see the kernel's option `lsm=`)",
             );
         }
         lacks

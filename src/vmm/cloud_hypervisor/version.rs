@@ -60,23 +60,23 @@ impl Version {
         [
             (
                 self.saves_sparsely(),
-                "a snapshot takes as long, and as much of the disk, as all of the memory (v52 \
-                 and later save what the guest has touched)",
+                "a snapshot takes the time and disk space of all of the memory (v52 and later \
+                 save only what the guest has touched)",
             ),
             (
                 self.is_told_image_types(),
-                "it guesses the format of a disk from what is in it, which its guest can \
-                 change (v50.1 and later are told that it is raw)",
+                "it detects the format of a disk from its contents, which its guest can change \
+                 (v50.1 and later are told that it is raw)",
             ),
             (
                 self.leaves_taps_alone(),
-                "no sandbox with a network runs on it, as it would have to set an address of \
-                 its own on the guest's device (v49 and later need not)",
+                "sandboxes with a network do not run on it, because it would change the address \
+                 of the guest's device (v49 and later do not)",
             ),
             (
                 self.resumes_vcpus_last(),
-                "a wake that fails at its very end loses the guest (with v52 and later it \
-                 sleeps on)",
+                "a wake that fails in its last step loses the guest (with v52 and later it stays \
+                 asleep)",
             ),
         ]
         .into_iter()

@@ -264,8 +264,8 @@ fn keep_from_changing(
         Err(why) if may_use_kvm(qmp) => Err(Error::Nonsense {
             command: "migrate".to_owned(),
             said: format!(
-                "what it wrote of its CPUs is not as known ({why}); use another version of \
-                 QEMU, or vmm = \"cloud-hypervisor\""
+                "the CPU state that it wrote has an unknown format ({why}); use another version \
+                 of QEMU, or vmm = \"cloud-hypervisor\""
             ),
         }),
         // Nobody writes a wall clock, so none has to be forgotten.

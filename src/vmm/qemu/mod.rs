@@ -131,8 +131,8 @@ impl Vmm for Qemu {
         match self.accelerator {
             Accelerator::Kvm => Vec::new(),
             Accelerator::Tcg => vec![
-                "its guest runs many times slower than it could, as this host has no hardware \
-                 virtualisation (`dozed doctor` says why)",
+                "its guest runs many times slower: this host has no hardware virtualisation \
+                 (`dozed doctor` says why)",
             ],
         }
     }
@@ -159,8 +159,8 @@ impl Vmm for Qemu {
             }
         };
         Some(format!(
-            "qemu has the memory of its guests in a file, so there is no {wrong}; write \"auto\", \
-             or use vmm = \"cloud-hypervisor\""
+            "qemu keeps guest memory in a file, so {wrong} is not possible; write \"auto\", or \
+             use vmm = \"cloud-hypervisor\""
         ))
     }
 

@@ -133,7 +133,7 @@ fn what_is_loaded_has_to_fit_into_memory() {
 fn a_kernel_that_is_none_is_refused() {
     let kernel = std::fs::read(counter_kernel()).unwrap();
     let document = "kernel = \"FILE\"\n";
-    refused_at_commit_and_boot(document, b"this is no kernel", &kernel, "is no kernel");
+    refused_at_commit_and_boot(document, b"this is no kernel", &kernel, "is not a kernel");
     refused_at_commit_and_boot(document, b"", &kernel, "is empty");
 }
 

@@ -61,7 +61,7 @@ fn a_vsock_is_described_and_loaded_where_it_is_today() {
     let without = Plan { vsock: None, ..plan.clone() };
     for (config, plan) in [(&mut saved.clone(), &without), (&mut json!({}), &plan)] {
         let said = adapt(config, plan, None, None).unwrap_err();
-        assert!(said.contains("only one has a vsock"), "{said}");
+        assert!(said.contains("only one of snapshot and sandbox has a vsock"), "{said}");
     }
     adapt(&mut saved, &plan, None, None).unwrap();
     let expected =
@@ -167,7 +167,7 @@ fn a_snapshot_is_loaded_with_the_disks_and_the_rules_of_today() {
     let plan = Plan { disks: Vec::new(), ..plan };
     assert_eq!(
         adapt(&mut json!([]), &plan, None, None),
-        Err("its config.json is no object".to_owned())
+        Err("its config.json is not an object".to_owned())
     );
     adapt(&mut json!({}), &plan, None, None).unwrap();
 }

@@ -281,9 +281,9 @@ fn a_state_of_another_form_is_no_snapshot_with_kvm_and_the_guest_runs_on() {
         let (_host, saved) = save_nothing(told, after.to_vec());
         assert_eq!(
             saved.unwrap_err().to_string(),
-            "unexpected answer of the VMM to migrate: what it wrote of its CPUs is not as known \
-             (no description at its end); use another version of QEMU, or \
-             vmm = \"cloud-hypervisor\""
+            "unexpected answer of the VMM to migrate: the CPU state that it wrote has an unknown \
+             format (no description at its end); use another version of QEMU, or vmm = \
+             \"cloud-hypervisor\""
         );
     }
 }
