@@ -38,7 +38,7 @@ use crate::{
         mount::{self, Device},
         opener::{self, Openers, Rights},
         pool::Pool,
-        process::{Program, forbid_core_files, reserve_places},
+        process::{Program, forbid_core_files, reserve_fixed_fds},
         thread::join_by,
     },
     tree::Tree,
@@ -184,7 +184,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     // A core file would contain memory of guests.
     forbid_core_files().map_err(host("disabling core files"))?;
     // Early, while these fd numbers are free.
-    reserve_places().map_err(host("reserving fd numbers for VMMs"))?;
+    reserve_fixed_fds().map_err(host("reserving fd numbers for VMMs"))?;
     let signals = listen().map_err(host("handling signals"))?;
     check_directories(&config)?;
     let _locks = take_directories(&config)?;

@@ -27,7 +27,7 @@ use crate::{
         command::output,
         opener::{self, Openers},
         pool::Pool,
-        process::reserve_places,
+        process::reserve_fixed_fds,
     },
     vmm::fake::{FakeHost, FakeVmm, runs_in},
 };
@@ -106,7 +106,7 @@ impl Host {
 
     fn within(dir: tempfile::TempDir, budget_bytes: Option<u64>) -> Self {
         // As a daemon does, before a long test has so much open that one of them is taken.
-        reserve_places().unwrap();
+        reserve_fixed_fds().unwrap();
         let vmm = Arc::new(FakeHost::default());
         let clock = Arc::new(ManualClock::at(Timestamp::from_millis(1_000_000)));
         let network = Arc::default();

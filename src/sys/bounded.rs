@@ -1,11 +1,10 @@
-//! Calls that may never return, because somebody else's process would have to answer.
+//! Calls that may never return, because another process has to answer.
 //!
-//! Such a call is made by a thread of its own. Where it does not return in time the thread is
-//! left behind: it ends when the call does, or with the process.
+//! Each call runs on its own thread, which is left behind if it does not return in time.
 
 use std::{io, sync::mpsc, thread, time::Duration};
 
-/// Returns what `call` returns.
+/// Runs `call` with a time limit.
 ///
 /// # Errors
 /// `TimedOut` where it takes longer than `limit`, and where the system gives no thread.
@@ -15,7 +14,7 @@ pub fn within<T: Send + 'static>(
 ) -> io::Result<T> {
     let (give, take) = mpsc::sync_channel(1);
     thread::Builder::new().name("dozed-bounded".to_owned()).spawn(move || {
-        // Nobody takes an answer that comes too late.
+        // The receiver is gone after the limit.
         give.send(call()).ok();
     })?;
     take.recv_timeout(limit).map_err(|error| match error {

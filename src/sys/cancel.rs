@@ -1,34 +1,34 @@
-//! How one thread calls off the work of another.
+//! Cancellation of an operation by another thread.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::sync::{Arc, Mutex, lock};
 
-/// What ends when an operation is called off.
+/// Something that a cancellation kills.
 pub trait Victim: std::fmt::Debug + Send + Sync {
-    /// Kills it. Doing it again is no error.
+    /// Kills it. Idempotent.
     fn kill(&self);
 }
 
-/// Calls off an operation: long loops look at it, and the processes that the
-/// operation waits for are killed, which ends the wait.
+/// Cancels an operation: long loops check it, and the processes that the operation waits for are
+/// killed.
 ///
 /// # Locking
-/// A leaf: nothing else is locked while its list is.
+/// A leaf: no other lock is taken under it.
 #[derive(Debug, Default)]
 pub struct Cancel {
     called_off: AtomicBool,
-    /// The processes to kill. At most one or two.
+    /// At most one or two.
     victims: Mutex<Vec<Arc<dyn Victim>>>,
 }
 
-/// The operation was called off.
+/// The operation was cancelled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the operation was called off")]
 pub struct CalledOff;
 
 impl Cancel {
-    /// Calls the operation off, for good.
+    /// Cancels the operation.
     pub fn call_off(&self) {
         let victims = lock(&self.victims);
         self.called_off.store(true, Ordering::SeqCst);
@@ -37,7 +37,7 @@ impl Cancel {
         }
     }
 
-    /// Says whether the operation goes on.
+    /// Returns an error if the operation was cancelled.
     ///
     /// # Errors
     /// `CalledOff` if it does not.
@@ -45,7 +45,7 @@ impl Cancel {
         if self.called_off.load(Ordering::SeqCst) { Err(CalledOff) } else { Ok(()) }
     }
 
-    /// Has `victim` killed if the operation is or was called off.
+    /// Registers `victim`, which is killed on cancellation, at once if that has happened.
     pub fn ends_with(&self, victim: Arc<dyn Victim>) {
         let mut victims = lock(&self.victims);
         if self.called_off.load(Ordering::SeqCst) {

@@ -1,6 +1,6 @@
-//! Short-lived programs: found, run to their end, and listened to.
+//! Runs short-lived programs.
 //!
-//! For questions such as `--version`. What is to live on is started by `sys::process`.
+//! For queries such as `--version`; `sys::process` starts long-lived programs.
 
 use std::{
     io::{self, Read},
@@ -17,8 +17,7 @@ use rustix::{
 
 use super::clock::Deadline;
 
-/// Where programs are looked for: what a service manager gives a daemon as its PATH, so
-/// that a daemon finds the same whether a shell or the service manager started it.
+/// The PATH of service managers, so that the daemon finds the same programs when a shell starts it.
 const PROGRAM_DIRS: [&str; 6] =
     ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 /// No answer that we ask for is longer; `qemu -machine help` is 10 KiB.

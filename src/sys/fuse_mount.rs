@@ -1,7 +1,6 @@
 //! A FUSE file system that is created first and mounted when its server runs.
 //!
-//! So whoever gets to the mount point finds either what was there before, or a tree that
-//! answers.
+//! So the mount point always has either its old contents or a tree that answers.
 
 use std::{
     io,
@@ -32,11 +31,8 @@ pub struct Unmounted {
 }
 
 impl Unmounted {
-    /// Creates a file system that everybody may use as modes and owners allow. `source` is its
-    /// name in mount tables. Returns the connection for its server too.
-    ///
-    /// # Errors
-    /// Where the kernel (before 5.4) or our privileges do not let us.
+    /// Creates a file system that everybody may use as modes and owners allow. `source` is its name
+    /// in mount tables. Returns the connection for its server too.
     pub fn create(source: &str) -> io::Result<(OwnedFd, Self)> {
         let connection = open(FUSE_DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
@@ -73,9 +69,6 @@ impl Unmounted {
     }
 
     /// Mounts it on `path`, over whatever is mounted there.
-    ///
-    /// # Errors
-    /// Where the kernel does not let us.
     pub fn mount(&self, path: &Path) -> io::Result<()> {
         self.move_to(path, MoveMountFlags::empty())
     }

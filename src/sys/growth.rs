@@ -1,4 +1,4 @@
-//! The thread that tells when files grow.
+//! A thread that reports when files grow.
 
 use std::{
     collections::HashMap,
@@ -20,7 +20,7 @@ use crate::sync::{Arc, Mutex, lock};
 /// Room for some dozens of events; what does not fit is read by the next look.
 const BUFFER_BYTES: usize = 4096;
 
-/// Tells of files that grow, each once. It costs a thread and two descriptors.
+/// Reports files that grow, each once.
 pub struct GrowthWatch {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -35,9 +35,6 @@ struct Shared {
 
 impl GrowthWatch {
     /// Starts the thread, which calls `tell` with a file's tag when that was written to.
-    ///
-    /// # Errors
-    /// Where the kernel gives no descriptor or no thread.
     pub fn start(tell: impl Fn(u64) + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             inotify: inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?,
@@ -52,9 +49,6 @@ impl GrowthWatch {
     }
 
     /// Has the next write to a file told, and then no more. A file has one tag.
-    ///
-    /// # Errors
-    /// Where there is no such file, or the kernel watches no more.
     pub fn watch(&self, tag: u64, path: &Path) -> io::Result<()> {
         // Held so that the thread finds the tag of what happens at once.
         let mut tags = lock(&self.shared.tags);
@@ -99,7 +93,7 @@ impl Shared {
 
 impl Drop for GrowthWatch {
     fn drop(&mut self) {
-        // An eventfd takes a number of this size unless it is full, and then it is readable.
+        // It fails only if the eventfd is full, and so readable.
         let _written = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != thread::current().id()

@@ -1,4 +1,4 @@
-//! What host this is, and who we are on it.
+//! Facts about the host and the identity of this process.
 
 use std::{
     fs::File,
@@ -15,36 +15,30 @@ pub fn kernel_release() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
-/// Says whether we are root.
+/// Returns whether this process is root.
 #[must_use]
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Says whether we may make interfaces, routes and firewalls.
+/// Returns whether this process has CAP_NET_ADMIN.
 #[must_use]
 pub fn may_configure_networks() -> bool {
     let sets = rustix::thread::capabilities(None);
     sets.is_ok_and(|sets| sets.effective.contains(rustix::thread::CapabilitySet::NET_ADMIN))
 }
 
-/// Says whether we may make files in `dir`.
-///
-/// # Errors
-/// Why not, such as that its file system is read-only.
+/// Checks that files can be created in `dir`.
 pub fn writable(dir: &Path) -> io::Result<()> {
     Ok(access(dir, Access::WRITE_OK | Access::EXEC_OK)?)
 }
 
-/// How much of `/proc/cpuinfo` is read: the first processor takes less.
+/// The first processor's entry is shorter.
 const CPUINFO_MAX_BYTES: u64 = 4096;
 
 /// Returns the model name of the first processor, or `unknown` if it has none.
-///
-/// # Errors
-/// Where `/proc/cpuinfo` cannot be read.
 pub fn cpu_model() -> io::Result<&'static str> {
-    // It does not change while we run, and the kernel makes the file anew for each reader.
+    // It never changes, and the kernel generates the file for each reader.
     static KNOWN: OnceLock<String> = OnceLock::new();
     if let Some(known) = KNOWN.get() {
         return Ok(known);
@@ -64,9 +58,6 @@ pub fn own_ids() -> (u32, u32) {
 }
 
 /// Returns 32 random hexadecimal digits.
-///
-/// # Errors
-/// Where the kernel has no randomness for us.
 pub fn random_name() -> std::io::Result<String> {
     let name = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
     Ok(name.chars().filter(char::is_ascii_hexdigit).collect())

@@ -1,5 +1,5 @@
-//! A file as another user's: a mount of that one file, with its owner mapped to somebody
-//! else, attached nowhere and seen by nobody but who has its descriptor (Linux 5.12).
+//! A file with its owner mapped to another user: a detached id-mapped mount of that one file (Linux
+//! 5.12).
 
 use std::{
     fs::{self, File},
@@ -15,11 +15,7 @@ use rustix::{
     process::{Pid, Signal, WaitOptions, kill_process, waitpid},
 };
 
-/// Returns `file` as one that the user `uid` owns, for reading. It is as long there as the
-/// descriptor, or one that was opened by it.
-///
-/// # Errors
-/// Where the file system, the kernel or our own privileges have no such thing.
+/// Returns `file` as one that the user `uid` owns, for reading.
 pub fn for_user(file: BorrowedFd<'_>, uid: u32) -> io::Result<OwnedFd> {
     let meta = File::from(file.try_clone_to_owned()?).metadata()?;
     let map = namespace((meta.uid(), uid), (meta.gid(), uid))?;
@@ -106,7 +102,6 @@ mod tests {
     use super::*;
     use crate::sys::files::{Wish, may, open_path};
 
-    /// Nobody's.
     const UID: u32 = 2_147_000_002;
 
     #[test]

@@ -1,4 +1,4 @@
-//! Whether hardware virtualisation really works here.
+//! Hardware virtualisation.
 
 use std::{
     fs::{self, OpenOptions},
@@ -8,13 +8,10 @@ use std::{
 /// The device.
 pub const PATH: &str = "/dev/kvm";
 
-/// Says whether ordinary guests run on `/dev/kvm`.
+/// Checks whether ordinary guests run on `/dev/kvm`.
 ///
-/// That it opens is no proof: the KVM of some clouds is a module (such as `kvm_pvm`)
-/// that has no VT-x or AMD-V under it, and on which an ordinary guest kernel hangs.
-///
-/// # Errors
-/// A sentence that says why not.
+/// Some clouds have a KVM without VT-x or AMD-V (such as `kvm_pvm`), on which an ordinary guest
+/// kernel hangs.
 pub fn usable() -> Result<(), String> {
     let opened = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

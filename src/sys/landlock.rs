@@ -1,4 +1,4 @@
-//! Whether processes can shut themselves in to some paths, and doing so (`landlock(7)`).
+//! Landlock (`landlock(7)`).
 
 use std::{
     io,
@@ -8,7 +8,7 @@ use std::{
 
 use rustix::fs::{Mode, OFlags, open};
 
-/// Returns the version of Landlock that the kernel has; 0 if it has none, or it is off.
+/// Returns the kernel's version of Landlock; 0 without it.
 #[must_use]
 pub fn abi() -> u32 {
     const GIVE_VERSION: libc::c_uint = 1;
@@ -61,13 +61,9 @@ fn everything(abi: u32) -> (Ruleset, usize) {
     (Ruleset { fs, net, scoped }, known * size_of::<u64>())
 }
 
-/// Gives up for good all that Landlock governs but removing files and directories below
-/// `dir`: this thread and what it starts can then open no file, anywhere, to read or write
-/// it, and make none. What goes by names alone, as setting a file's times, is not governed.
-/// False where the kernel has no Landlock.
-///
-/// # Errors
-/// Where the kernel refuses, as it does where programs may still give us privileges.
+/// Restricts this thread and its children, for good, to removing files and directories below `dir`:
+/// they can open and create no file. Landlock does not govern setting a file's times. Returns false
+/// without Landlock.
 pub fn only_remove_below(dir: &Path) -> io::Result<bool> {
     let abi = abi();
     if abi == 0 {

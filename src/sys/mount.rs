@@ -1,4 +1,4 @@
-//! What is mounted where, and how to take it away.
+//! The table of mounts, and unmounting.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -17,11 +17,9 @@ use rustix::{
 
 use super::bounded;
 
-/// Where the kernel lists the mounts that we see, in the order they were made.
 const MOUNTINFO: &str = "/proc/self/mountinfo";
 
-/// How long the server of a FUSE file system may take to say that it is there. One that runs
-/// answers in a millisecond; a busy host delays it.
+/// How long a FUSE server may take to answer. It usually takes a millisecond.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// The name of a daemon's tree, in mount tables and in `df`.
@@ -32,17 +30,17 @@ pub const TREE_NAME: &str = "dozed";
 pub struct MountInfo {
     /// Such as `ext4` or `fuse.dozed`.
     pub fs_type: OsString,
-    /// Such as `/dev/sda1`, or whatever word the mounter chose.
+    /// Such as `/dev/sda1`, or any word.
     pub source: OsString,
     /// The device number of the file system.
     pub device: Device,
 }
 
 impl MountInfo {
-    /// Says whether this is the tree of a daemon, this one or another.
+    /// Returns whether this is the tree of a dozed.
     #[must_use]
     pub fn is_tree(&self) -> bool {
-        // The type has no subtype where an earlier version made the mount.
+        // Mounts of earlier versions have no subtype.
         self.source == TREE_NAME && self.fs_type.as_encoded_bytes().starts_with(b"fuse")
     }
 }
@@ -50,7 +48,7 @@ impl MountInfo {
 /// The number of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Device {
-    /// Nought for a file system without a disk.
+    /// Zero for a file system without a disk.
     pub major: u32,
     /// For a FUSE file system also the name of its directory in `/sys/fs/fuse/connections`.
     pub minor: u32,
@@ -68,57 +66,38 @@ impl std::str::FromStr for Device {
     }
 }
 
-/// Returns what is mounted on `path`, which is absolute and free of symbolic links.
-/// It never touches the path itself: a mount whose server is dead would not answer.
-///
-/// # Errors
-/// Where the kernel does not list the mounts.
+/// Returns what is mounted on `path`, which is absolute and free of symbolic links, without
+/// accessing it: a dead server would not answer.
 pub fn mounted_at(path: &Path) -> io::Result<Option<MountInfo>> {
     Ok(topmost(&fs::read(MOUNTINFO)?, path))
 }
 
-/// Returns all that is mounted on `path`, the topmost last.
-///
-/// # Errors
-/// Where the kernel does not list the mounts.
+/// Returns all mounts on `path`, the topmost last.
 pub fn mounts_at(path: &Path) -> io::Result<Vec<MountInfo>> {
     Ok(stack(&fs::read(MOUNTINFO)?, path))
 }
 
-/// Returns what kind of file system `path` is on, which is absolute and free of symbolic
-/// links, by the list of mounts.
-///
-/// # Errors
-/// Where the kernel does not list the mounts.
+/// Returns the mount that `path` is on, which is absolute and free of symbolic links.
 pub fn mount_of(path: &Path) -> io::Result<Option<MountInfo>> {
     let list = fs::read(MOUNTINFO)?;
     Ok(path.ancestors().find_map(|path| topmost(&list, path)))
 }
 
-/// Returns a mount of the file system that has this number, if we see one.
-///
-/// # Errors
-/// Where the kernel does not list the mounts.
+/// Returns a mount of the file system with this device number.
 pub fn mount_of_device(device: Device) -> io::Result<Option<MountInfo>> {
     let list = fs::read(MOUNTINFO)?;
     Ok(entries(&list).map(|entry| entry.info).find(|info| info.device == device))
 }
 
-/// Returns where the file systems of this kind are mounted.
-///
-/// # Errors
-/// Where the kernel does not list the mounts.
+/// Returns the mount points of this type.
 pub fn mounts_of_type(fs_type: &str) -> io::Result<Vec<PathBuf>> {
     let list = fs::read(MOUNTINFO)?;
     let is_of_type = |entry: &Entry| entry.info.fs_type == fs_type;
     Ok(entries(&list).filter(is_of_type).map(|entry| entry.path).collect())
 }
 
-/// Returns the path without links above `path`, as the kernel lists mounts by it. What is at
-/// the path is not touched: a mount there whose server is dead would not answer.
-///
-/// # Errors
-/// Where something above does not exist.
+/// Resolves the links above `path`, without accessing `path` itself: a dead server would not
+/// answer.
 pub fn without_links(path: &Path) -> io::Result<PathBuf> {
     let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
         return Ok(path.to_owned());
@@ -126,14 +105,11 @@ pub fn without_links(path: &Path) -> io::Result<PathBuf> {
     Ok(above.canonicalize()?.join(name))
 }
 
-/// The most symbolic links that a path may have, as the kernel has it.
+/// The kernel's limit of links in a path.
 const LINKS_MAX: usize = 40;
 
-/// Returns where the tree of a daemon is mounted that `path` leads into. What is in a tree is
-/// not touched: its server may be dead, or be the one that asks.
-///
-/// # Errors
-/// Where the kernel does not list the mounts; where a link cannot be read.
+/// Returns the mount point of the tree of a dozed that `path` leads into, without accessing the
+/// tree: its server may be dead, or be the caller.
 pub fn tree_that_has(path: &Path) -> io::Result<Option<PathBuf>> {
     let list = fs::read(MOUNTINFO)?;
     let mut links = 0;
@@ -158,18 +134,14 @@ pub fn tree_that_has(path: &Path) -> io::Result<Option<PathBuf>> {
                 left.extend(names_of(&target));
             }
             Ok(_) => return Err(Errno::LOOP.into()),
-            // It is no link, or there is nothing, so that nothing is below it.
+            // It is not a link, or does not exist.
             Err(_) => at = next,
         }
     }
     Ok(None)
 }
 
-/// Returns where something is mounted, in the order in which it was; a place that was
-/// mounted on twice is there twice.
-///
-/// # Errors
-/// Where the kernel does not list the mounts.
+/// Returns all mount points, in the order of their mounts, with duplicates.
 pub fn mount_points() -> io::Result<Vec<PathBuf>> {
     let list = fs::read(MOUNTINFO)?;
     Ok(entries(&list).map(|entry| entry.path).collect())
@@ -180,19 +152,16 @@ pub fn mount_points() -> io::Result<Vec<PathBuf>> {
 pub enum Server {
     /// It answers.
     Answers,
-    /// It is there, and does not answer within [`ANSWER_LIMIT`].
+    /// It does not answer within [`ANSWER_LIMIT`].
     Silent,
     /// It is gone.
     Gone,
 }
 
 /// Asks the server of the FUSE file system that is mounted on `path`.
-///
-/// # Errors
-/// Where the system gives no thread to ask with.
 pub fn server_at(path: &Path) -> io::Result<Server> {
     let path = path.to_owned();
-    // The kernel never caches the answer to this.
+    // The kernel never caches the answer.
     match bounded::within(ANSWER_LIMIT, move || statfs(&path)) {
         Ok(Err(Errno::NOTCONN | Errno::CONNABORTED)) => Ok(Server::Gone),
         Ok(_) => Ok(Server::Answers),
@@ -201,7 +170,7 @@ pub fn server_at(path: &Path) -> io::Result<Server> {
     }
 }
 
-/// Takes away the topmost mount on `path`; whoever is still in it keeps it until they leave.
+/// Detaches the topmost mount on `path`.
 ///
 /// # Errors
 /// `InvalidInput` where nothing is mounted there, and whatever else the kernel says.
@@ -209,42 +178,34 @@ pub fn detach(path: &Path) -> io::Result<()> {
     Ok(unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
 }
 
-/// Ends the FUSE file system that is mounted topmost on `path`, and takes the mount away.
-/// Whoever waits for an answer of it, in whatever mount namespace, gets an error, and so does
-/// its server at its next look for requests.
-///
-/// # Errors
-/// As [`detach`].
+/// Aborts the FUSE connection of the topmost mount on `path`, in all mount namespaces, and detaches
+/// the mount.
 pub fn abort(path: &Path) -> io::Result<()> {
-    // With FORCE the kernel first cuts the connection to the server, whoever else has the
-    // file system mounted; with DETACH it does not mind that somebody uses it.
+    // FORCE aborts the connection; DETACH permits open files.
     let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
     Ok(unmount(path, flags)?)
 }
 
-/// Tells when a mount namespace may have changed.
+/// Detects changes of the mount table.
 #[derive(Debug)]
 pub struct MountWatch(fs::File);
 
 impl MountWatch {
-    /// Watches the mounts that we see.
-    ///
-    /// # Errors
-    /// Where the kernel does not list them.
+    /// Watches the mount table of this process.
     pub fn start() -> io::Result<Self> {
         Ok(Self(fs::File::open(MOUNTINFO)?))
     }
 
-    /// Says whether there was a change since the last call. Never waits.
+    /// Returns whether there was a change since the last call. Never blocks.
     #[must_use]
     pub fn has_changed(&self) -> bool {
         let mut fds = [PollFd::new(&self.0, PollFlags::PRI)];
-        // What cannot be asked is taken for a change.
+        // An error counts as a change.
         poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0)
     }
 }
 
-/// Says whether `fs_type` is a network's, where locks and syncs are not what they seem.
+/// Returns whether `fs_type` is a network file system, whose locks and syncs are unreliable.
 #[must_use]
 pub fn is_network_fs(fs_type: &OsStr) -> bool {
     let kinds: [&[u8]; 6] = [b"nfs", b"nfs4", b"cifs", b"smb3", b"9p", b"ceph"];
@@ -256,8 +217,8 @@ fn topmost(list: &[u8], path: &Path) -> Option<MountInfo> {
     stack(list, path).pop()
 }
 
-/// Returns the mounts on `path`, the topmost last. The order of the list is not that of the
-/// stack: a mount may have been made beneath an older one. But each names the one below it.
+/// Returns the mounts on `path`, the topmost last. They are sorted by their parents, because a
+/// mount can be made beneath an older one.
 fn stack(list: &[u8], path: &Path) -> Vec<MountInfo> {
     let mut left: Vec<_> = entries(list).filter(|entry| entry.path == path).collect();
     let mut stack = Vec::new();
@@ -265,7 +226,7 @@ fn stack(list: &[u8], path: &Path) -> Vec<MountInfo> {
         let is_top = |entry: &Entry| {
             left.iter().all(|other| other.below != entry.id || other.id == entry.id)
         };
-        // Where something above the path was mounted over, the later one is seen.
+        // If a parent was mounted over, the later one is visible.
         let top = left.iter().rposition(is_top).unwrap_or(left.len() - 1);
         stack.push(left.remove(top).info);
     }
@@ -292,7 +253,7 @@ fn entries(list: &[u8]) -> impl Iterator<Item = Entry> {
         let device = std::str::from_utf8(fields.next()?).ok()?;
         let (major, minor) = device.split_once(':')?;
         let path = PathBuf::from(unescaped(fields.nth(1)?));
-        // Any number of optional fields ends with a hyphen.
+        // A hyphen ends the optional fields.
         fields.find(|field| *field == b"-")?;
         let info = MountInfo {
             fs_type: unescaped(fields.next()?),

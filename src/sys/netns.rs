@@ -1,11 +1,8 @@
-//! Network namespaces: made, pinned to a file, and entered.
+//! Network namespaces: creating, pinning and entering.
 //!
-//! Which namespace a thread is in decides what its sockets and devices belong to, and a
-//! thread that went on in the wrong one would do its next job to the wrong sandbox. So
-//! work in a namespace is a closure on a thread of its own, which enters first, and ends
-//! after it: there is no way back that could fail. What the closure returns is told to
-//! the caller at once; what it leaves to be dropped is dropped after that, since closing
-//! some sockets takes the kernel longer than all the work.
+//! Work in a namespace is a closure on its own thread, which enters the namespace and exits
+//! afterwards, so no thread ever has to return to the host's. The caller gets the result at once;
+//! sockets are dropped later, because closing some takes the kernel longer than all the work.
 
 use std::{
     any::Any,
@@ -34,24 +31,22 @@ use rustix::{
 
 use super::{files::make_private_dir, mount};
 
-/// Where a thread finds the namespace that it is in.
 const OWN: &str = "/proc/thread-self/ns/net";
 /// What `fstatfs` says of a namespace's file (`NSFS_MAGIC` of linux/magic.h).
 const NSFS_MAGIC: u64 = 0x6e73_6673;
-/// How many threads there may be in namespaces at once, those included that have answered
-/// and are closing sockets. No more operations than a pool has jobs ask for one.
+/// The limit of threads in namespaces, including those that are closing sockets.
 const THREADS_MAX: usize = 1024;
 
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
-/// A network namespace, which exists at least for as long as this.
+/// A network namespace that is kept open.
 #[derive(Debug)]
 pub struct Namespace {
     file: File,
     identity: Identity,
 }
 
-/// What tells a namespace from every other that has been since the host was booted.
+/// The unique identity of a namespace since the boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Identity {
     /// The device of the file.
@@ -60,21 +55,21 @@ pub struct Identity {
     pub inode: u64,
 }
 
-/// Proves that this thread is in the namespace that it was made for.
+/// Proves that this thread is in the namespace.
 pub struct Inside {
     later: RefCell<Vec<Box<dyn Any>>>,
 }
 
 impl Inside {
-    /// Leaves something to be dropped when the caller has its answer.
+    /// Defers a drop until the caller has its result.
     pub fn drop_later(&self, what: impl Any) {
         self.later.borrow_mut().push(Box::new(what));
     }
 
-    /// Pins the namespace to the file `path`, which is made for it and must not exist.
+    /// Pins the namespace to the new file `path`.
     ///
     /// # Errors
-    /// `AlreadyExists`, and whatever the kernel says. No file is left then.
+    /// `AlreadyExists`, and errors of mount(2); no file is left then.
     pub fn pin(&self, path: &Path) -> io::Result<Namespace> {
         fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
         let pinned = mount_bind(OWN, path).map_err(io::Error::from).and_then(|()| {
@@ -92,18 +87,12 @@ impl fmt::Debug for Inside {
 }
 
 impl Namespace {
-    /// Returns the namespace that this thread is in.
-    ///
-    /// # Errors
-    /// Where `/proc` is not mounted.
+    /// Returns this thread's namespace.
     pub fn current() -> io::Result<Self> {
         Self::of(File::open(OWN)?)
     }
 
-    /// Returns the namespace that the process `pid` is in. `None`: there is no such process.
-    ///
-    /// # Errors
-    /// Those of open(2).
+    /// Returns the namespace of the process `pid`; `None` if there is no such process.
     pub fn of_process(pid: u32) -> io::Result<Option<Self>> {
         match File::open(format!("/proc/{pid}/ns/net")) {
             Ok(file) => Self::of(file).map(Some),
@@ -112,11 +101,7 @@ impl Namespace {
         }
     }
 
-    /// Returns the namespace that is pinned to `path`. `None`: there is no such file, or
-    /// no namespace is pinned to it.
-    ///
-    /// # Errors
-    /// Those of open(2).
+    /// Returns the namespace that is pinned to `path`, if there is one.
     pub fn open(path: &Path) -> io::Result<Option<Self>> {
         let file = match fs::OpenOptions::new()
             .read(true)
@@ -139,24 +124,18 @@ impl Namespace {
         Ok(Self { file, identity })
     }
 
-    /// Returns what tells it from every other.
+    /// Returns its identity.
     #[must_use]
     pub fn identity(&self) -> Identity {
         self.identity
     }
 
-    /// Returns an open file of it, to hand over.
-    ///
-    /// # Errors
-    /// Where there are too many open files.
+    /// Returns an open file of it.
     pub fn file(&self) -> io::Result<OwnedFd> {
         self.file.as_fd().try_clone_to_owned()
     }
 
-    /// Runs `job` inside it, on a thread of its own.
-    ///
-    /// # Errors
-    /// Where there can be no such thread, or it may not enter; or where `job` panicked.
+    /// Runs `job` inside it, on its own thread.
     pub fn run<T: Send + 'static>(
         &self,
         job: impl FnOnce(&Inside) -> T + Send + 'static,
@@ -165,17 +144,13 @@ impl Namespace {
         on_a_thread(move || same.enter(), job)
     }
 
-    /// Moves this thread into it, for good. It allocates and locks nothing, as is asked of
-    /// what a child does before it becomes its program.
+    /// Moves this thread into it, for good. Async-signal-safe.
     pub(super) fn enter(&self) -> io::Result<()> {
         Ok(move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?)
     }
 }
 
-/// Runs `job` inside a new namespace, which is gone after it unless it was pinned.
-///
-/// # Errors
-/// Where there can be none, or where `job` panicked.
+/// Runs `job` inside a new namespace, which is removed afterwards unless it was pinned.
 pub fn in_a_new_one<T: Send + 'static>(
     job: impl FnOnce(&Inside) -> T + Send + 'static,
 ) -> io::Result<T> {
@@ -187,7 +162,7 @@ pub fn in_a_new_one<T: Send + 'static>(
     on_a_thread(unshare, job)
 }
 
-/// Counts one thread less when it ends, also by a panic.
+/// Decrements the count of threads, also after a panic.
 struct Counted;
 
 impl Counted {
@@ -218,7 +193,7 @@ fn on_a_thread<T: Send + 'static>(
         let _counted = counted;
         let inside = Inside { later: RefCell::new(Vec::new()) };
         let done = enter().map(|()| job(&inside));
-        // Whoever asked waits for this, so somebody is there.
+        // The caller waits for this.
         drop(answer.send(done));
         drop(inside);
     })?;
@@ -228,11 +203,8 @@ fn on_a_thread<T: Send + 'static>(
     }
 }
 
-/// Makes the directory `path` for pins: what is mounted in it is seen by nobody else, so
-/// that no service manager makes a unit of each. Doing it again changes nothing.
-///
-/// # Errors
-/// Where it cannot be made, or cannot be mounted on itself.
+/// Creates the directory `path` for pins. Mounts in it are private, so that service managers do not
+/// make units of them. Idempotent.
 pub fn make_pin_dir(path: &Path) -> io::Result<()> {
     make_private_dir(path)?;
     if mount::mounted_at(path)?.is_none() {
@@ -241,14 +213,10 @@ pub fn make_pin_dir(path: &Path) -> io::Result<()> {
     Ok(mount_change(path, MountPropagationFlags::PRIVATE)?)
 }
 
-/// Removes a pin, and the namespace with it if nobody else holds it. It is no error if
-/// there is none.
-///
-/// # Errors
-/// Those of umount(2) and unlink(2).
+/// Removes a pin, if it exists.
 pub fn unpin(path: &Path) -> io::Result<()> {
     match unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-        // It is no mount, or not there at all.
+        // It is not a mount, or does not exist.
         Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
         Err(errno) => return Err(errno.into()),
     }

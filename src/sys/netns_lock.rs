@@ -1,9 +1,8 @@
 //! Locks that belong to a network namespace: abstract Unix sockets.
 //!
-//! Such a socket has a name that is in no file system, is seen by whoever is in the same
-//! network namespace, whatever its mounts are, and ends with the process that has it. Any
-//! user may bind any name, so each lock has a name that nobody can guess and take first, and
-//! one counts only if a process of our own user listens at it.
+//! Such a socket has a name in the network namespace, not in a file system, and ends with its
+//! process. Any user may bind any name, so each lock has a random name, and counts only if a
+//! process of the daemon's user listens on it.
 
 use std::{
     fs, io,
@@ -22,20 +21,18 @@ use rustix::{
 
 /// The sockets of the network namespace of the thread that reads it.
 const SOCKETS: &str = "/proc/thread-self/net/unix";
-/// Another name each time it is read.
 const UNIQUE: &str = "/proc/sys/kernel/random/uuid";
-/// How many callers may ask who has a lock before one of them is not answered. Nobody takes
-/// them off the queue: what they want to know is told by the kernel.
+/// The length of the queue of callers, which nobody accepts: the kernel answers them.
 const CALLERS_MAX: i32 = 4096;
 
-/// A lock that is held until this is dropped, or the process ends.
+/// A lock, until it is dropped or the process exits.
 #[derive(Debug)]
 pub struct NetnsLock {
     _socket: OwnedFd,
     name: String,
 }
 
-/// A lock that a process of our user has.
+/// A lock of a process of the daemon's user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Locked {
     /// What it is for.
@@ -46,11 +43,8 @@ pub struct Locked {
 }
 
 impl NetnsLock {
-    /// Takes a lock of `kind` for `subject` in the network namespace of this thread. Others of
-    /// the same kind, and for the same subject, may be held: see [`Self::others`].
-    ///
-    /// # Errors
-    /// Where the kernel gives no socket, or has no `/proc`.
+    /// Takes a lock of `kind` for `subject` in the network namespace of this thread. Others of the
+    /// same kind, and for the same subject, may be held: see [`Self::others`].
     pub fn take(kind: &str, subject: &str) -> io::Result<Self> {
         let unique = fs::read_to_string(UNIQUE)?;
         let pid = std::process::id();
@@ -63,9 +57,6 @@ impl NetnsLock {
     }
 
     /// Returns the locks of `kind` that others have in the network namespace of this thread.
-    ///
-    /// # Errors
-    /// Where the kernel does not list them.
     pub fn others(&self, kind: &str) -> io::Result<Vec<Locked>> {
         let mut all = locked(kind)?;
         all.retain(|other| other.name != self.name);

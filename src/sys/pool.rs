@@ -1,7 +1,7 @@
-//! Threads for work that blocks: kept warm for a while, bounded in number.
+//! A bounded pool of threads for blocking work.
 //!
-//! Where the system gives no more threads (memory, the unit's `TasksMax`) only the caller
-//! whose job it was is refused. The pool of tokio panics there, and offers no other way.
+//! If the system cannot start a thread (memory, the unit's `TasksMax`), only the caller's job is
+//! refused. The pool of tokio panics then.
 
 use std::{
     collections::VecDeque,
@@ -15,16 +15,15 @@ use tracing::Span;
 
 use crate::sync::{Arc, Condvar, Mutex, lock, wait_while_within};
 
-/// How many jobs there may be at once. Each blocked writer has one, so it bounds the
-/// writers that wait; a thread that waits takes some ten KiB.
+/// The limit of jobs, and so of blocked writers. A waiting thread takes some ten KiB.
 const JOBS_MAX: usize = 1024;
 /// How long an idle thread is kept for the next job.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// A pool of threads for operations that block. Jobs that are under way when it is dropped
-/// go on, so that one that waits for a stuck VMM does not keep the daemon from ending.
+/// A pool of threads. Dropping it does not wait for running jobs, such as one that waits for a
+/// stuck VMM.
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
@@ -88,9 +87,6 @@ impl Pool {
 
     /// Runs `job` on a thread of its own, in the span of the caller. A panic in it ends the job,
     /// not the thread.
-    ///
-    /// # Errors
-    /// Where too many are under way, or the system gives no thread; `job` was dropped.
     pub fn run(&self, job: impl FnOnce() + Send + 'static) -> Result<(), PoolError> {
         let span = Span::current();
         let job: Job = Box::new(move || span.in_scope(job));

@@ -1,8 +1,7 @@
-//! The runtime of what is asynchronous: one for the process, made at the first use.
+//! The asynchronous runtime, one for the process.
 //!
-//! It has no thread of its own. The thread that waits for an answer drives it, for all others
-//! that wait too; when it has its answer, one of them takes over. Nothing runs while no thread
-//! waits, so no task may be spawned on it that must go on by itself.
+//! It has no thread of its own: a thread that waits for an answer drives it, for all waiting
+//! threads. Nothing runs while no thread waits, so background tasks must not be spawned on it.
 
 use std::{io, sync::OnceLock, time::Duration};
 
@@ -10,10 +9,7 @@ use tokio::runtime::{Builder, Runtime};
 
 static SHARED: OnceLock<Runtime> = OnceLock::new();
 
-/// Returns what `work` comes to, or nothing if it takes longer than `limit`. It is dropped then.
-///
-/// # Errors
-/// Where there is no runtime yet and the system has no descriptors for one.
+/// Returns the result of `work`, or `None` after `limit`.
 ///
 /// # Panics
 /// Where `work` is to be waited for by other asynchronous work.

@@ -1,4 +1,4 @@
-//! A pair of sockets between two processes, for short messages and open files.
+//! A socket pair between two processes, for short messages and open files.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -20,60 +20,44 @@ use rustix::{
 /// How many open files a message may come with.
 pub const FILES_MAX: usize = 2;
 
-/// One end. Messages keep their order and their ends, and what is sent is there once
-/// `send` has returned.
+/// One end of the pair. Messages keep their order and boundaries.
 #[derive(Debug)]
 pub struct MessageSocket(OwnedFd);
 
 impl MessageSocket {
-    /// Makes two ends that are connected.
-    ///
-    /// # Errors
-    /// Where the kernel gives no descriptors.
+    /// Creates a pair.
     pub fn pair() -> io::Result<(Self, Self)> {
         let flags = SocketFlags::CLOEXEC;
         let (one, other) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         Ok((Self(one), Self(other)))
     }
 
-    /// Takes over the end that is our standard input.
-    ///
-    /// # Errors
-    /// Where there is none.
+    /// Takes the end that is standard input.
     pub fn from_stdin() -> io::Result<Self> {
         Ok(Self(io::stdin().as_fd().try_clone_to_owned()?))
     }
 
-    /// Gives the descriptor away.
+    /// Returns the descriptor.
     #[must_use]
     pub fn into_fd(self) -> OwnedFd {
         self.0
     }
 
-    /// Sends a message; never waits.
-    ///
-    /// # Errors
-    /// Where the other end is closed, or there is no room.
+    /// Sends a message, without blocking.
     pub fn send(&self, message: &[u8]) -> io::Result<()> {
-        // Without NOSIGNAL a closed end would be a SIGPIPE.
+        // NOSIGNAL prevents a SIGPIPE.
         send(&self.0, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
         Ok(())
     }
 
     /// Sends a message with open files, at most [`FILES_MAX`], which the other end then has too;
     /// never waits.
-    ///
-    /// # Errors
-    /// As [`MessageSocket::send`].
     pub fn send_files(&self, message: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
         send_all_with(&self.0, message, files, SendFlags::DONTWAIT)?;
         Ok(())
     }
 
     /// As [`MessageSocket::receive`]; returns the files too that came with the message.
-    ///
-    /// # Errors
-    /// As there.
     pub fn receive_files(
         &self,
         buffer: &mut [u8],
@@ -97,7 +81,7 @@ impl MessageSocket {
         }
     }
 
-    /// Waits for a message and returns its length: nought once the other end is closed.
+    /// Waits for a message and returns its length, zero if the other end is closed.
     ///
     /// # Errors
     /// `TimedOut` where there is none within `limit`.
@@ -106,14 +90,14 @@ impl MessageSocket {
         loop {
             match recv(&self.0, &mut *buffer, RecvFlags::empty()) {
                 Err(Errno::INTR) => {}
-                // The other end was closed with something unread in it.
+                // The other end was closed with unread messages.
                 Err(Errno::CONNRESET) => return Ok(0),
                 received => return Ok(received?.0),
             }
         }
     }
 
-    /// Waits for a message, or for the end of the other end.
+    /// Waits for a message or a close.
     fn wait(&self, limit: Option<Duration>) -> io::Result<()> {
         let Some(limit) = limit else { return Ok(()) };
         let limit = Timespec::try_from(limit).ok();
@@ -123,18 +107,15 @@ impl MessageSocket {
         Ok(())
     }
 
-    /// Ends the conversation: whoever waits at either end finds it closed.
+    /// Shuts both directions down.
     pub fn end(&self) {
-        // It fails only where it has ended already.
+        // It fails only if it is shut down already.
         shutdown(&self.0, Shutdown::Both).ok();
     }
 }
 
-/// Sends `bytes` and with them `file`; returns how many bytes went. A closed end is an error,
-/// and no signal.
-///
-/// # Errors
-/// Those of sendmsg(2).
+/// Sends `bytes` with `file`; returns the number of bytes sent. A closed end is an error, not a
+/// signal.
 pub fn send_with(
     socket: &impl AsFd,
     bytes: &[u8],

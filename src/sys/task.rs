@@ -1,4 +1,4 @@
-//! What `/proc` tells of the threads that ask us for something.
+//! Facts from `/proc` about threads that make requests.
 
 use std::{cmp::Ordering, ffi::CStr, fs, io, mem::MaybeUninit, path::Path};
 
@@ -7,15 +7,14 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, StatxFlags, statx};
 use super::{mount::Device, process::is_gone};
 use crate::sandbox::text::is_plain;
 
-/// Returns the supplementary groups of a thread that acts as this user and group; none where
-/// it cannot be seen, or acts as somebody else by now.
+/// Returns the supplementary groups of a thread with this user and group; none if it is invisible
+/// or has changed its user.
 ///
-/// A thread may be in 65,536 groups. The kernel then takes some 16 ms to list them, so only a
-/// job may ask.
+/// Only jobs may call this: the kernel takes some 16 ms to list 65,536 groups.
 #[must_use]
 pub fn groups_of(tid: u32, uid: u32, gid: u32) -> Vec<u32> {
     let status = read_status(tid).unwrap_or_default();
-    // Real, effective, saved, and that for files, which is the one of a request.
+    // Real, effective, saved, and file system id; requests have the last.
     let acts_as = |name, id| {
         let ids = field(&status, name).unwrap_or_default();
         ids.split_whitespace().nth(3).is_some_and(|acts_as| acts_as.parse() == Ok(id))
@@ -27,16 +26,16 @@ pub fn groups_of(tid: u32, uid: u32, gid: u32) -> Vec<u32> {
     groups.split_whitespace().filter_map(|group| group.parse().ok()).collect()
 }
 
-/// Names this process, as `ps` shows it, and its first thread, which must be the caller.
+/// Sets the name of this process. Call it on the first thread.
 pub fn name_process(name: &CStr) {
-    // The kernel takes what fits and refuses nothing.
+    // The kernel truncates it.
     rustix::thread::set_name(name).ok();
 }
 
-/// Returns the process of a thread, where it can be seen.
+/// Returns the process of a visible thread.
 ///
-/// `status` has it too, but is as long as the thread has groups. The kernel lists the threads
-/// of a process beginning with the one that the process is named by.
+/// `status` has it too, but is as long as the thread has groups. The kernel lists the threads of a
+/// process beginning with the one that the process is named by.
 #[must_use]
 pub fn process_of(tid: u32) -> Option<u32> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -52,8 +51,7 @@ pub fn process_of(tid: u32) -> Option<u32> {
     None
 }
 
-/// Returns the name of the program that a thread runs, of plain characters without blanks:
-/// anybody can call theirs what they like.
+/// Returns the name of a thread's program, escaped, because anybody can choose it.
 #[must_use]
 pub fn command_of(tid: u32) -> Option<String> {
     let name = fs::read(format!("/proc/{tid}/comm")).ok()?;
@@ -62,33 +60,31 @@ pub fn command_of(tid: u32) -> Option<String> {
     Some(name.trim_end_matches('\n').chars().map(plain).collect())
 }
 
-/// Signals that are news and no wish to end anything. A shell has a handler for the end of
-/// its children, and Go sends SIGURG to its own threads; neither expects a write to fail.
+/// Signals that only notify. Shells handle SIGCHLD, and Go sends SIGURG to its own threads; neither
+/// expects a write to fail.
 const NEWS: u64 = bit(libc::SIGCHLD) | bit(libc::SIGCONT) | bit(libc::SIGURG) | bit(libc::SIGWINCH);
 
-/// The place of a signal in the masks of `/proc`.
+/// The bit of a signal in the masks of `/proc`.
 const fn bit(signal: libc::c_int) -> u64 {
     1 << (signal - 1)
 }
 
-/// What a look for the signals of a thread has found.
+/// The result of a check for signals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SignalLook {
-    /// Whether there is one that would end a wait of the thread.
+    /// Whether there is one that would interrupt the thread.
     pub has_signal: bool,
-    /// How much the kernel had to write for it, which is what it costs: 1.5 KiB, and up to
-    /// 500 KiB for a thread in many groups.
+    /// The bytes that the kernel wrote, a measure of the cost: 1.5 KiB, up to 500 KiB for a thread
+    /// in many groups.
     pub cost_bytes: usize,
 }
 
-/// Looks whether a thread has a signal pending that would end a wait of its: one that it
-/// neither blocks nor ignores, and that is more than news. Also true where the thread is
-/// gone, for then nobody waits. False where that cannot be told: to be told of a signal that
-/// there is none of, a program does the same again.
+/// Checks whether a thread has a pending signal that would interrupt it: neither blocked, ignored,
+/// nor one that only notifies. True if the thread is gone. False if unknown, because a program
+/// retries after an EINTR without a signal.
 ///
-/// Source of the rule: the fields `SigPnd`, `ShdPnd`, `SigBlk` and `SigIgn` of
-/// `proc_pid_status(5)`. A signal that is left to its default and ignored by that, as
-/// SIGCHLD, is not kept pending by the kernel.
+/// Source: the fields `SigPnd`, `ShdPnd`, `SigBlk` and `SigIgn` of `proc_pid_status(5)`. The kernel
+/// does not keep a signal pending whose default action is to ignore it.
 #[must_use]
 pub fn look_for_signal(tid: u32) -> SignalLook {
     if tid == 0 {
@@ -111,15 +107,12 @@ pub fn look_for_signal(tid: u32) -> SignalLook {
 /// `PF_EXITING` of `include/linux/sched.h`: the thread is in `exit(2)`.
 const PF_EXITING: u64 = 0x4;
 
-/// Returns the signal that ended the process of a thread, which is still closing its files;
-/// `None` if it goes on, ended by itself, or is not to be seen from our pid namespace.
+/// Returns the signal that killed the process of a thread, while it closes its files; `None` if it
+/// runs, exited by itself, or is not in this pid namespace.
 ///
 /// Source: the fields `flags` and `exit_code` of `proc_pid_stat(5)`.
-///
-/// # Errors
-/// Where it cannot be told.
 pub fn signal_that_killed(tid: u32) -> io::Result<Option<u32>> {
-    // Of the thread alone: that of its process is a sum over all of its threads.
+    // The thread's own file: the process's sums over all threads.
     let stat = match fs::read_to_string(format!("/proc/{tid}/task/{tid}/stat")) {
         Err(error) if is_gone(&error) => return Ok(None),
         stat => stat?,
@@ -129,22 +122,19 @@ pub fn signal_that_killed(tid: u32) -> io::Result<Option<u32>> {
 }
 
 fn flags_and_exit_code(stat: &str) -> Option<(u64, u32)> {
-    // The name of the program may have blanks and brackets in it.
+    // The program's name may contain blanks and brackets.
     let (_, fields) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
     Some((fields.get(6)?.parse().ok()?, fields.get(49)?.parse().ok()?))
 }
 
-/// How many open files of a process are looked through. A program that writes a document has
-/// few; one with more is taken to have closed it.
+/// How many open files of a process are examined. A program with more is treated as having closed
+/// the document.
 const FILES_LOOKED_AT: usize = 1024;
 
-/// Counts how often the process of a thread has opened a file for writing, and has it open
-/// still: several descriptors may be of one opening. Where the kernel does not compare
-/// descriptors, each counts. The file system that the file is in is not asked.
-///
-/// # Errors
-/// Where it cannot be told, also as the process is gone.
+/// Counts how often the process of a thread has opened a file for writing, and has it open still:
+/// several descriptors may be of one opening. Where the kernel does not compare descriptors, each
+/// counts. The file system that the file is in is not asked.
 pub fn count_open_for_writing(tid: u32, device: Device, inode: u64) -> io::Result<usize> {
     // What is known of a file without asking has to do, as it may be of a file system that
     // does not answer.

@@ -1,4 +1,4 @@
-//! Waiting for the end of threads, but not for ever.
+//! Joins threads with a limit.
 
 use std::{thread::JoinHandle, time::Duration};
 
@@ -8,8 +8,8 @@ use super::clock::{Deadline, pause_for};
 /// with a limit.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
-/// Waits until a thread has ended. Returns `false` where it has not by the deadline; it is left
-/// behind then, and ends with the process. What goes wrong is logged; `what` names the thread.
+/// Waits for a thread. Returns `false` at the deadline, and leaves the thread behind. `what` names
+/// it in the log.
 pub fn join_by<T>(thread: JoinHandle<T>, deadline: &Deadline, what: &str) -> bool {
     while !thread.is_finished() {
         if deadline.passed() {

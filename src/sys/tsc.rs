@@ -1,10 +1,9 @@
-//! How fast this host's time stamp counter counts.
+//! The frequency of the time stamp counter.
 
 use std::sync::OnceLock;
 
-/// Returns the frequency of the time stamp counter in kHz, or `None` where there is no
-/// such counter or it makes no sense. It is measured once, in about 20 ms, to some ten
-/// parts in a million.
+/// Returns the frequency in kHz, or `None` if it cannot be measured. It is measured once, in about
+/// 20 ms, to some ten parts in a million.
 pub fn khz() -> Option<u32> {
     static KHZ: OnceLock<Option<u32>> = OnceLock::new();
     *KHZ.get_or_init(measure)

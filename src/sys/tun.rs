@@ -1,6 +1,6 @@
-//! Devices whose other end is a file: a tap has a guest behind it.
+//! TUN and TAP devices.
 //!
-//! They are made in the network namespace of the calling thread, and belong to it.
+//! They belong to the network namespace of the thread that makes them.
 
 use std::{
     fs::{File, OpenOptions},
@@ -17,14 +17,13 @@ use rustix::{
     io::{Errno, read, write},
 };
 
-/// Where such devices are made, and opened.
+/// The device that makes TUN and TAP devices.
 pub const PATH: &str = "/dev/net/tun";
 
-/// What passes through the file.
+/// The kind of packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Device {
-    /// Ethernet frames, each after a header that says what the device need not compute
-    /// (`struct virtio_net_hdr`, 10 bytes), as VMMs want it.
+    /// Ethernet frames, each after a `struct virtio_net_hdr` of 10 bytes, as VMMs need.
     Tap,
     /// IP packets, bare.
     Tun,
@@ -40,32 +39,24 @@ impl Device {
     }
 }
 
-/// Makes the device `name`, which stays when nobody has it open, and which the user
-/// `owner` may open. Doing it again changes nothing.
-///
-/// # Errors
-/// Where there is no `/dev/net/tun`, or `name` is some other device or has another mode.
+/// Creates the persistent device `name`, which the user `owner` may open. Idempotent.
 pub fn make(name: &str, device: Device, owner: u32) -> io::Result<()> {
     let file = attach(name, device)?.into();
     give(&file, owner)?;
     set(&file, libc::TUNSETPERSIST, 1)
 }
 
-/// Has the user `owner`, and nobody else without privileges, be who may open the device.
-///
-/// # Errors
-/// Where we have no privileges over it.
+/// Sets the only unprivileged user that may open the device.
 pub fn give(device: &OwnedFd, owner: u32) -> io::Result<()> {
     set(device, libc::TUNSETOWNER, libc::c_ulong::from(owner))
 }
 
-/// Opens the device `name`, which exists: what is written comes out of it, and what goes
-/// into it is read. Reading and writing never block.
+/// Opens the existing device `name`, without blocking.
 ///
 /// # Errors
 /// `NotFound` where there is no such device, `ResourceBusy` where another has it open.
 pub fn open(name: &str, device: Device) -> io::Result<OwnedFd> {
-    // The kernel would make one that is not there.
+    // The kernel would create a missing one.
     let socket = rustix::net::socket(
         rustix::net::AddressFamily::INET,
         rustix::net::SocketType::DGRAM,
@@ -76,38 +67,32 @@ pub fn open(name: &str, device: Device) -> io::Result<OwnedFd> {
     Ok(attach(name, device)?.into())
 }
 
-/// The packets that the kernel sends by a device whose other end we are.
+/// The packets that the kernel routes to a TUN device.
 #[derive(Debug)]
 pub struct Packets {
     device: OwnedFd,
     stop: OwnedFd,
 }
 
-/// Why a wait for packets is over.
+/// The end of a wait for packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Awaited {
     /// There may be packets.
     Packets,
-    /// It has been long enough.
+    /// The limit has passed.
     Nothing,
-    /// Nobody is to wait any more.
+    /// Waiting has ended for good.
     Stop,
 }
 
 impl Packets {
     /// Opens the device `name`, as [`open`] does.
-    ///
-    /// # Errors
-    /// As [`open`], and where there are too many open files.
     pub fn open(name: &str, device: Device) -> io::Result<Self> {
         let device = open(name, device)?;
         Ok(Self { device, stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)? })
     }
 
     /// Waits for packets, for at most `limit`.
-    ///
-    /// # Errors
-    /// Where the device is gone.
     pub fn wait(&self, limit: Option<Duration>) -> io::Result<Awaited> {
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         let mut fds = [&self.device, &self.stop].map(|fd| PollFd::new(fd, PollFlags::IN));
@@ -128,14 +113,11 @@ impl Packets {
 
     /// Ends every wait, for good.
     pub fn stop(&self) {
-        // An eventfd takes a number of this size unless it is full, and then it is readable.
+        // It fails only if the eventfd is full, and so readable.
         let _written = write(&self.stop, &1_u64.to_ne_bytes());
     }
 
-    /// Reads the next packet, if there is one. What does not fit into `buffer` is cut.
-    ///
-    /// # Errors
-    /// Where the device is gone.
+    /// Reads the next packet, if there is one, truncated to the size of `buffer`.
     pub fn read<'a>(&self, buffer: &'a mut [u8]) -> io::Result<Option<&'a [u8]>> {
         loop {
             match read(&self.device, &mut *buffer) {
@@ -147,10 +129,7 @@ impl Packets {
         }
     }
 
-    /// Has a packet come out of the device.
-    ///
-    /// # Errors
-    /// Where the device is gone or down, or the kernel has no room.
+    /// Sends a packet from the device to the kernel.
     pub fn write(&self, packet: &[u8]) -> io::Result<()> {
         loop {
             match write(&self.device, packet) {
@@ -184,7 +163,7 @@ fn attach(name: &str, device: Device) -> io::Result<File> {
     Ok(file)
 }
 
-/// Does one of the calls that take a number.
+/// Makes an ioctl that takes a number.
 fn set(file: &OwnedFd, request: libc::Ioctl, value: libc::c_ulong) -> io::Result<()> {
     // SAFETY: the descriptor is open and ours, and these requests take a number by value.
     let done = unsafe { libc::ioctl(file.as_raw_fd(), request, value) };

@@ -1,5 +1,4 @@
-//! Whether a process without privileges may serve the page faults of others
-//! (`userfaultfd(2)`), those of the kernel included.
+//! Whether an unprivileged process may use `userfaultfd(2)`, also for faults in the kernel.
 
 use std::{fs, os::unix::fs::MetadataExt, path::Path};
 

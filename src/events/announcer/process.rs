@@ -12,7 +12,7 @@ use crate::{
     sys::{
         landlock,
         mount::Device,
-        outside::{Done, Outside},
+        mount_client::{Done, MountClient},
         socket::MessageSocket,
         task::name_process,
     },
@@ -80,8 +80,8 @@ fn receive(socket: &MessageSocket) -> io::Result<Option<Order>> {
 impl Shared {
     /// Looks up the name that only we know, so that the daemon knows this thread.
     fn register(&self, name: &str) -> io::Result<()> {
-        let outside = Outside::open(&self.mount, self.device)?;
-        if outside.register(name)? {
+        let client = MountClient::open(&self.mount, self.device)?;
+        if client.register(name)? {
             Ok(())
         } else {
             Err(io::Error::other("the daemon does not know this process"))
@@ -99,12 +99,12 @@ impl Shared {
             let (number, done) = match &order {
                 Order::Register { .. } => return,
                 Order::Touch { number, inode, path } => {
-                    (*number, self.outside().and_then(|outside| outside.touch(path, *inode)))
+                    (*number, self.client().and_then(|client| client.touch(path, *inode)))
                 }
                 Order::Remove { number, inode, name } => {
                     let files: Vec<&str> = self.files.iter().map(String::as_str).collect();
-                    let removed = |outside: Outside| outside.remove_dir(name, *inode, &files);
-                    (*number, self.outside().and_then(removed))
+                    let removed = |client: MountClient| client.remove_dir(name, *inode, &files);
+                    (*number, self.client().and_then(removed))
                 }
             };
             self.answer(&match done {
@@ -115,7 +115,7 @@ impl Shared {
     }
 
     /// Opens the tree for one order, so that it can be unmounted between two.
-    fn outside(&self) -> io::Result<Outside> {
-        Outside::open(&self.mount, self.device)
+    fn client(&self) -> io::Result<MountClient> {
+        MountClient::open(&self.mount, self.device)
     }
 }

@@ -1,9 +1,8 @@
-//! How much of the time between two boots is certain to have passed.
+//! How much time certainly passed between two boots.
 //!
-//! After a boot the time line goes on at the wall clock, as nothing else tells how long the
-//! host was off. A wall clock that is ahead then makes everything of before look too old.
-//! So until the kernel says that the clock is synchronised, ages of before this boot are
-//! not believed, and what proves to be too much is taken off them for good.
+//! After a boot the time line continues at the wall clock, because nothing else shows how long the
+//! host was off. If that clock is ahead, everything from before looks too old. So ages from before
+//! this boot are not trusted until the clock is synchronised, and are then corrected.
 
 use std::time::Duration;
 
@@ -12,11 +11,10 @@ use serde::{Deserialize, Serialize};
 use super::millis;
 use crate::sandbox::Timestamp;
 
-/// How long after its first start in a boot the daemon waits for the wall clock to be
-/// synchronised. A host without NTP never is, and its administrator has so long to set it;
-/// NTP over a network that comes up late takes minutes.
+/// How long after its first start in a boot the daemon waits for the wall clock to be synchronised.
+/// NTP may take minutes; on a host without NTP the administrator has this time to set the clock.
 pub const SYNC_GRACE: Duration = Duration::from_secs(3600);
-/// A wall clock that is set back by less than this was right: NTP moves it a little.
+/// A smaller step back is a normal correction by NTP.
 const EXCESS_MIN_MILLIS: i64 = 1000;
 /// How many corrections are kept. There is at most one for each boot with a wrong clock;
 /// more are merged so that nothing is deleted earlier for it.

@@ -1,11 +1,9 @@
 //! Clocks: the daemon's steady time line, deadlines and stopwatches.
 //!
-//! Three clocks, each with one job. What a sandbox's age is measured by is the steady
-//! line ([`Clock`]): it goes on as `CLOCK_BOOTTIME` does, across restarts of the daemon
-//! and reboots of the host, and a step of the wall clock does not move it. The wall
-//! clock only starts the line, also after a boot ([`boots`]), and is shown to people. How
-//! long we wait for something is `CLOCK_MONOTONIC` ([`Deadline`], [`Stopwatch`]), which a
-//! suspend stops.
+//! The steady line ([`Clock`]) measures the ages of sandboxes: it follows `CLOCK_BOOTTIME`,
+//! continues across restarts of the daemon and reboots of the host, and ignores steps of the wall
+//! clock. The wall clock starts the line, also after a boot ([`boots`]), and is shown to people.
+//! `CLOCK_MONOTONIC`, which a suspend stops, measures waits ([`Deadline`], [`Stopwatch`]).
 
 pub mod boots;
 
@@ -24,18 +22,16 @@ use crate::{
     sync::{Mutex, lock},
 };
 
-/// Where the kernel tells which boot this is.
 const BOOT_ID_FILE: &str = "/proc/sys/kernel/random/boot_id";
-/// Far longer than any wait of ours, and far from the end of the kernel's clock.
+/// Longer than any wait, and far from an overflow.
 const DEADLINE_MAX: Duration = Duration::from_secs(366 * 86_400);
-/// The longest pause between two tries. Whoever wants to wait longer wants to wait for
-/// a condition.
+/// The longest pause between two tries.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// By how much the wall clock may drift from the steady line before times are shown anew.
+/// The drift of the wall clock from which on displayed times change.
 const WALL_TREMBLE_MILLIS: i64 = 1000;
 
-/// Tells where on the steady time line we are.
+/// Reads the steady time line.
 pub trait Clock: fmt::Debug + Send + Sync {
     /// Returns the present moment.
     fn now(&self) -> Timestamp;
@@ -43,23 +39,23 @@ pub trait Clock: fmt::Debug + Send + Sync {
     /// Returns what the wall clock would have shown at `at`, as it is set today.
     fn wall(&self, at: Timestamp) -> jiff::Timestamp;
 
-    /// Returns by how much `moment` may be younger than it seems, as the wall clock was
-    /// ahead at a boot since, or may have been.
+    /// Returns how much younger `moment` may be than it seems, because the wall clock may have been
+    /// ahead at a boot since.
     fn excess(&self, moment: Timestamp) -> Excess;
 
-    /// Looks whether the wall clock is synchronised by now, where that is waited for.
-    /// Returns the basis that is to be kept if anything changed.
+    /// Checks whether the wall clock is synchronised now, if that is awaited. Returns the basis to
+    /// store, if it changed.
     fn confirm(&self) -> Option<ClockBasis>;
 }
 
-/// What a daemon must know of its predecessor's time line to go on with it.
+/// The stored state from which the next daemon continues the time line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClockBasis {
     /// The boot in which `offset_millis` holds.
     pub boot_id: String,
     /// The steady line minus `CLOCK_BOOTTIME`, in milliseconds.
     pub offset_millis: i64,
-    /// The latest moment that was seen; the line never goes back behind it.
+    /// The latest moment so far; the line never goes back.
     #[serde(with = "millis")]
     pub last_seen: Timestamp,
     /// What is known of the boots before; an earlier version knew nothing.
@@ -85,7 +81,7 @@ impl ClockBasis {
         serde_json::to_string(self).expect("a basis is three plain values")
     }
 
-    /// Reads a basis; `None` where the text is none.
+    /// Parses a basis.
     #[must_use]
     pub fn from_text(text: &str) -> Option<Self> {
         serde_json::from_str(text).ok()
@@ -93,10 +89,7 @@ impl ClockBasis {
 }
 
 impl HostClock {
-    /// Goes on with the line that `stored` describes, or starts one at the wall clock.
-    ///
-    /// # Errors
-    /// Where the kernel does not tell which boot this is.
+    /// Continues the line of `stored`, or starts one at the wall clock.
     pub fn start(stored: Option<&ClockBasis>) -> io::Result<Self> {
         let boot_id = boot_id()?;
         let since_boot = millis_of(ClockId::Boottime);
@@ -113,7 +106,7 @@ impl HostClock {
         Ok(clock)
     }
 
-    /// Returns what the next daemon must know to go on with this line.
+    /// Returns the state for the next daemon.
     #[must_use]
     pub fn basis(&self) -> ClockBasis {
         ClockBasis {
@@ -132,9 +125,8 @@ impl Clock for HostClock {
     }
 
     fn wall(&self, at: Timestamp) -> jiff::Timestamp {
-        // One moment reads the same each time, or a file's mtime would tremble: the two
-        // clocks are not read at once, and the wall clock is slewed. So the offset is
-        // kept until it is really another.
+        // The offset is kept until it changes noticeably, so that a moment is always displayed the
+        // same: the two clocks are not read at once, and the wall clock is slewed.
         let offset = millis_of(ClockId::Realtime).saturating_sub(self.now().as_millis());
         let kept = self.wall_offset_millis.load(Ordering::Relaxed);
         let kept = if offset.saturating_sub(kept).saturating_abs() > WALL_TREMBLE_MILLIS {
@@ -161,18 +153,17 @@ impl Clock for HostClock {
     }
 }
 
-/// Says whether the kernel's wall clock is synchronised to another, as NTP does it. One
-/// that cannot be asked is not.
+/// Returns whether the wall clock is synchronised, as by NTP.
 #[must_use]
 pub fn is_synchronised() -> bool {
-    // SAFETY: all of it is numbers, for which nought is a value.
+    // SAFETY: it has only numbers, for which zero is valid.
     let mut query: libc::timex = unsafe { std::mem::zeroed() };
-    // SAFETY: `query` outlives the call, and with `modes` nought nothing is set.
+    // SAFETY: `query` outlives the call, and with `modes` zero nothing is set.
     let state = unsafe { libc::adjtimex(&raw mut query) };
     state != -1 && state != libc::TIME_ERROR && query.status & libc::STA_UNSYNC == 0
 }
 
-/// A clock that moves only when it is told to, for tests.
+/// A clock that tests move.
 #[derive(Debug, Default)]
 pub struct ManualClock {
     millis: AtomicI64,
@@ -260,13 +251,13 @@ impl Deadline {
         Self { at: monotonic_now() + limit.min(DEADLINE_MAX) }
     }
 
-    /// Returns how long is left, or nought.
+    /// Returns the time left, or zero.
     #[must_use]
     pub fn left(&self) -> Duration {
         self.at.saturating_duration_since(monotonic_now())
     }
 
-    /// Says whether nothing is left.
+    /// Returns whether it has passed.
     #[must_use]
     pub fn passed(&self) -> bool {
         self.left().is_zero()
@@ -293,15 +284,12 @@ impl Stopwatch {
     }
 }
 
-/// Returns what tells this boot of the host from every other.
-///
-/// # Errors
-/// Where `/proc` is not mounted.
+/// Returns the host's boot id.
 pub fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string(BOOT_ID_FILE)?.trim().to_owned())
 }
 
-/// Pauses between two tries of something that nobody tells us the end of; at most a second.
+/// Pauses between two tries, for at most a second.
 #[allow(clippy::disallowed_methods, reason = "this is the one sleep that the ban leaves")]
 pub fn pause_for(duration: Duration) {
     std::thread::sleep(duration.min(PAUSE_MAX));

@@ -3,9 +3,6 @@
 use std::{fs::File, io, os::fd::AsRawFd};
 
 /// Asks the kernel to forget what it caches of `file`. What is dirty stays.
-///
-/// # Errors
-/// Those of posix_fadvise(2).
 pub fn drop_cache(file: &File) -> io::Result<()> {
     Ok(rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)?)
 }

@@ -1,4 +1,4 @@
-//! Creating, replacing, renaming and removing, with the fsyncs that make it last.
+//! Durable creating, replacing, renaming and removing.
 
 use std::{
     ffi::OsString,
@@ -12,12 +12,9 @@ use rustix::fs::{CWD, RenameFlags};
 
 use super::regular::open_regular;
 
-/// Makes the directory `path`, and those above it, for its owner alone.
+/// Creates the directory `path` and its parents with mode 0700.
 ///
-/// One that is there already keeps its mode.
-///
-/// # Errors
-/// Those of mkdir(2), and where something else is there.
+/// An existing one keeps its mode.
 pub fn make_private_dir(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
@@ -34,19 +31,11 @@ pub fn sync_dir(path: &Path) -> io::Result<()> {
 }
 
 /// Waits until the file `path` is on the disk.
-///
-/// # Errors
-/// Those of open(2) and fsync(2). After a failed one only `write_anew` makes the next one mean
-/// anything.
 pub fn sync_file(path: &Path) -> io::Result<()> {
     open_regular(path)?.sync_all()
 }
 
-/// Replaces the file `path` by `bytes`: after a crash the old or the new is there,
-/// after a return the new. It is its owner's alone.
-///
-/// # Errors
-/// Those of the calls it takes; `path` is then as it was, or as it was to be.
+/// Replaces the file `path` atomically and durably by `bytes`, with mode 0600.
 pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let draft = with_suffix(path, ".tmp");
     let written = create_private(&draft)
@@ -56,43 +45,37 @@ pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
         })
         .and_then(|()| Ok(rustix::fs::rename(&draft, path)?));
     if let Err(error) = written {
-        // Its first error is the one to tell, and the next write truncates the draft.
+        // The first error is reported; the next write truncates the draft.
         fs::remove_file(&draft).ok();
         return Err(error);
     }
     sync_dir(parent(path)?)
 }
 
-/// Renames `from` to `to`, which must not exist, without waiting for the disk.
-///
-/// # Errors
-/// Those of renameat2(2); `EEXIST` where `to` is there.
+/// Renames `from` to `to`, which must not exist, without a sync.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)?;
     Ok(())
 }
 
-/// Renames `from` to `to`, which must not exist, and waits until the disk has it.
+/// Renames `from` to `to`, which must not exist, durably.
 ///
 /// # Errors
-/// As [`rename`]. Where it is the fsync that fails the rename is taken back, so that
-/// what the directory shows is never more than what was promised.
+/// As [`rename`]. Where it is the fsync that fails the rename is taken back, so that what the
+/// directory shows is never more than what was promised.
 pub fn rename_durably(from: &Path, to: &Path) -> io::Result<()> {
     let (from_dir, to_dir) = (parent(from)?, parent(to)?);
     rename(from, to)?;
     let synced = sync_dir(to_dir)
         .and_then(|()| if from_dir == to_dir { Ok(()) } else { sync_dir(from_dir) });
     if synced.is_err() {
-        // If this fails too then the first error is still the one to tell.
+        // The first error is reported.
         rename(to, from).ok();
     }
     synced
 }
 
-/// Removes the directory `path` and all in it. That it is gone already is fine.
-///
-/// # Errors
-/// Those of unlinkat(2); some of it may be gone then.
+/// Removes the directory `path` and its contents, if it exists.
 pub fn remove_tree(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -100,10 +83,7 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes the file `path`. That it is gone already is fine.
-///
-/// # Errors
-/// Those of unlink(2).
+/// Removes the file `path`, if it exists.
 pub fn remove_file(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -111,19 +91,13 @@ pub fn remove_file(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Returns how many bytes the file system of `dir` has left for us.
-///
-/// # Errors
-/// Those of statvfs(3).
+/// Returns the free bytes of the file system of `dir`.
 pub fn free_bytes(dir: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(dir)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Opens `path` empty for reading and writing, as its owner's alone.
-///
-/// # Errors
-/// Those of open(2).
+/// Opens `path` empty for reading and writing, with mode 0600.
 pub fn create_private(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)
 }

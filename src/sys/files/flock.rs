@@ -1,4 +1,4 @@
-//! Files that one process at a time holds.
+//! File locks.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -17,27 +17,22 @@ use rustix::{
 use super::regular::open_image;
 use crate::sys::clock::{Deadline, pause_for};
 
-/// How long a child of a holder that is gone may have the file still: from its fork to its
-/// exec, on a machine that has other things to do.
+/// How long a child of a dead holder may keep the file, between its fork and exec.
 const LEFTOVER_MAX: Duration = Duration::from_secs(10);
-/// How often it is looked whether it has let go.
+/// The interval of retries.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
-/// A lock on a file. Dropping it, or the end of the process, gives it up; children do
-/// not inherit it, once they are other programs.
+/// A lock on a file, until it is dropped or the process exits. It does not survive an exec.
 #[derive(Debug)]
 pub struct LockFile {
     _file: File,
 }
 
-/// Takes the lock on the file `path`, which is made if need be, and writes our process
-/// id into it for the message of those who are refused. `None`: another has it.
+/// Takes the lock on the file `path`, which is created if necessary, and writes the process id into
+/// it, for error messages of others. `None`: another process has it.
 ///
-/// One that was killed while it started a program has left it to that child, which lets go at
-/// its exec; for that it waits.
-///
-/// # Errors
-/// Those of open(2), flock(2) and write(2).
+/// A process that was killed while it started a program leaves the lock to the child until its
+/// exec; this waits for that.
 pub fn lock_file(path: &Path) -> io::Result<Option<LockFile>> {
     lock_within(path, LEFTOVER_MAX)
 }
@@ -58,20 +53,19 @@ fn lock_within(path: &Path, leftover_max: Duration) -> io::Result<Option<LockFil
         }
         pause_for(LOOK_EVERY);
     }
-    // For a message only, so it may stay unsaid on a full disk.
+    // Only for a message, so errors are ignored.
     drop(file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())));
     Ok(Some(LockFile { _file: file }))
 }
 
-/// Returns the process id that the holder of the lock wrote into `path`, if it tells.
+/// Returns the process id that the holder of the lock wrote into `path`.
 #[must_use]
 pub fn lock_holder(path: &Path) -> Option<u32> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
-/// A shared lock on some bytes of a file, for as long as this exists. It is an open file
-/// description's lock: a process's own locks on a file end as soon as that process closes any
-/// descriptor of the file, and this one does not.
+/// A shared lock on some bytes of a file, until dropped. It is an open file description lock: a
+/// process's lock would end when that process closes any descriptor of the file.
 #[derive(Debug)]
 pub struct SharedLock {
     file: File,
@@ -79,20 +73,14 @@ pub struct SharedLock {
 }
 
 impl SharedLock {
-    /// Takes it at once.
-    ///
-    /// # Errors
-    /// Those of open(2) and fcntl(2): `WouldBlock` where another has these bytes exclusively.
+    /// Takes the lock, without blocking.
     pub fn take(path: &Path, bytes: Range<libc::off_t>) -> io::Result<Self> {
         let taken = Self { file: File::open(path)?, bytes };
         taken.set(libc::F_RDLCK)?;
         Ok(taken)
     }
 
-    /// Unlocks the bytes, and leaves the file open.
-    ///
-    /// # Errors
-    /// Those of fcntl(2).
+    /// Releases the lock, and keeps the file open.
     pub fn unlock(&self) -> io::Result<()> {
         self.set(libc::F_UNLCK)
     }
@@ -107,7 +95,7 @@ impl SharedLock {
     }
 }
 
-/// Returns a lock on so many bytes; on all from there where `length` is zero.
+/// Returns a lock on `length` bytes, or up to the end if that is zero.
 fn part(kind: libc::c_int, start: libc::off_t, length: libc::off_t) -> libc::flock {
     libc::flock {
         l_type: short(kind),
@@ -122,11 +110,8 @@ fn short(number: libc::c_int) -> libc::c_short {
     libc::c_short::try_from(number).expect("the kernel's numbers for locks are small")
 }
 
-/// Says whether a VMM that has the image `path`, or a part of it, locked (`fcntl(2)`, open
-/// file description locks) keeps another from writing it.
-///
-/// # Errors
-/// Where it cannot be opened for reading, or its file system has no locks.
+/// Says whether a VMM that has the image `path`, or a part of it, locked (`fcntl(2)`, open file
+/// description locks) keeps another from writing it.
 pub fn is_image_locked(path: &Path) -> io::Result<bool> {
     let image = open_image(path)?;
     // To the end, wherever that is.

@@ -1,10 +1,10 @@
-//! Which file is which, whatever its path.
+//! The identity of files.
 
 use std::{collections::HashSet, fs, io, path::Path};
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
-/// What tells a file from every other on this host.
+/// The unique identity of a file on this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FileId {
     device: (u32, u32),
@@ -12,11 +12,7 @@ pub struct FileId {
 }
 
 impl FileId {
-    /// Looks at what `path` leads to. No server of a file system is asked, so that this does
-    /// not wait for one.
-    ///
-    /// # Errors
-    /// Those of statx(2).
+    /// Reads the identity of the file at `path`, without asking a FUSE or network server.
     pub fn of(path: &Path) -> io::Result<Self> {
         let found = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO)?;
         let device = (found.stx_dev_major, found.stx_dev_minor);
@@ -24,10 +20,7 @@ impl FileId {
     }
 }
 
-/// Returns the files in `dir` and in the directories in it, `depth` deep. Links are passed over.
-///
-/// # Errors
-/// Where the directory cannot be read.
+/// Returns the files in `dir` and its subdirectories, `depth` deep, without links.
 pub fn ids_below(dir: &Path, depth: usize) -> io::Result<HashSet<FileId>> {
     let mut ids = HashSet::new();
     for entry in fs::read_dir(dir)? {

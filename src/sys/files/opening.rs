@@ -1,7 +1,7 @@
-//! Opening the files that a machine is made of: kernel, initial RAM file system and images.
+//! Opens kernel, initramfs and images.
 //!
-//! Somebody else names them, by a path that may lead to anything, and that may mean something
-//! else at each look. So a path is looked up once, and what was found is used from then on.
+//! Users name them by paths that can change at any time, so each path is looked up once and the
+//! open file is used from then on.
 
 use std::{
     fs::File,
@@ -22,12 +22,11 @@ use crate::{
     sys::mount::{self, Device},
 };
 
-/// How long a file system may take to open all that one operation needs. A disk that spins up
-/// takes some seconds, and a server that is gone takes minutes.
+/// The limit for all openings of one operation. A disk that spins up takes seconds, a dead server
+/// minutes.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-/// How many bytes of a file are read to tell what it is: more than up to the magic of any kind
-/// of kernel or image.
+/// Enough for the magic of any kernel or image.
 pub const START_BYTES: usize = 1024;
 
 /// A file that may be read, with what was found out about it by whoever opened it: to ask its
@@ -57,7 +56,7 @@ pub struct ImageSize {
 }
 
 impl ImageSize {
-    /// Asks the file system.
+    /// Reads them from the file system.
     fn of(file: &File, is_device: bool) -> io::Result<Self> {
         let found = fstat(file)?;
         let device = found.st_dev;
@@ -73,21 +72,18 @@ impl ImageSize {
     }
 }
 
-/// Whether a path may lead through links such as `/proc/self/fd/3`, to what a process has open.
+/// Whether a path may use links such as `/proc/self/fd/3`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MagicLinks {
     /// It may.
     Followed,
-    /// It may not: whoever named it does not have the files of the process that opens it.
+    /// Not allowed: the user who named it does not have this process's files.
     Refused,
 }
 
-/// Opens a regular file or a block device, and reads its first bytes. What is neither, and what
-/// is in the tree of a daemon, is refused, and not opened: to open some is to wait, or to do
-/// something.
-///
-/// # Errors
-/// Those of open(2) and read(2), and `InvalidInput` with a clause that says what it is.
+/// Opens a regular file or a block device, and reads its first bytes. Anything else, and files in
+/// the tree of a dozed, are refused before they are opened, because opening them could block or
+/// have effects.
 pub fn open_machine_file(path: &Path, links: MagicLinks) -> io::Result<Opened> {
     let links = match links {
         MagicLinks::Followed => ResolveFlags::empty(),
@@ -98,7 +94,7 @@ pub fn open_machine_file(path: &Path, links: MagicLinks) -> io::Result<Opened> {
     let kind = FileType::from_raw_mode(fstat(&found)?.st_mode);
     let why = match kind {
         FileType::RegularFile | FileType::BlockDevice => {
-            // It was found already; this asks the kernel whether it may be read.
+            // This checks the permission to read.
             let file = File::from(open_again(&found)?);
             let mut start = vec![0; START_BYTES];
             let length = file.read_at(&mut start, 0)?;
@@ -125,36 +121,32 @@ pub fn no_answer() -> io::Error {
 }
 
 /// Opens for reading what a descriptor leads to.
-///
-/// # Errors
-/// Those of open(2).
 pub fn open_found(found: &impl AsFd) -> io::Result<File> {
     Ok(open_again(found)?.into())
 }
 
-/// Returns a path that leads to what is open as `file`, whatever is at its own path by now:
-/// for us as long as it is open, and for a child that inherits it by the same number.
+/// Returns a path to the open `file`, for this process and for a child that inherits it with the
+/// same number.
 #[must_use]
 pub fn handle_path(file: &impl AsFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
 }
 
-/// Refuses what is in the tree of a daemon. A daemon that opened a file of its own tree would
-/// wait for itself, and after a kill for good.
+/// Refuses files in the tree of a dozed: a daemon that opens one would wait for itself.
 fn refuse_tree(found: &OwnedFd) -> io::Result<()> {
-    // Neither the number nor its not being fresh is asked of the file system.
+    // No request goes to the file system.
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let facts = statx(found, "", flags, StatxFlags::empty())?;
     let device = Device { major: facts.stx_dev_major, minor: facts.stx_dev_minor };
-    // What is on a disk need not be looked for in the list.
+    // A file on a disk cannot be in a tree.
     if device.major == 0 && mount::mount_of_device(device)?.is_some_and(|mount| mount.is_tree()) {
-        let why = "it is in the tree of dozed, whose files a machine cannot use";
+        let why = "it is in the tree of dozed, and no file there is one that a machine can use";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     }
     Ok(())
 }
 
-/// Opens for reading what was found. Where another holds a lease of it we do not wait.
+/// Opens a found file for reading, without waiting for a lease.
 fn open_again(found: &impl AsFd) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     match openat(CWD, handle_path(found), flags, Mode::empty()) {

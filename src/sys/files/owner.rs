@@ -1,7 +1,7 @@
-//! Handing files over to another user, and taking them back from one who may be up to no
-//! good: whose directory it is may have put anything in it, and goes on while we look.
+//! Gives files to another user, and takes them back from one that may be malicious and change its
+//! directory at any time.
 //!
-//! Whatever is opened here is opened as it is: a link that stands in its place is refused.
+//! Links are never followed.
 
 use std::{
     fs::{self, File},
@@ -22,7 +22,7 @@ use rustix::{
 
 use crate::sys::host::own_ids;
 
-/// What somebody may want of a file.
+/// A kind of access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wish {
     /// To read it.
@@ -31,18 +31,12 @@ pub enum Wish {
     Execute,
 }
 
-/// Opens `path` without the right to read it: for whoever inherits it, and may.
-///
-/// # Errors
-/// Those of open(2).
+/// Opens `path` with `O_PATH`, for a child that may read it.
 pub fn open_path(path: &Path) -> io::Result<OwnedFd> {
     Ok(openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// Gives a file to the user `uid`, and to the group of that number, for them alone.
-///
-/// # Errors
-/// Those of open(2) and fchown(2), and where it is no regular file.
+/// Gives a file to the user `uid` and the group of that number, with mode 0600.
 pub fn give_file(path: &Path, uid: u32) -> io::Result<()> {
     let file = open_as_is(path, OFlags::NONBLOCK)?;
     if !file.metadata()?.is_file() {
@@ -51,51 +45,33 @@ pub fn give_file(path: &Path, uid: u32) -> io::Result<()> {
     own(&file, uid, uid, 0o600)
 }
 
-/// Gives a directory to the user `uid`, and to the group of that number, for them alone.
-///
-/// # Errors
-/// Those of open(2) and fchown(2).
+/// Gives a directory to the user `uid` and the group of that number, with mode 0700.
 pub fn give_dir(dir: &Path, uid: u32) -> io::Result<()> {
     own(&open_as_is(dir, OFlags::DIRECTORY)?, uid, uid, 0o700)
 }
 
-/// Lets the group `gid` use the names in a directory of ours, and nobody else. What is
-/// behind them is as safe as it is by itself. Our own group gets no more than others.
-///
-/// # Errors
-/// Those of open(2) and fchown(2).
+/// Lets the group `gid`, and nobody else, enter a directory of the daemon.
 pub fn let_pass(dir: &Path, gid: u32) -> io::Result<()> {
     let (uid, own_gid) = own_ids();
     let mode = if gid == own_gid { 0o700 } else { 0o710 };
     own(&open_as_is(dir, OFlags::DIRECTORY)?, uid, gid, mode)
 }
 
-/// Lets the group `gid` read a file of ours.
-///
-/// # Errors
-/// Those of open(2) and fchown(2).
+/// Lets the group `gid` read a file of the daemon.
 pub fn let_read(file: &Path, gid: u32) -> io::Result<()> {
     own(&open_as_is(file, OFlags::NONBLOCK)?, own_ids().0, gid, 0o640)
 }
 
-/// Takes a directory back from whoever it was given to. From then on what is in it stays
-/// as it is, but for the bytes of files that are still open.
-///
-/// # Errors
-/// Those of open(2) and fchown(2).
+/// Takes a directory back from its user. From then on only the contents of open files can change.
 pub fn take_back(dir: &Path) -> io::Result<()> {
     let (uid, gid) = own_ids();
     let file = open_as_is(dir, OFlags::DIRECTORY)?;
-    // It is ours before its mode is set, which its owner could set again.
+    // The owner first: the old owner could change the mode again.
     own(&file, uid, gid, 0o700)
 }
 
-/// Looks that there is nothing in a directory, which was taken back from `uid`, but
-/// regular files of `uid`'s that have no other name. Anything else is not a file that was
-/// made there, and to open it would be to do whatever it is for.
-///
-/// # Errors
-/// Says what there is.
+/// Checks that a directory, which was taken back from `uid`, contains only regular files of `uid`
+/// with one name. Opening anything else could have effects.
 pub fn check_plain(dir: &Path, uid: u32) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
@@ -116,15 +92,11 @@ pub fn check_plain(dir: &Path, uid: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Asks the kernel which of these files the user `uid`, who is in the group of that number
-/// and in `groups`, may use as they wish, with no privilege.
-///
-/// # Errors
-/// Where it cannot be asked; what is refused for whatever reason is `false`.
+/// Asks the kernel which of these files the user `uid`, in the group of that number and in
+/// `groups`, may access without privileges.
 pub fn may(uid: u32, groups: &[u32], asked: &[(BorrowedFd<'_>, Wish)]) -> io::Result<Vec<bool>> {
     thread::scope(|scope| {
-        // Who a thread is for the file system is its own affair. For signals it goes on
-        // being us, so that nobody can end us by it.
+        // The file system identity belongs to the thread, and does not affect signals.
         let asking = thread::Builder::new().name("dozed-may".to_owned()).spawn_scoped(
             scope,
             || -> io::Result<Vec<bool>> {
@@ -136,16 +108,15 @@ pub fn may(uid: u32, groups: &[u32], asked: &[(BorrowedFd<'_>, Wish)]) -> io::Re
     })
 }
 
-/// Makes this thread, for as long as it lives, that user for the file system, without privileges.
-/// For signals it goes on being us, so that they cannot end it.
+/// Changes the file system identity of this thread, for good, without privileges. It does not
+/// affect signals.
 pub(in crate::sys) fn pretend(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
     let groups: Vec<_> = groups.iter().map(|group| Gid::from_raw(*group)).collect();
     set_thread_groups(&groups)?;
     for (number, id) in [(libc::SYS_setfsgid, gid), (libc::SYS_setfsuid, uid)] {
         // SAFETY: the call takes a number, and changes nothing but this thread's.
         let _before = unsafe { libc::syscall(number, id) };
-        // It never says whether it was done. Of an id that is none it returns the present.
-        // SAFETY: as above.
+        // It reports no errors. With an invalid id it returns the current one. SAFETY: as above.
         let now = unsafe { libc::syscall(number, u32::MAX) };
         if now != libc::c_long::from(id) {
             return Err(io::ErrorKind::PermissionDenied.into());
@@ -174,7 +145,7 @@ fn open_as_is(path: &Path, flags: OFlags) -> io::Result<File> {
     Ok(File::from(openat(CWD, path, flags, Mode::empty())?))
 }
 
-/// Sees to it that a file has this owner, group and mode. One that has them is left alone.
+/// Sets owner, group and mode of a file, if they differ.
 fn own(file: &File, uid: u32, gid: u32, mode: u32) -> io::Result<()> {
     let meta = file.metadata()?;
     if (meta.uid(), meta.gid()) != (uid, gid) {
@@ -192,7 +163,6 @@ mod tests {
 
     use super::*;
 
-    /// Nobody's.
     const UID: u32 = 2_147_000_001;
 
     fn facts(path: &Path) -> (u32, u32, u32) {

@@ -1,8 +1,7 @@
-//! Opening files that a VMM can replace, and images, without waiting for what stands there.
+//! Opens files that a VMM can replace, and images, without blocking.
 //!
-//! A VMM that runs as a user of its own owns the directory of its sandbox, and may put a FIFO,
-//! a link or a file with a lease where the daemon expects what it made. An open of these
-//! would wait, or would lead elsewhere.
+//! A VMM with its own user owns the directory of its sandbox, and may replace a file there by a
+//! FIFO, a link or a leased file, whose open would block or lead elsewhere.
 
 use std::{
     fs::File,
@@ -15,36 +14,23 @@ use rustix::{
     io::Errno,
 };
 
-/// Opens a regular file for reading. A link in its place is not followed.
-///
-/// # Errors
-/// Those of open(2), and `InvalidInput` for anything but a regular file.
+/// Opens a regular file for reading, without following a link.
 pub fn open_regular(path: &Path) -> io::Result<File> {
     open(path, OFlags::RDONLY | OFlags::NOFOLLOW, &[FileType::RegularFile])
 }
 
 /// As [`open_regular`], for reading and writing.
-///
-/// # Errors
-/// As there.
 pub fn open_regular_to_write(path: &Path) -> io::Result<File> {
     open(path, OFlags::RDWR | OFlags::NOFOLLOW, &[FileType::RegularFile])
 }
 
-/// As [`open_regular`], for writing at the end. Makes the file, for its owner alone, if there
-/// is none.
-///
-/// # Errors
-/// As there.
+/// As [`open_regular`], for appending. Creates the file with mode 0600 if it does not exist.
 pub fn open_regular_to_append(path: &Path) -> io::Result<File> {
     let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NOFOLLOW;
     open(path, flags, &[FileType::RegularFile])
 }
 
 /// Reads a regular file that its VMM may still be writing to.
-///
-/// # Errors
-/// As [`open_regular`], and `FileTooLarge` where it has more than `max_bytes`.
 pub fn read_regular(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     open_regular(path)?.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes)?;
@@ -54,21 +40,14 @@ pub fn read_regular(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Replaces what is in a regular file that exists.
-///
-/// # Errors
-/// As [`open_regular`], and those of write(2).
+/// Replaces the contents of an existing regular file.
 pub fn overwrite_regular(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = open_regular_to_write(path)?;
     file.set_len(0)?;
     file.write_all(bytes)
 }
 
-/// Opens the image of a disk for reading: a regular file or a block device. Links are
-/// followed, as whoever named it may have named one.
-///
-/// # Errors
-/// Those of open(2), and `InvalidInput` for anything else.
+/// Opens a disk image, a regular file or a block device, for reading. Follows links.
 pub fn open_image(path: &Path) -> io::Result<File> {
     open(path, OFlags::RDONLY, &[FileType::RegularFile, FileType::BlockDevice])
 }

@@ -37,9 +37,6 @@ pub enum Room {
 }
 
 /// Says whether the file system of `path` can keep room for a mapping.
-///
-/// # Errors
-/// Those of statfs(2).
 pub fn keeps_room(path: &Path) -> io::Result<bool> {
     Ok(is_known(rustix::fs::statfs(path)?.f_type))
 }
@@ -69,11 +66,8 @@ pub fn take_room(path: &Path, len: u64) -> io::Result<Room> {
     }
 }
 
-/// Gives back the blocks of the file `path` that nobody wrote to, and returns how many bytes
-/// it takes then. Nobody may write to it meanwhile, nor have it mapped.
-///
-/// # Errors
-/// What the system says; some blocks may have been given back.
+/// Gives back the blocks of the file `path` that nobody wrote to, and returns how many bytes it
+/// takes then. Nobody may write to it meanwhile, nor have it mapped.
 pub fn give_back_room(path: &Path) -> io::Result<u64> {
     let file = open_regular_to_write(path)?;
     if is_known(fstatfs(&file)?.f_type) {

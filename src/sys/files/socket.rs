@@ -9,11 +9,8 @@ use std::{
 
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chownat, fstat, openat};
 
-/// Lets everybody go through the directory `path` to what they know the name of, without
-/// listing it.
-///
-/// # Errors
-/// Those of stat(2) and chmod(2).
+/// Lets everybody go through the directory `path` to what they know the name of, without listing
+/// it.
 pub fn let_through(path: &Path) -> io::Result<()> {
     const SEARCH: u32 = 0o011;
     let mode = path.metadata()?.mode() & 0o7777;

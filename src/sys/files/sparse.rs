@@ -1,4 +1,4 @@
-//! Files that are mostly holes: disk images and the memory of guests.
+//! Sparse files: disk images and guest memory.
 
 use std::{
     fs::{self, File},
@@ -24,8 +24,8 @@ use super::{
 };
 use crate::sys::cancel::Cancel;
 
-/// How much is copied or flushed between two looks at the caller. A slow disk of
-/// 100 MB/s takes a third of a second for it; a fast one is not slowed down by it.
+/// The bytes that are copied or flushed between two checks for cancellation, a third of a second on
+/// a slow disk.
 const PIECE_BYTES: u64 = 32 << 20;
 /// How much is copied at a time. A server of files that gives 1 MB/s takes four seconds for it.
 const COPY_BYTES: u64 = 4 << 20;
@@ -34,14 +34,14 @@ const BUFFER_BYTES: usize = 1 << 20;
 /// The shortest hole that a copy by hand makes of zeros.
 const HOLE_BYTES: usize = 64 << 10;
 
-/// The parts of a file that are no holes, in order. Made by [`data_extents`].
+/// The data of a file, in order, from [`data_extents`].
 #[derive(Debug)]
 pub struct DataExtents<'a> {
     file: &'a File,
     at: u64,
 }
 
-/// Lists the parts of `file` that are no holes.
+/// Lists the data of `file`.
 ///
 /// It moves the file's offset, so whoever else reads it does so by `read_at`.
 #[must_use]
@@ -70,27 +70,18 @@ impl Iterator for DataExtents<'_> {
 }
 
 /// Returns how many bytes the file `path` takes on its disk.
-///
-/// # Errors
-/// Those of stat(2).
 pub fn allocated_bytes(path: &Path) -> io::Result<u64> {
     Ok(fs::symlink_metadata(path)?.blocks().saturating_mul(512))
 }
 
-/// Returns how many bytes of the file `path` are no holes, nor room that nobody wrote to.
-///
-/// # Errors
-/// Those of open(2) and lseek(2).
+/// Returns the written bytes of the file `path`.
 pub fn data_bytes(path: &Path) -> io::Result<u64> {
     let file = open_regular(path)?;
     data_extents(&file).map(|extent| extent.map(|extent| extent.end - extent.start)).sum()
 }
 
-/// Returns how much of its disk a copy of an image in `dir` takes: nothing where the two can
-/// share it.
-///
-/// # Errors
-/// Those of stat(2).
+/// Returns how much of its disk a copy of an image in `dir` takes: nothing where the two can share
+/// it.
 pub fn bytes_to_copy(image: &ImageSize, dir: &Path) -> io::Result<u64> {
     if image.device == fs::metadata(dir)?.dev() && reflink_works(dir) {
         return Ok(0);
@@ -98,10 +89,7 @@ pub fn bytes_to_copy(image: &ImageSize, dir: &Path) -> io::Result<u64> {
     Ok(image.allocated_bytes.min(image.bytes))
 }
 
-/// Has the bytes of `file` written to the disk, and does not wait for it.
-///
-/// # Errors
-/// Those of sync_file_range(2).
+/// Starts writing `file` to the disk.
 pub fn begin_sync(file: &File) -> io::Result<()> {
     // A length of nought means up to the end.
     sync_range(file, &(0..0), libc::SYNC_FILE_RANGE_WRITE)
@@ -181,12 +169,9 @@ pub fn make_copy(
     })
 }
 
-/// Fills the empty file `target` with the first `len` bytes of `source`, a regular file or a
-/// block device. Where the file system can share blocks this costs nothing; otherwise holes
-/// stay holes. `go_on` is called before each piece.
-///
-/// # Errors
-/// Those of `go_on`; otherwise what the system says.
+/// Fills the empty file `target` with the first `len` bytes of `source`, a regular file or a block
+/// device. Where the file system can share blocks this costs nothing; otherwise holes stay holes.
+/// `go_on` is called before each piece.
 pub fn copy_data(
     source: &File,
     target: &File,
@@ -233,10 +218,7 @@ pub fn reflink_works(dir: &Path) -> bool {
         && rustix::fs::ioctl_ficlone(&target, &source).is_ok()
 }
 
-/// Makes a hole of the `len` bytes of `file` at `offset`. Its size stays.
-///
-/// # Errors
-/// Those of fallocate(2).
+/// Punches a hole into `file`.
 pub fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     Ok(rustix::fs::fallocate(file, flags, offset, len)?)

@@ -1,8 +1,8 @@
-//! Sockets by which the kernel is told about links, routes and the firewall.
+//! Netlink sockets for links, routes and the firewall.
 //!
-//! A socket belongs to the network namespace of the thread that opens it, and stays with
-//! it. What the messages mean is known to `net`; here they are bytes, or of any type that can
-//! be written as such.
+//! A socket belongs to the network namespace of the thread that opens it, and stays with it. What
+//! the messages mean is known to `net`; here they are bytes, or of any type that can be written as
+//! such.
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 
@@ -23,16 +23,14 @@ mod request;
 
 pub use request::{Accepts, Answers, Kernel, Request, RequestError, parsed};
 
-/// The kernel answers in the call that asks, so this is for a host that is out of
-/// breath: removing a set waits for all CPUs, some 13 ms when they are idle.
+/// The kernel answers within the call, so this is for an overloaded host.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-/// The longest datagram that the kernel sends us; it makes none of dumps above 32 KiB.
+/// The kernel's dumps have at most 32 KiB.
 const DATAGRAM_MAX_BYTES: usize = 64 * 1024;
-/// Room for all that one change of a firewall says, and for the answers to it: with both
-/// lists full that is some 300 KiB.
+/// Enough for a change of a firewall with full lists, some 300 KiB.
 const BUFFER_BYTES: usize = 2 << 20;
 
-/// Which part of the kernel a socket talks to.
+/// The netlink family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
     /// Links, addresses, neighbours and routes: `rtnetlink(7)`.
@@ -41,17 +39,14 @@ pub enum Family {
     Netfilter,
 }
 
-/// A socket that talks to the kernel.
+/// A netlink socket.
 #[derive(Debug)]
 pub struct NetlinkSocket {
     fd: OwnedFd,
 }
 
 impl NetlinkSocket {
-    /// Opens a socket in the namespace that this thread is in.
-    ///
-    /// # Errors
-    /// Where the kernel lacks the family.
+    /// Opens a socket in this thread's namespace.
     pub fn open(family: Family) -> io::Result<Self> {
         let protocol = match family {
             Family::Route => None,
@@ -65,10 +60,7 @@ impl NetlinkSocket {
         Ok(Self { fd })
     }
 
-    /// Sends messages to the kernel, which has acted on all of them when this returns.
-    ///
-    /// # Errors
-    /// Those of sendto(2): `EMSGSIZE` past 2 MiB.
+    /// Sends messages to the kernel, which has processed them when this returns.
     pub fn send(&self, messages: &[u8]) -> io::Result<()> {
         let kernel = netlink::SocketAddrNetlink::new(0, 0);
         loop {
@@ -91,7 +83,7 @@ impl NetlinkSocket {
                 Ok((_, length)) if length > buffer.len() => {
                     return Err(io::Error::new(
                         io::ErrorKind::InvalidData,
-                        "the kernel's answer is too long",
+                        "the kernel's answer is longer than any that we know",
                     ));
                 }
                 Ok((_, length)) => {
@@ -111,30 +103,26 @@ impl NetlinkSocket {
     }
 }
 
-/// News of the kernel of what anybody changes, of some families.
+/// A subscription to the kernel's notifications of changes.
 #[derive(Debug)]
 pub struct Notifications {
     sockets: Vec<(Family, OwnedFd)>,
     stop: OwnedFd,
 }
 
-/// What the kernel says of a change.
+/// A notification.
 #[derive(Debug)]
 pub enum Notification {
     /// Its messages.
     Messages(Family, Vec<u8>),
-    /// There were more than there was room for, and some are lost.
+    /// Some notifications were lost.
     Lost,
-    /// Nobody is to wait any more.
+    /// Waiting has ended for good.
     Stop,
 }
 
 impl Notifications {
-    /// Listens in the namespace that this thread is in, of each family to the groups whose
-    /// bits are set.
-    ///
-    /// # Errors
-    /// Where the kernel lacks a family.
+    /// Subscribes, in this thread's namespace, to the groups of each family whose bits are set.
     pub fn listen(groups: &[(Family, u32)]) -> io::Result<Self> {
         let listen = |(family, groups): &(Family, u32)| {
             let NetlinkSocket { fd } = NetlinkSocket::open(*family)?;
@@ -146,9 +134,6 @@ impl Notifications {
     }
 
     /// Waits for the next notification.
-    ///
-    /// # Errors
-    /// Where a socket fails.
     pub fn wait(&self) -> io::Result<Notification> {
         loop {
             let mut fds: Vec<_> = [&self.stop]
@@ -182,19 +167,19 @@ impl Notifications {
 
     /// Ends every wait, for good.
     pub fn stop(&self) {
-        // An eventfd takes a number of this size unless it is full, and then it is readable.
+        // It fails only if the eventfd is full, and so readable.
         let _written = write(&self.stop, &1_u64.to_ne_bytes());
     }
 }
 
-/// Says whether a refusal means that there is no such thing.
+/// Returns whether the error means that the object does not exist.
 #[must_use]
 pub fn is_missing(error: &io::Error) -> bool {
     let missing = [Errno::NOENT, Errno::NODEV, Errno::SRCH].map(Errno::raw_os_error);
     error.raw_os_error().is_some_and(|code| missing.contains(&code))
 }
 
-/// Says whether a refusal means that this kernel knows no such kind of thing.
+/// Returns whether the error means that the kernel lacks the feature.
 #[must_use]
 pub fn is_unsupported(error: &io::Error) -> bool {
     let unsupported = [Errno::AFNOSUPPORT, Errno::OPNOTSUPP].map(Errno::raw_os_error);

@@ -71,7 +71,7 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Opens a socket in the namespace that this thread is in.
+    /// Opens a socket in this thread's namespace.
     pub fn here(family: Family) -> Result<Self, RequestError> {
         let socket = NetlinkSocket::open(family)
             .map_err(|source| RequestError { doing: "opening a netlink socket".into(), source })?;
@@ -80,9 +80,6 @@ impl Kernel {
 
     /// Sends all of `requests`, if there are any, at once and returns when the kernel has acted on
     /// them.
-    ///
-    /// # Errors
-    /// For the first that was refused. The others were tried all the same.
     pub fn apply<M>(&self, requests: Vec<Request<M>>, answers: Answers) -> Result<(), RequestError>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
@@ -136,9 +133,6 @@ impl Kernel {
     }
 
     /// Asks for one thing. `None`: there is no such thing.
-    ///
-    /// # Errors
-    /// Where the kernel does not say.
     pub fn get<M>(
         &self,
         doing: &'static str,
@@ -155,9 +149,6 @@ impl Kernel {
     }
 
     /// Asks for all things of a kind.
-    ///
-    /// # Errors
-    /// Where the kernel does not say.
     pub fn list<M>(
         &self,
         doing: &'static str,
@@ -169,11 +160,8 @@ impl Kernel {
         self.list_some(doing, message, Some)
     }
 
-    /// Asks for all things of a kind and returns what `keep` makes of them: there may be many,
-    /// of which few are wanted.
-    ///
-    /// # Errors
-    /// Where the kernel does not say.
+    /// Asks for all things of a kind and returns what `keep` makes of them: there may be many, of
+    /// which few are wanted.
     pub fn list_some<M, T>(
         &self,
         doing: &'static str,
@@ -222,9 +210,6 @@ impl Kernel {
 }
 
 /// Returns the messages of a datagram.
-///
-/// # Errors
-/// Where it has something else.
 pub fn parsed<M: NetlinkDeserializable>(datagram: &[u8]) -> io::Result<Vec<NetlinkMessage<M>>> {
     let invalid = |why: DecodeError| io::Error::new(io::ErrorKind::InvalidData, why);
     let mut messages = Vec::new();

@@ -49,8 +49,7 @@ use crate::{
     },
 };
 
-/// How many openers there are at a time for the paths of one user: those that a file system
-/// keeps from ending count too. More than a host of many cores starts sandboxes at once.
+/// The limit of openers for the paths of one user, including those that cannot exit.
 const OPENERS_MAX: usize = 16;
 
 /// How long a copy may stand still: longer than the kernel has writers wait for a disk that is
@@ -77,7 +76,7 @@ pub struct Openers {
     watch: ExitWatch,
 }
 
-/// A process that opens files, for as long as this is held. It is of the thread that started it.
+/// A process that opens files, owned by the thread that started it.
 #[derive(Debug)]
 pub struct Opener {
     peer: Arc<Peer>,
@@ -102,11 +101,7 @@ struct Places {
 }
 
 impl Openers {
-    /// Makes what starts openers, by a program that is told whose rights to have and calls
-    /// [`serve`].
-    ///
-    /// # Errors
-    /// Where the system gives no thread to hear of their ends.
+    /// `program` is run with the rights as its argument, and calls [`serve`].
     pub fn new(program: Program) -> io::Result<Self> {
         let places = Arc::new(Places::default());
         let ended = Arc::clone(&places);
@@ -117,9 +112,6 @@ impl Openers {
     }
 
     /// Starts an opener.
-    ///
-    /// # Errors
-    /// Where it cannot be started, and `TimedOut` where the user has too many that wait.
     pub fn start(&self, rights: &Rights) -> io::Result<Opener> {
         let deadline = Deadline::after(ANSWER_LIMIT);
         let uid = rights.uid();
@@ -151,7 +143,7 @@ impl Openers {
 }
 
 impl Opener {
-    /// Has it fail at once if the operation that it opens files for is or was called off.
+    /// Makes it fail at once when the operation is cancelled.
     pub fn ends_with(&self, cancel: &Cancel) {
         cancel.ends_with(Arc::clone(&self.peer) as Arc<dyn Victim>);
     }
@@ -169,7 +161,7 @@ impl Opener {
         if name.len() >= process::PATH_MAX_BYTES {
             return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
         }
-        // No path has no bytes, and no message either.
+        // A path is never empty.
         if name.is_empty() {
             return Err(io::ErrorKind::NotFound.into());
         }
@@ -189,10 +181,6 @@ impl Opener {
 
     /// Fills `target`, an empty file, with what is in a file that was opened with the same rights.
     /// `progress` is called for each piece.
-    ///
-    /// # Errors
-    /// Those of read(2) and write(2), and `TimedOut` where nothing is copied for
-    /// [`COPY_STALL_LIMIT`].
     pub fn copy(
         &self,
         source: &Opened,
@@ -245,7 +233,7 @@ fn has_stalled() -> io::Error {
 
 impl Drop for Opener {
     fn drop(&mut self) {
-        // It has nothing to finish. One that waits for a file system may take long to be gone.
+        // It has nothing to finish, and may take long to exit.
         self.peer.process.kill();
     }
 }

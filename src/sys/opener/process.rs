@@ -23,11 +23,8 @@ use crate::sys::{
 /// The longest path, with the byte that ends it (`PATH_MAX`).
 pub(super) const PATH_MAX_BYTES: usize = 4096;
 
-/// Opens and copies what it is told to until nobody has the other end of standard input, which
-/// is a socket.
-///
-/// # Errors
-/// Where it was not started by a daemon.
+/// Opens and copies what it is told to until nobody has the other end of standard input, which is a
+/// socket.
 pub fn serve(rights: &Rights) -> io::Result<()> {
     name_process(c"dozed-opener");
     let socket = MessageSocket::from_stdin()?;

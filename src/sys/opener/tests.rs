@@ -18,7 +18,6 @@ use crate::{
     },
 };
 
-/// Nobody's.
 const OWNER: Owner = Owner { uid: 2_147_000_001, gid: 2_147_000_002 };
 
 /// These tests, as a program that opens files.

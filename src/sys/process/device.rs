@@ -1,11 +1,9 @@
-//! Device files of its own for a child: of the same devices as the host's, but owned by
-//! the child's user, and seen by nobody else.
+//! Private device files for a child, owned by its user.
 //!
-//! The child gets a mount namespace of its own, in which files of a new tmpfs cover the
-//! host's. A namespace is a copy of all mounts, and would hold on to file systems that the
-//! host has long taken away, our own tree too. So what a program does not need to run is
-//! taken out of the copy, and the rest follows what the host does, if the host's mounts are
-//! told to (systemd does).
+//! The child gets a mount namespace in which files of a new tmpfs cover the host's. A copy of all
+//! mounts would keep file systems busy that the host unmounts, including the daemon's tree, so
+//! mounts that a program does not need are removed from it. The rest follows the host's mounts if
+//! they are shared.
 
 use std::{
     ffi::{CStr, CString, OsStr},
@@ -53,11 +51,8 @@ pub struct OwnDevices {
 }
 
 impl OwnDevices {
-    /// Prepares files of the same devices as `devices` are, for the user `uid`. `needed` is
-    /// a file whose mount stays.
-    ///
-    /// # Errors
-    /// Where the kernel (before 5.2), or our own privileges, do not let us.
+    /// Prepares files of the same devices as `devices` are, for the user `uid`. `needed` is a file
+    /// whose mount stays.
     pub fn prepare(devices: &[&Path], uid: u32, needed: &Path) -> io::Result<Self> {
         let context = fsopen(c"tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
         // Nobody can have it hold more than these files and its directory.

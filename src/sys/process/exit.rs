@@ -1,5 +1,4 @@
-//! How a process ended, from whoever can tell: the kernel to a parent by `waitid`, to
-//! anyone by an ioctl on the pidfd, or `/proc` of a zombie.
+//! Exit statuses: from `waitid`, an ioctl on the pidfd, or `/proc` of a zombie.
 
 use std::{
     fmt,
@@ -31,7 +30,7 @@ impl Exit {
         }
     }
 
-    /// Says whether it touched a page of a mapped file that could not be had (SIGBUS).
+    /// Returns whether it was killed by SIGBUS, for a page of a mapped file.
     #[must_use]
     pub fn is_bus_error(self) -> bool {
         self == Self::Signal(libc::SIGBUS)
@@ -64,7 +63,7 @@ pub(super) fn reap(pidfd: BorrowedFd<'_>) -> Option<Exit> {
     }
 }
 
-/// Finds out how a process ended that is no child of ours and has ended.
+/// Reads the exit status of a process that is not a child.
 pub(super) fn of_stranger(pidfd: BorrowedFd<'_>, identity: &ProcessIdentity) -> Exit {
     // Its parent reaps it at any moment. Before that only /proc tells, after it only
     // the pidfd, so the pidfd is asked once more at the end.

@@ -1,4 +1,4 @@
-//! How a process is started: what it inherits, and who it is.
+//! Starts processes: their files, user and privileges.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -20,13 +20,13 @@ use rustix::{
     },
 };
 
-use super::{OwnDevices, Place, Process, reserve_places};
+use super::{FixedFd, OwnDevices, Process, reserve_fixed_fds};
 use crate::{sync::Arc, sys::netns::Namespace};
 
-/// What it takes to use everybody's files as their owners may.
+/// The capabilities to use all files like their owners.
 const FILES: CapabilitySet = CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::FOWNER);
 
-/// A program, and what it is told first.
+/// A program and its first arguments.
 #[derive(Debug, Clone)]
 pub struct Program {
     /// Where it is.
@@ -35,62 +35,61 @@ pub struct Program {
     pub args: Vec<OsString>,
 }
 
-/// What to start a process with.
+/// The parameters of a process.
 #[derive(Debug)]
 pub struct Launch<'a> {
-    /// The program, by its absolute path: nothing is searched for.
+    /// Its absolute path.
     pub program: &'a Path,
     /// Its arguments, without the name of the program.
     pub args: &'a [OsString],
-    /// What it is told that its name is (`argv[0]`); its path if that is `None`.
+    /// `argv[0]`; by default its path.
     pub name: Option<&'a OsStr>,
-    /// Its environment, all of it.
+    /// Its whole environment.
     pub environment: &'a [(&'a str, &'a str)],
     /// Its standard input; `/dev/null` if there is none.
     pub stdin: Option<OwnedFd>,
-    /// Where its standard output goes; to `log` if that is `None`.
+    /// Its standard output; `log` by default.
     pub stdout: Option<File>,
-    /// What it inherits besides, by the numbers that these have here.
+    /// Further files that it inherits, with the same numbers.
     pub inherited: Vec<OwnedFd>,
-    /// The same, of what others have too, and keep open.
+    /// The same, for shared files.
     pub lent: Vec<Arc<OwnedFd>>,
-    /// What it inherits by numbers that are the same in every process.
-    pub placed: Vec<(Place, OwnedFd)>,
-    /// Whether it has our privileges.
+    /// Files that it inherits with fixed numbers.
+    pub placed: Vec<(FixedFd, OwnedFd)>,
+    /// Its privileges.
     pub privileges: Privileges,
-    /// The devices that it has as its own.
+    /// Device nodes in a mount namespace of its own.
     pub devices: Option<OwnDevices>,
-    /// The network namespace that it is in, if that is not ours.
+    /// Its network namespace, if another.
     pub namespace: Option<Namespace>,
     /// Where its standard error goes.
     pub log: File,
 }
 
-/// What a process may do beyond what its user may.
+/// The privileges of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Privileges {
-    /// What we may.
+    /// Those of the daemon.
     Ours,
-    /// Nothing, for good: it has no capability, and no program that it becomes gives it any.
-    /// It is our user, but for that.
+    /// None, and it cannot gain any; the same user.
     None,
-    /// Nothing, and it is another user.
+    /// None, as another user.
     NoneAs(User),
-    /// To use everybody's files as their owners may, and no more than that, for good.
+    /// Only to use all files like their owners.
     Files,
 }
 
-/// A user whose only group of its own has the same number.
+/// A user with a group of the same number.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
     /// The number of both.
     pub uid: u32,
-    /// The groups that it is in besides.
+    /// Its supplementary groups.
     pub groups: Vec<u32>,
 }
 
 impl<'a> Launch<'a> {
-    /// Returns what starts `program` with no input, and with all that it says in `log`.
+    /// Returns parameters with no input and with all output in `log`.
     #[must_use]
     pub fn new(program: &'a Path, args: &'a [OsString], log: File) -> Self {
         Self {
@@ -112,13 +111,9 @@ impl<'a> Launch<'a> {
 }
 
 impl Process {
-    /// Starts a process: in a session of its own, so that a Ctrl-C for us is not for it, and
-    /// that the kernel does not end it (SIGHUP) where it is stopped when we end; with `/` as
-    /// its directory, and with no environment and no file of ours but those of `launch`. It
-    /// leaves no core file, which would have all of its memory in it.
-    ///
-    /// # Errors
-    /// Where the program cannot be started; no process is left then.
+    /// Starts a process in a new session, so that neither Ctrl-C nor a SIGHUP at the daemon's exit
+    /// reaches it; with `/` as its directory, only the environment and files of `launch`, and no
+    /// core file, which would contain its memory.
     pub fn spawn(launch: Launch<'_>) -> io::Result<Arc<Self>> {
         #[allow(clippy::disallowed_methods, reason = "this is the module that the ban points to")]
         let mut command = Command::new(launch.program);
@@ -137,19 +132,19 @@ impl Process {
         before_exec(&mut command, || Ok(setsid().map(drop)?));
         close_on_exec(&mut command);
         before_exec(&mut command, forbid_core_files);
-        // Whatever comes of it, our copies are closed when this is over.
+        // Our copies are closed in any case.
         let (inherited, lent, placed) = (launch.inherited, launch.lent, launch.placed);
         keep_on_exec(&mut command, &inherited);
         keep_on_exec(&mut command, &lent);
         if !placed.is_empty() {
-            reserve_places()?;
-            put_in_place(&mut command, &placed);
+            reserve_fixed_fds()?;
+            pass_fixed_fds(&mut command, &placed);
         }
         if let Some(devices) = launch.devices {
             before_exec(&mut command, move || devices.enter());
         }
         if let Some(namespace) = launch.namespace {
-            // The child has one thread, so nobody else is moved.
+            // The child has only one thread.
             before_exec(&mut command, move || namespace.enter());
         }
         match launch.privileges {
@@ -161,44 +156,39 @@ impl Process {
             Privileges::Files => give_up_privileges(&mut command, FILES, None),
         }
         let mut child = command.spawn()?;
-        // Nobody but us reaps our child, so its number is its own until then.
+        // Only this process reaps the child, so its pid is valid until then.
         Self::hold_child(child.id()).inspect_err(|_| {
             if child.kill().is_ok() {
-                // A process that was sent SIGKILL ends, so this does not hang.
+                // SIGKILL was sent, so this does not hang.
                 let _status = child.wait();
             }
         })
     }
 }
 
-/// Has the child do something when it has its standard files, before it becomes its
-/// program. `step` may do only what is safe in a signal handler: make system calls, and
-/// neither allocate nor lock.
+/// Adds a step between fork and exec. `step` must be async-signal-safe: only system calls, no
+/// allocation, no locks.
 fn before_exec(
     command: &mut Command,
     step: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
 ) {
-    // SAFETY: between fork and exec only what is safe in a signal handler is allowed, and
-    // all steps in this module are no more than that.
+    // SAFETY: between fork and exec only async-signal-safe code is allowed, and all steps in this
+    // module are.
     unsafe { command.pre_exec(step) };
 }
 
-/// Has this process, and whoever it starts, leave no core file when it crashes.
-///
-/// # Errors
-/// Those of setrlimit(2).
+/// Disables core files of this process and its children.
 pub fn forbid_core_files() -> io::Result<()> {
     Ok(setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?)
 }
 
-/// Has the child close, when it becomes its program, whatever it inherited beyond its
-/// three standard files. All that we open closes itself; what whoever started us left
-/// open, such as a shell's hold on an `awake` file, does not.
+/// Closes, at the exec, all inherited files except the three standard ones. The daemon's own files
+/// have CLOEXEC; files of its parent, such as a shell's hold on an `awake` file, may not.
 fn close_on_exec(command: &mut Command) {
     before_exec(command, || {
         const FIRST_TO_CLOSE: libc::c_uint = 3;
-        // SAFETY: the call takes no pointers and changes nothing but the flags of our
-        // own descriptors; whoever owns them does not depend on what happens at exec.
+        // SAFETY: the call takes no pointers and changes only flags of descriptors, which matter
+        // only at exec.
         let done = unsafe {
             libc::syscall(
                 libc::SYS_close_range,
@@ -211,13 +201,13 @@ fn close_on_exec(command: &mut Command) {
     });
 }
 
-/// Has the child keep these when it becomes its program, by the numbers that they have.
+/// Keeps these files across the exec, with their numbers.
 fn keep_on_exec(command: &mut Command, inherited: &[impl AsRawFd]) {
     let numbers: Vec<_> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     before_exec(command, move || {
         for number in &numbers {
-            // SAFETY: the call takes no pointers and changes nothing but the flags of a
-            // descriptor that is open, as whoever called `spawn` keeps it until it returns.
+            // SAFETY: the call takes no pointers and changes only the flags of a descriptor that
+            // the caller of `spawn` keeps open.
             let done = unsafe { libc::fcntl(*number, libc::F_SETFD, 0) };
             if done == -1 {
                 return Err(io::Error::last_os_error());
@@ -227,15 +217,14 @@ fn keep_on_exec(command: &mut Command, inherited: &[impl AsRawFd]) {
     });
 }
 
-/// Has the child keep these by numbers that were taken for that, so that none of these, nor
-/// anything that the child needs until then, has one of them.
-fn put_in_place(command: &mut Command, placed: &[(Place, OwnedFd)]) {
+/// Keeps these files across the exec, with fixed numbers, which nothing else in the child uses.
+fn pass_fixed_fds(command: &mut Command, placed: &[(FixedFd, OwnedFd)]) {
     let pairs: Vec<(RawFd, RawFd)> =
         placed.iter().map(|(place, file)| (file.as_raw_fd(), place.descriptor())).collect();
     before_exec(command, move || {
         for (from, to) in &pairs {
-            // SAFETY: the call takes no pointers. It closes what has the number `to`, which
-            // is the placeholder and nobody's, and makes one that stays open.
+            // SAFETY: the call takes no pointers. It replaces only the placeholder that has the
+            // number `to`.
             let done = unsafe { libc::dup2(*from, *to) };
             if done == -1 {
                 return Err(io::Error::last_os_error());
@@ -245,8 +234,7 @@ fn put_in_place(command: &mut Command, placed: &[(Place, OwnedFd)]) {
     });
 }
 
-/// Has the child give up all privileges but these before it becomes its program, and become
-/// `user`, if that is another.
+/// Drops all other privileges before the exec, and changes to `user`, if another.
 fn give_up_privileges(command: &mut Command, kept: CapabilitySet, user: Option<&User>) {
     let user = user.map(|user| {
         let groups: Vec<_> = user.groups.iter().map(|group| Gid::from_raw(*group)).collect();
@@ -254,13 +242,12 @@ fn give_up_privileges(command: &mut Command, kept: CapabilitySet, user: Option<&
     });
     before_exec(command, move || {
         if let Some((uid, gid, groups)) = &user {
-            // In this order: who is not root any more cannot change groups. These are
-            // those of the one thread that the child has.
+            // In this order: only root can change groups. The child has only one thread.
             set_thread_groups(groups)?;
             set_thread_res_gid(*gid, *gid, *gid)?;
             set_thread_res_uid(*uid, *uid, *uid)?;
         }
-        // Becoming a program gives root all of its capabilities again, but not with this.
+        // Otherwise root would regain all capabilities at the exec.
         set_no_new_privs(true)?;
         let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: kept };
         set_capabilities(None, sets)?;

@@ -1,16 +1,15 @@
-//! Processes, held by pidfd.
+//! Processes, identified by pidfds.
 //!
-//! A process that we start is held by its pidfd from birth, and one that an earlier
-//! daemon started is adopted: its pidfd is opened first and then shown to be of the
-//! process that was meant. Whatever is done to a process is done by its pidfd, so
-//! that a number which was given to somebody else is never signalled.
+//! A started process has a pidfd from the start. A process of an earlier daemon is adopted: its
+//! pidfd is opened first and then verified. All signals go through pidfds, so a reused pid is never
+//! signalled.
 //!
-//! Nothing here knows what the processes do, and nothing here waits without a limit.
+//! Every wait has a limit.
 
 mod device;
 mod exit;
+mod fixed_fd;
 mod launch;
-mod place;
 mod proc_files;
 mod watch;
 
@@ -39,17 +38,17 @@ use crate::{
 
 pub use device::OwnDevices;
 pub use exit::Exit;
+pub use fixed_fd::{FixedFd, reserve_fixed_fds};
 pub use launch::{Launch, Privileges, Program, User, forbid_core_files};
-pub use place::{Place, reserve_places};
 pub(super) use proc_files::is_gone;
 pub use proc_files::{Frames, Io};
 pub use watch::ExitWatch;
 
-/// What `fstatfs` says of a pidfd where the kernel has pidfs, from Linux 6.9 on.
-/// Before that all pidfds were of one anonymous inode.
+/// What `fstatfs` says of a pidfd where the kernel has pidfs, from Linux 6.9 on. Older kernels have
+/// one inode for all pidfds.
 const PIDFS_MAGIC: u64 = 0x5049_4446;
 
-/// A process that is not our thread: a VMM, ours from birth or adopted.
+/// A VMM process, started or adopted.
 ///
 /// # Locking
 /// `ending` is a leaf: nothing else is locked while it is.
@@ -57,10 +56,10 @@ const PIDFS_MAGIC: u64 = 0x5049_4446;
 pub struct Process {
     identity: ProcessIdentity,
     pidfd: OwnedFd,
-    /// Whether we started it, and so have to reap it.
+    /// Whether it is a child, to be reaped.
     ours: bool,
-    /// How it ended, once we know. The lock is held while we ask the kernel, so that
-    /// a child is reaped once and everybody hears the same.
+    /// Its exit status, once known. The lock is held while the kernel is asked, so that a child is
+    /// reaped once.
     ending: Mutex<Option<Exit>>,
 }
 
@@ -81,12 +80,8 @@ impl Process {
         Arc::new(Self { identity, pidfd, ours, ending: Mutex::new(None) })
     }
 
-    /// Takes over the process that an earlier daemon knew as `identity`. Returns `None`
-    /// if it is gone, also if its number is another's now. `token` is its name, which is looked
-    /// at where the kernel has no pidfs to tell them apart.
-    ///
-    /// # Errors
-    /// Where the kernel does not let us look.
+    /// Adopts the process with this `identity`. Returns `None` if it is gone, also if its pid was
+    /// reused. `token` is its name, which is checked on kernels without pidfs.
     pub fn adopt(identity: &ProcessIdentity, token: &str) -> io::Result<Option<Arc<Self>>> {
         let Some((seen, pidfd)) = open(identity.pid)? else {
             return Ok(None);
@@ -99,15 +94,11 @@ impl Process {
                         && proc_files::names(seen.pid)?.iter().any(|name| name == token)
                 }
             };
-        // Only of a process that is still there can it be said that its files in /proc,
-        // which go by number, were its own.
+        // Files in /proc belong to the process only if it still exists now.
         Ok((same && !has_ended(pidfd.as_fd())?).then(|| Self::hold(seen, pidfd, false)))
     }
 
-    /// Finds all processes but our own that are what `search` says, with their names.
-    ///
-    /// # Errors
-    /// Where `/proc` cannot be read, or something of a process that may be one of them.
+    /// Finds all other processes that match `search`, with their names.
     pub fn find(search: &Search<'_>) -> io::Result<Vec<(Arc<Self>, String)>> {
         let mut found = Vec::new();
         for entry in fs::read_dir("/proc")? {
@@ -135,7 +126,7 @@ impl Process {
                 Err(error) => return Err(error),
             };
             let name = names.into_iter().find(|name| name.starts_with(search.prefix));
-            // What was seen before the opening may have been another's of the same number.
+            // Before the open, the pid may have belonged to another process.
             if let Some(name) = name
                 && search.is_candidate(pid)?
                 && !has_ended(pidfd.as_fd())?
@@ -146,38 +137,34 @@ impl Process {
         Ok(found)
     }
 
-    /// Says whether it has one of these files open.
-    ///
-    /// # Errors
-    /// As [`Process::io`].
+    /// Returns whether it has one of these files open.
     pub fn has_open(&self, files: &HashSet<FileId>) -> io::Result<bool> {
         self.unless_ended(proc_files::has_open(self.identity.pid, files))
     }
 
-    /// Returns what tells it from every other process.
+    /// Returns its unique identity.
     #[must_use]
     pub fn identity(&self) -> &ProcessIdentity {
         &self.identity
     }
 
-    /// Kills it with SIGKILL. It may be gone already.
+    /// Sends SIGKILL, if it still exists.
     pub fn kill(&self) {
-        // The only answer other than success that a SIGKILL of ours can get is that
-        // there is no such process any more.
+        // The only possible error is that the process is gone.
         let _gone = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
-    /// Stops it with SIGSTOP, until [`Process::go_on`] or a kill. It may be gone already.
+    /// Sends SIGSTOP, if it still exists.
     pub fn stop(&self) {
         let _gone = pidfd_send_signal(&self.pidfd, Signal::STOP);
     }
 
-    /// Has it go on with SIGCONT. It may be gone already.
+    /// Sends SIGCONT, if it still exists.
     pub fn go_on(&self) {
         let _gone = pidfd_send_signal(&self.pidfd, Signal::CONT);
     }
 
-    /// Returns how it ended, or `None` while it has not. Never blocks.
+    /// Returns its exit status, or `None` while it runs. Never blocks.
     pub fn exited(&self) -> Option<Exit> {
         let mut ending = lock(&self.ending);
         if ending.is_none() {
@@ -192,12 +179,12 @@ impl Process {
         *ending
     }
 
-    /// Waits until it has ended, for at most `limit`; `None` if it is still there.
+    /// Waits for its exit, for at most `limit`; `None` if it still runs.
     pub fn wait(&self, limit: Duration) -> Option<Exit> {
         let deadline = Deadline::after(limit);
         loop {
             let left = deadline.left();
-            // What goes wrong with a poll goes wrong again, or was a signal.
+            // A poll fails permanently, or because of a signal.
             let _ready = poll_pidfd(self.pidfd.as_fd(), left);
             let exit = self.exited();
             if exit.is_some() || left.is_zero() {
@@ -206,8 +193,7 @@ impl Process {
         }
     }
 
-    /// Returns how long it ran on CPUs, in user and in kernel mode, all threads
-    /// together, in steps of the kernel's tick of 10 ms.
+    /// Returns the CPU time of all its threads, in ticks of 10 ms.
     ///
     /// # Errors
     /// `NotFound` once it has ended.
@@ -215,7 +201,7 @@ impl Process {
         Ok(self.unless_ended(proc_files::stat(self.identity.pid))?.cpu_time)
     }
 
-    /// Returns what it has read and written, all threads together.
+    /// Returns the bytes that its threads have read and written.
     ///
     /// # Errors
     /// `NotFound` once it has ended; otherwise where the kernel does not let us look.
@@ -223,24 +209,17 @@ impl Process {
         self.unless_ended(proc_files::io(self.identity.pid))
     }
 
-    /// Returns what those of its threads have read and written whose names begin with `prefix`.
-    ///
-    /// # Errors
-    /// As [`Process::io`].
+    /// The same for threads whose names begin with `prefix`.
     pub fn io_of_threads(&self, prefix: &str) -> io::Result<Io> {
         self.unless_ended(proc_files::io_of_threads(self.identity.pid, prefix))
     }
 
-    /// Returns what went through a device of the network namespace that it is in; `None` where
-    /// there is none of that name.
-    ///
-    /// # Errors
-    /// As [`Process::io`].
+    /// Returns the traffic of a device in its network namespace; `None` if it does not exist.
     pub fn frames(&self, device: &str) -> io::Result<Option<Frames>> {
         self.unless_ended(proc_files::frames(self.identity.pid, device))
     }
 
-    /// Returns the user that it acts as.
+    /// Returns its user id.
     ///
     /// # Errors
     /// `NotFound` once it has ended; otherwise where the kernel does not let us look.
@@ -248,7 +227,7 @@ impl Process {
         self.unless_ended(proc_files::user(self.identity.pid))
     }
 
-    /// Returns how much memory its files in memory (`memfd_create(2)`) take, in bytes.
+    /// Returns the bytes of its memfds.
     ///
     /// # Errors
     /// `NotFound` once it has ended; otherwise where the kernel does not let us look.
@@ -256,8 +235,8 @@ impl Process {
         self.unless_ended(proc_files::memfd_bytes(self.identity.pid))
     }
 
-    /// Takes what was just seen of it in /proc for its own. Once it has ended that may have
-    /// been another's of the same number.
+    /// Accepts a value from /proc if the process still exists; otherwise the pid may have been
+    /// reused.
     fn unless_ended<T>(&self, seen: io::Result<T>) -> io::Result<T> {
         if has_ended(self.pidfd.as_fd())? {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended"));
@@ -266,18 +245,17 @@ impl Process {
     }
 }
 
-/// Which processes are looked for.
+/// The criteria of a search.
 ///
-/// A process of somebody else may make the kernel wait when its memory is looked at, which has
-/// its arguments. So whose it is and which program it runs is looked at first, and that is in
-/// the kernel's own memory.
+/// Reading the arguments, which are in the memory of a process, can block. So its user and program,
+/// which the kernel itself stores, are checked first.
 #[derive(Clone, Copy)]
 pub struct Search<'a> {
     /// The name of the program's file contains one of these.
     pub programs: &'a [String],
-    /// Says whether it may run as this user.
+    /// Returns whether it may run as this user.
     pub is_user: &'a dyn Fn(u32) -> bool,
-    /// What the name that it was given begins with, see [`Process::find`].
+    /// The prefix of its name, see [`Process::find`].
     pub prefix: &'a str,
 }
 
@@ -287,7 +265,7 @@ impl Search<'_> {
         let seen = proc_files::program(pid)
             .and_then(|name| Ok(is_one(name) && (self.is_user)(proc_files::user(pid)?)));
         match seen {
-            // A process that is gone meanwhile, or that we may not look at, is none.
+            // A process that is gone or unreadable is skipped.
             Err(error) if is_gone(&error) || error.kind() == io::ErrorKind::PermissionDenied => {
                 Ok(false)
             }
@@ -303,7 +281,7 @@ impl fmt::Debug for Search<'_> {
 }
 
 impl AsFd for Process {
-    /// Returns its pidfd, which is readable once it has ended.
+    /// Returns its pidfd, which is readable after its exit.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
@@ -311,7 +289,7 @@ impl AsFd for Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // A child that nobody asked about would stay a zombie for as long as we live.
+        // Otherwise a child would remain a zombie.
         let _exit = self.exited();
     }
 }
@@ -322,11 +300,11 @@ impl fmt::Display for Process {
     }
 }
 
-/// Opens whatever process has the number now; `None` if there is none.
+/// Opens the process that has the pid now; `None` if there is none.
 fn open(pid: u32) -> io::Result<Option<(ProcessIdentity, OwnedFd)>> {
     let pidfd = match pidfd_open(pid_of(pid)?, PidfdFlags::empty()) {
         Ok(pidfd) => pidfd,
-        // The last two say that the number is a thread's; which one depends on the kernel.
+        // The last two mean that it is a thread id, depending on the kernel.
         Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
@@ -360,7 +338,7 @@ fn pid_of(pid: u32) -> io::Result<Pid> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a process id"))
 }
 
-/// Says whether the process has ended, be it reaped or not.
+/// Returns whether the process has exited, reaped or not.
 fn has_ended(pidfd: BorrowedFd<'_>) -> io::Result<bool> {
     poll_pidfd(pidfd, Duration::ZERO)
 }

@@ -1,5 +1,4 @@
-//! What `/proc` tells of a process. It goes by number, so whoever asks has to make
-//! sure by a pidfd that the number was not another's meanwhile.
+//! Reads `/proc/PID`. The caller has to verify with a pidfd that the pid was not reused.
 
 use std::{
     collections::HashSet,
@@ -180,7 +179,7 @@ fn names_in(cmdline: &[u8]) -> Vec<String> {
     first.into_iter().chain(named).map(|name| String::from_utf8_lossy(name).into_owned()).collect()
 }
 
-/// Says whether the process has one of these files open.
+/// Returns whether the process has one of these files open.
 pub(super) fn has_open(pid: u32, files: &HashSet<FileId>) -> io::Result<bool> {
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         // A descriptor may be closed while we look, and no file system is asked.
@@ -213,7 +212,7 @@ pub(super) fn memfd_bytes(pid: u32) -> io::Result<u64> {
     Ok(bytes)
 }
 
-/// Says whether a file of `/proc` could not be read because its process is gone.
+/// Returns whether the error means that the process is gone.
 pub(in crate::sys) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }

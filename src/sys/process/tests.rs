@@ -440,10 +440,10 @@ fn a_child_that_is_another_user_has_its_groups_and_nothing_of_ours() {
 fn what_is_put_in_a_place_is_found_there_and_nothing_else_of_ours_is() {
     let temp = tempfile::tempdir().unwrap();
     fs::write(temp.path().join("file"), b"found\n").unwrap();
-    let (first, last) = (Place::new(0).unwrap(), Place::new(31).unwrap());
-    assert_eq!(Place::new(32), None);
+    let (first, last) = (FixedFd::new(0).unwrap(), FixedFd::new(31).unwrap());
+    assert_eq!(FixedFd::new(32), None);
     // Whichever test is the first: before anything else has those numbers.
-    reserve_places().unwrap();
+    reserve_fixed_fds().unwrap();
     // Many are open, so that some have numbers behind those of the places.
     let crowd: Vec<_> = (0..300).map(|_| null()).collect();
     let dir = File::open(temp.path()).unwrap();
@@ -462,7 +462,7 @@ fn what_is_put_in_a_place_is_found_there_and_nothing_else_of_ours_is() {
 
 #[test]
 fn a_program_that_is_not_there_is_told_also_with_files_in_places() {
-    let place = Place::new(1).unwrap();
+    let place = FixedFd::new(1).unwrap();
     let launch = Launch {
         placed: vec![(place, null().into())],
         ..Launch::new(Path::new("/no/such/program"), &[], null())

@@ -1,4 +1,4 @@
-//! The thread that waits for processes to end, all of them at once.
+//! A thread that waits for the exit of all processes.
 
 use std::{
     collections::HashMap,
@@ -22,8 +22,7 @@ const STOP: u64 = 0;
 /// How many endings one look takes in; more are taken in by the next.
 const EVENTS_AT_ONCE: usize = 64;
 
-/// Tells of processes that end, within milliseconds. It costs one thread and one
-/// descriptor more than the processes themselves do.
+/// Reports exits of processes, within milliseconds.
 pub struct ExitWatch {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -42,11 +41,8 @@ struct Shared {
 }
 
 impl ExitWatch {
-    /// Starts the thread, which calls `tell` with a process's tag and how it ended.
-    /// What `tell` does holds up the news of other processes.
-    ///
-    /// # Errors
-    /// Where the kernel gives no descriptor or no thread.
+    /// Starts the thread, which calls `tell` with a process's tag and how it ended. What `tell`
+    /// does holds up the news of other processes.
     pub fn start(tell: impl Fn(u64, Exit) + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
@@ -67,11 +63,8 @@ impl ExitWatch {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Has `process` told of when it ends, exactly once; at once if it has ended. Then
-    /// it is forgotten. `tag` is the caller's own, and need not be unique.
-    ///
-    /// # Errors
-    /// Where the kernel watches no more descriptors.
+    /// Has `process` told of when it ends, exactly once; at once if it has ended. Then it is
+    /// forgotten. `tag` is the caller's own, and need not be unique.
     pub fn watch(&self, tag: u64, process: &Arc<Process>) -> io::Result<()> {
         let key = self.shared.next_key.fetch_add(1, Ordering::Relaxed);
         // The thread may be woken before `add` returns, and has to find it then.
@@ -127,7 +120,7 @@ impl Shared {
 
 impl Drop for ExitWatch {
     fn drop(&mut self) {
-        // An eventfd takes a number of this size unless it is full, and then it is readable.
+        // It fails only if the eventfd is full, and so readable.
         let _written = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != thread::current().id()

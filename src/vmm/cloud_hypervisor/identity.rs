@@ -18,11 +18,11 @@ use std::{
 use super::{memory_file, saved::STATE_FILE, told};
 use crate::{
     sys::{
-        door::Door,
+        device_access::DeviceAccess,
         files::{Wish, give_file, let_pass, make_private_dir, may, open_path, remove_tree},
         host::own_ids,
         idmap, kvm,
-        process::{OwnDevices, Place, Privileges, User},
+        process::{FixedFd, OwnDevices, Privileges, User},
         tun,
     },
     vmm::{Error, Plan, SAVED_MEMORY, peer::host},
@@ -37,7 +37,7 @@ pub(super) struct Identity {
     pub(super) uid: u32,
     pub(super) privileges: Privileges,
     pub(super) devices: Option<OwnDevices>,
-    pub(super) placed: Vec<(Place, OwnedFd)>,
+    pub(super) placed: Vec<(FixedFd, OwnedFd)>,
     /// Why it is our user although it was to be another.
     pub(super) why_ours: Option<String>,
 }
@@ -47,9 +47,9 @@ pub(super) fn kvm_is_possible() -> bool {
     /// Whoever it is, the answer is the same.
     const ANY: u32 = 65_534;
     let kvm = Path::new(kvm::PATH);
-    match Door::of(kvm) {
-        Ok(Door::Open | Door::Absent | Door::Group(_)) => true,
-        Ok(Door::Ours) => OwnDevices::prepare(&[kvm], ANY, Path::new("/")).is_ok(),
+    match DeviceAccess::of(kvm) {
+        Ok(DeviceAccess::Everyone | DeviceAccess::Absent | DeviceAccess::Group(_)) => true,
+        Ok(DeviceAccess::RootOnly) => OwnDevices::prepare(&[kvm], ANY, Path::new("/")).is_ok(),
         Err(_) => false,
     }
 }
@@ -58,9 +58,9 @@ pub(super) fn kvm_is_possible() -> bool {
 struct Files<'a> {
     plan: &'a Plan,
     /// What the guest writes, and what of a snapshot is loaded.
-    own: Vec<(Place, PathBuf)>,
+    own: Vec<(FixedFd, PathBuf)>,
     /// What is everybody's.
-    shared: Vec<(Place, &'a Path, Wish)>,
+    shared: Vec<(FixedFd, &'a Path, Wish)>,
 }
 
 impl Identity {
@@ -150,10 +150,10 @@ impl<'a> Files<'a> {
         let tun = self.plan.nic.as_ref().map(|_| tun::PATH);
         let (mut groups, mut closed) = (Vec::new(), Vec::new());
         for path in [Some(kvm::PATH), tun].into_iter().flatten() {
-            match Door::of(Path::new(path)).map_err(|error| not_given(&[path], error))? {
-                Door::Open | Door::Absent => {}
-                Door::Group(gid) => groups.push(gid),
-                Door::Ours => closed.push(path),
+            match DeviceAccess::of(Path::new(path)).map_err(|error| not_given(&[path], error))? {
+                DeviceAccess::Everyone | DeviceAccess::Absent => {}
+                DeviceAccess::Group(gid) => groups.push(gid),
+                DeviceAccess::RootOnly => closed.push(path),
             }
         }
         if closed.is_empty() {
@@ -186,7 +186,7 @@ impl<'a> Files<'a> {
     }
 
     /// Gives the user what is to be its own, and the use of the names in the directories.
-    fn give(&self, uid: u32) -> Result<Vec<(Place, OwnedFd)>, (PathBuf, io::Error)> {
+    fn give(&self, uid: u32) -> Result<Vec<(FixedFd, OwnedFd)>, (PathBuf, io::Error)> {
         let mut placed = Vec::new();
         let dirs = [(told::HOME, told::home(self.plan)), (told::RUNTIME, &self.plan.runtime_dir)];
         for (place, dir) in dirs {
@@ -206,7 +206,7 @@ impl<'a> Files<'a> {
         &self,
         uid: u32,
         groups: &[u32],
-        placed: &mut Vec<(Place, OwnedFd)>,
+        placed: &mut Vec<(FixedFd, OwnedFd)>,
     ) -> Result<Option<(String, io::Error)>, (PathBuf, io::Error)> {
         let open = |path: &Path| open_path(path).map_err(|error| (path.to_owned(), error));
         let opened = self.shared.iter().map(|(_, path, _)| open(path));

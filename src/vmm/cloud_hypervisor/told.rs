@@ -6,41 +6,41 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{sys::process::Place, vmm::Plan};
+use crate::{sys::process::FixedFd, vmm::Plan};
 
 /// Returns the place with this number.
-const fn place(number: u8) -> Place {
-    match Place::new(number) {
+const fn place(number: u8) -> FixedFd {
+    match FixedFd::new(number) {
         Some(place) => place,
         None => panic!("there are as many places"),
     }
 }
 
 /// The sandbox's own directory.
-pub(super) const HOME: Place = place(0);
+pub(super) const HOME: FixedFd = place(0);
 /// The directory of its sockets.
-pub(super) const RUNTIME: Place = place(1);
+pub(super) const RUNTIME: FixedFd = place(1);
 /// The kernel, which is read again when the guest resets its machine.
-pub(super) const KERNEL: Place = place(2);
+pub(super) const KERNEL: FixedFd = place(2);
 /// The initial RAM file system, which is too.
-pub(super) const INITRAMFS: Place = place(3);
+pub(super) const INITRAMFS: FixedFd = place(3);
 /// The memory: that of the snapshot which is loaded, or the one that is mapped.
-pub(super) const MEMORY: Place = place(4);
+pub(super) const MEMORY: FixedFd = place(4);
 /// The state of the devices in the snapshot which is loaded.
-pub(super) const STATE: Place = place(5);
+pub(super) const STATE: FixedFd = place(5);
 /// Its own program.
-pub(super) const PROGRAM: Place = place(6);
+pub(super) const PROGRAM: FixedFd = place(6);
 /// The number of the first disk's place; the others follow.
 const DISKS: u8 = 10;
 
 /// Returns the place of a disk, by its number from nought. There are more of them than a
 /// sandbox has disks.
-pub(super) fn disk(number: usize) -> Option<Place> {
-    u8::try_from(number).ok()?.checked_add(DISKS).and_then(Place::new)
+pub(super) fn disk(number: usize) -> Option<FixedFd> {
+    u8::try_from(number).ok()?.checked_add(DISKS).and_then(FixedFd::new)
 }
 
 /// Returns the path of what is in a place.
-pub(super) fn path(place: Place) -> PathBuf {
+pub(super) fn path(place: FixedFd) -> PathBuf {
     PathBuf::from(place.to_string())
 }
 
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_told_by_the_place_that_it_is_in() {
+    fn a_file_is_named_by_its_fixed_fd() {
         assert_eq!(path(HOME), Path::new("/proc/self/fd/200"));
         let home = Path::new("/store/7");
         let told = |file: &str| in_home(home, Path::new(file)).display().to_string();

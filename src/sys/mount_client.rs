@@ -1,6 +1,6 @@
-//! A mounted tree as seen from outside of the process that serves it.
+//! A client of a mounted tree, for processes that do not serve it.
 //!
-//! That process must never call this: see `events`.
+//! The serving process must never call this: see `events`.
 
 use std::{io, os::fd::OwnedFd, path::Path};
 
@@ -14,20 +14,20 @@ use rustix::{
 
 use super::mount::Device;
 
-/// The root of a tree. While it is there the tree cannot be unmounted.
+/// The open root of a tree, which keeps it busy.
 #[derive(Debug)]
-pub struct Outside(OwnedFd);
+pub struct MountClient(OwnedFd);
 
-/// Whether something was done.
+/// The result of an action.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Done {
-    /// It was.
+    /// Done.
     Yes,
-    /// What was meant is not there any more.
+    /// The file is gone.
     Gone,
 }
 
-impl Outside {
+impl MountClient {
     /// Opens the tree that is mounted at `mount`.
     ///
     /// # Errors
@@ -42,11 +42,8 @@ impl Outside {
         Ok(Self(root))
     }
 
-    /// Looks up a name that nothing has, and says whether the server knows us by it. It
-    /// then answers EALREADY, as it does to nothing else.
-    ///
-    /// # Errors
-    /// The server's.
+    /// Looks up a name that does not exist, and returns whether the server recognises this client
+    /// by it, with EALREADY.
     pub fn register(&self, name: &str) -> io::Result<bool> {
         match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::ALREADY) => Ok(true),
@@ -55,11 +52,8 @@ impl Outside {
         }
     }
 
-    /// Sets the modification time of a file to the present, if it still is the one that is
-    /// meant. Whoever watches it sees that it was modified.
-    ///
-    /// # Errors
-    /// The server's.
+    /// Sets the modification time of a file to now, if it still has this inode. Watchers see
+    /// IN_MODIFY.
     pub fn touch(&self, path: &str, inode: u64) -> io::Result<Done> {
         let Some(file) = self.find(path, inode)? else {
             return Ok(Done::Gone);
@@ -74,17 +68,13 @@ impl Outside {
         }
     }
 
-    /// Removes a directory with these files in it, if it still is the one that is meant.
-    /// Files that are not there are passed over.
-    ///
-    /// # Errors
-    /// The server's.
+    /// Removes a directory with these files, if it still has this inode. Missing files are skipped.
     pub fn remove_dir(&self, name: &str, inode: u64, files: &[&str]) -> io::Result<Done> {
         let Some(dir) = self.find(name, inode)? else {
             return Ok(Done::Gone);
         };
         for file in files {
-            // A file that stays is one that watchers do not hear of. The directory matters more.
+            // Watchers of a file that remains get no event; the directory matters more.
             unlinkat(&dir, *file, AtFlags::empty()).ok();
         }
         drop(dir);
@@ -95,7 +85,7 @@ impl Outside {
         }
     }
 
-    /// Opens what `path` leads to, if that is the inode that is meant.
+    /// Opens `path`, if it has this inode.
     fn find(&self, path: &str, inode: u64) -> io::Result<Option<OwnedFd>> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match openat(&self.0, path, flags, Mode::empty()) {
@@ -103,7 +93,7 @@ impl Outside {
             Err(Errno::NOENT | Errno::NODEV) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        // An inode's number never changes, so the kernel need not ask the server for it.
+        // An inode's number never changes, so no request to the server is needed.
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
         let found = statx(&file, "", flags, StatxFlags::INO)?.stx_ino;
         Ok((found == inode).then_some(file))
@@ -124,35 +114,35 @@ mod tests {
     #[test]
     fn a_touch_sets_the_time_of_the_file_that_is_meant_and_of_no_other() {
         let dir = tempfile::tempdir().unwrap();
-        let outside = Outside::open(dir.path(), device_of(dir.path())).unwrap();
+        let client = MountClient::open(dir.path(), device_of(dir.path())).unwrap();
         let path = dir.path().join("a");
         fs::write(&path, "text").unwrap();
         let file = fs::File::options().write(true).open(&path).unwrap();
         file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
         let inode = file.metadata().unwrap().ino();
-        assert_eq!(outside.touch("a", inode + 1).unwrap(), Done::Gone);
+        assert_eq!(client.touch("a", inode + 1).unwrap(), Done::Gone);
         assert_eq!(file.metadata().unwrap().modified().unwrap(), SystemTime::UNIX_EPOCH);
-        assert_eq!(outside.touch("a", inode).unwrap(), Done::Yes);
+        assert_eq!(client.touch("a", inode).unwrap(), Done::Yes);
         assert_ne!(file.metadata().unwrap().modified().unwrap(), SystemTime::UNIX_EPOCH);
-        assert_eq!(outside.touch("b", inode).unwrap(), Done::Gone);
+        assert_eq!(client.touch("b", inode).unwrap(), Done::Gone);
         assert_eq!(fs::read(&path).unwrap(), b"text");
     }
 
     #[test]
     fn a_directory_is_removed_only_if_it_is_the_one_that_is_meant() {
         let dir = tempfile::tempdir().unwrap();
-        let outside = Outside::open(dir.path(), device_of(dir.path())).unwrap();
+        let client = MountClient::open(dir.path(), device_of(dir.path())).unwrap();
         let path = dir.path().join("a");
         fs::create_dir(&path).unwrap();
         fs::write(path.join("state"), "").unwrap();
         let inode = fs::metadata(&path).unwrap().ino();
         let files = ["state", "absent"];
-        assert_eq!(outside.remove_dir("a", inode + 1, &files).unwrap(), Done::Gone);
+        assert_eq!(client.remove_dir("a", inode + 1, &files).unwrap(), Done::Gone);
         assert!(path.join("state").exists());
-        assert_eq!(outside.remove_dir("a", inode, &files).unwrap(), Done::Yes);
+        assert_eq!(client.remove_dir("a", inode, &files).unwrap(), Done::Yes);
         assert!(!path.exists());
-        assert_eq!(outside.remove_dir("a", inode, &files).unwrap(), Done::Gone);
-        assert!(!outside.register("a").unwrap());
+        assert_eq!(client.remove_dir("a", inode, &files).unwrap(), Done::Gone);
+        assert!(!client.register("a").unwrap());
     }
 
     #[test]
@@ -160,7 +150,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let device = device_of(dir.path());
         let other = Device { minor: device.minor + 1, ..device };
-        let error = Outside::open(dir.path(), other).unwrap_err();
+        let error = MountClient::open(dir.path(), other).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 }

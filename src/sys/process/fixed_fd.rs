@@ -1,9 +1,8 @@
-//! Numbers by which a child has files that we choose: the same in every child, so that
-//! whoever knows a child knows them, and a name such as `/proc/self/fd/200` can be told it.
+//! Fixed file descriptor numbers: the same in every child, so that it can be told names such as
+//! `/proc/self/fd/200`.
 //!
-//! A child begins as a copy of us, and between the two the standard library has a pipe
-//! whose number it does not tell. So these numbers are taken here for good: then nothing
-//! else of ours ever has one, and putting a file there in the child closes nothing.
+//! The daemon reserves these numbers for good, so that a file placed there in a child never
+//! replaces another, such as the standard library's pipe to the child.
 
 use std::{
     fmt,
@@ -16,18 +15,16 @@ use rustix::io::fcntl_dupfd_cloexec;
 
 use crate::sync::{Mutex, lock};
 
-/// The first of the numbers: above what a daemon has opened when it begins, and below what
-/// any system lets a process have.
+/// Above the files of a starting daemon, and below every system's limit.
 const FIRST: RawFd = 200;
-/// How many there are.
 const COUNT: u8 = 32;
 
-/// One of the numbers.
+/// A fixed number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place(u8);
+pub struct FixedFd(u8);
 
-impl Place {
-    /// Returns the place of this number, from nought; `None` if there are not as many.
+impl FixedFd {
+    /// Returns the fixed fd with this index, from zero.
     #[must_use]
     pub const fn new(number: u8) -> Option<Self> {
         if number < COUNT { Some(Self(number)) } else { None }
@@ -38,19 +35,15 @@ impl Place {
     }
 }
 
-impl fmt::Display for Place {
-    /// Writes the name by which a child finds what is there.
+impl fmt::Display for FixedFd {
+    /// Writes its path in a child.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "/proc/self/fd/{}", self.descriptor())
     }
 }
 
-/// Takes all the numbers, so that nobody else gets one. It is best called before much has
-/// been opened; calling it again is no error.
-///
-/// # Errors
-/// Where one is another's already, or the limit of open files is lower than the numbers.
-pub fn reserve_places() -> io::Result<()> {
+/// Reserves all numbers. Call it early. Idempotent.
+pub fn reserve_fixed_fds() -> io::Result<()> {
     static RESERVED: Mutex<bool> = Mutex::new(false);
     let mut reserved = lock(&RESERVED);
     if *reserved {
@@ -58,10 +51,10 @@ pub fn reserve_places() -> io::Result<()> {
     }
     let nothing = OwnedFd::from(File::open("/dev/null")?);
     let held = (0..COUNT)
-        .map(|number| hold(&nothing, Place(number).descriptor()))
+        .map(|number| hold(&nothing, FixedFd(number).descriptor()))
         .collect::<io::Result<Vec<_>>>()?;
     for file in held {
-        // It stays open for as long as we live.
+        // It stays open for good.
         let _number = file.into_raw_fd();
     }
     *reserved = true;
