@@ -1,10 +1,10 @@
 //! Facts from `/proc` about threads that make requests.
 
-use std::{cmp::Ordering, ffi::CStr, fs, io, mem::MaybeUninit, path::Path};
+use std::{cmp::Ordering, ffi::CStr, fs, io, mem::MaybeUninit, time::Duration};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, StatxFlags, statx};
 
-use super::{mount::Device, process::is_gone};
+use super::{bounded, mount::Device, process::is_gone};
 use crate::sandbox::text::is_plain;
 
 /// Returns the supplementary groups of a thread with this user and group; none if it is invisible
@@ -110,8 +110,17 @@ const PF_EXITING: u64 = 0x4;
 /// Returns the signal that killed the process of a thread, while it closes its files; `None` if it
 /// runs, exited by itself, or is not in this pid namespace.
 ///
-/// Source: the fields `flags` and `exit_code` of `proc_pid_stat(5)`.
+/// Source: the fields `flags` and `exit_code` of `proc_pid_stat(5)`. They are read only of a thread
+/// without memory: a thread that exits releases its memory before it closes its files. A thread in
+/// execve(2) closes its close-on-exec files with `exec_update_lock` held (`fs/exec.c`). Reading its
+/// `stat` waits for that close, and so for us.
 pub fn signal_that_killed(tid: u32) -> io::Result<Option<u32>> {
+    match read_status(tid) {
+        Ok(status) if field(&status, "VmSize:").is_some() => return Ok(None),
+        Ok(_) => {}
+        Err(error) if is_gone(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    }
     // The thread's own file: the process's sums over all threads.
     let stat = match fs::read_to_string(format!("/proc/{tid}/task/{tid}/stat")) {
         Err(error) if is_gone(&error) => return Ok(None),
@@ -136,40 +145,57 @@ const FILES_LOOKED_AT: usize = 1024;
 /// several descriptors may be of one opening. Where the kernel does not compare descriptors, each
 /// counts. The file system that the file is in is not asked.
 pub fn count_open_for_writing(tid: u32, device: Device, inode: u64) -> io::Result<usize> {
-    // What is known of a file without asking has to do, as it may be of a file system that
-    // does not answer.
-    let is_it = |fd: &fs::DirEntry| {
-        let known = statx(CWD, fd.path(), AtFlags::STATX_DONT_SYNC, StatxFlags::INO);
+    let mut open = Vec::new();
+    for fd in fs::read_dir(format!("/proc/{tid}/fd"))?.flatten().take(FILES_LOOKED_AT) {
+        let Some(number) = fd.file_name().to_str().and_then(|number| number.parse().ok()) else {
+            continue;
+        };
+        let info = match fs::read_to_string(format!("/proc/{tid}/fdinfo/{number}")) {
+            Err(error) if is_gone(&error) => continue, // It was closed while we looked.
+            info => info?,
+        };
+        // Linux before 5.14 does not say the inode.
+        let is_it = field(&info, "ino:").is_none_or(|ino| ino.trim().parse() == Ok(inode));
+        let flags = field(&info, "flags:").unwrap_or_default();
+        let flags = libc::c_int::from_str_radix(flags.trim(), 8).unwrap_or(0);
+        if is_it && flags & libc::O_ACCMODE != libc::O_RDONLY {
+            open.push(number);
+        }
+    }
+    let count = open.len();
+    if count == 0 {
+        return Ok(0);
+    }
+    let look = move || count_distinct(tid, &open, device, inode);
+    Ok(bounded::within(COMPARE_LIMIT, look).unwrap_or(count))
+}
+
+/// How long it may take to look at descriptors. The kernel lets nobody look at those of a process
+/// that is in execve(2) and waits there for a file to be closed, which is up to us.
+const COMPARE_LIMIT: Duration = Duration::from_secs(2);
+
+/// Counts of how many openings of a file these descriptors are. What cannot be compared counts.
+fn count_distinct(tid: u32, open: &[u32], device: Device, inode: u64) -> usize {
+    let is_it = |number: &&u32| {
+        // What is known of a file without asking has to do, as it may be of a file system that
+        // does not answer.
+        let path = format!("/proc/{tid}/fd/{number}");
+        let known = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO);
         known.is_ok_and(|known| {
             let of = Device { major: known.stx_dev_major, minor: known.stx_dev_minor };
             of == device && known.stx_ino == inode
         })
     };
-    let files = fs::read_dir(format!("/proc/{tid}/fd"))?;
-    let mut open: Vec<u32> = Vec::new();
-    for fd in files.flatten().take(FILES_LOOKED_AT).filter(is_it) {
-        let number = fd.file_name();
-        let info = Path::new("/proc").join(tid.to_string()).join("fdinfo").join(&number);
-        let info = match fs::read_to_string(info) {
-            Err(error) if is_gone(&error) => continue, // It was closed while we looked.
-            info => info?,
-        };
-        let flags = field(&info, "flags:").unwrap_or_default();
-        let flags = libc::c_int::from_str_radix(flags.trim(), 8).unwrap_or(0);
-        if flags & libc::O_ACCMODE != libc::O_RDONLY {
-            open.extend(number.to_str().and_then(|number| number.parse::<u32>().ok()));
-        }
-    }
-    // In the kernel's order. What is closed meanwhile, or cannot be compared, counts.
+    // In the kernel's order.
     let mut distinct: Vec<u32> = Vec::new();
-    for file in open {
+    for file in open.iter().filter(is_it) {
         let place = distinct
-            .binary_search_by(|known| compare_files(tid, *known, file).unwrap_or(Ordering::Less));
+            .binary_search_by(|known| compare_files(tid, *known, *file).unwrap_or(Ordering::Less));
         if let Err(place) = place {
-            distinct.insert(place, file);
+            distinct.insert(place, *file);
         }
     }
-    Ok(distinct.len())
+    distinct.len()
 }
 
 /// `KCMP_FILE` of `include/uapi/linux/kcmp.h`.

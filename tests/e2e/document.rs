@@ -185,6 +185,33 @@ fn a_writer_that_is_killed_commits_nothing_and_one_that_ends_without_closing_doe
     wait_until("the last close commits", || host.read("web-1/net/denied") == "10.3.0.0/16\n");
 }
 
+/// The kernel closes files that are close-on-exec in execve(2), where it lets nobody read most of
+/// the `/proc` of that process: whoever does waits for the close to be answered.
+#[test]
+fn a_process_that_becomes_another_program_commits_what_that_closes() {
+    let host = host();
+    let become_another = |copies: usize, text: &str| {
+        let script = format!(
+            "import os, sys\nfd = os.open('net/denied', os.O_WRONLY | os.O_TRUNC)\n\
+             os.write(fd, sys.argv[1].encode())\n\
+             for _ in range({copies}): os.set_inheritable(os.dup(fd), True)\n\
+             os.execv('/bin/sh', ['sh', '-c', 'exit 7'])"
+        );
+        let mut python = command("/usr/bin/python3");
+        python.args(["-c", &script, text]).current_dir(host.path("web-1"));
+        let mut python = python.spawn().unwrap();
+        wait_until("the program ends", || python.try_wait().unwrap().is_some());
+        assert_eq!(python.wait().unwrap().code(), Some(7));
+    };
+    become_another(0, "10.1.0.0/16\n");
+    assert_eq!(host.read("web-1/net/denied"), "10.1.0.0/16\n");
+    // The other program has copies of it open, and closes them by its end.
+    for copies in [1, 2] {
+        become_another(copies, &format!("10.2.{copies}.0/24\n"));
+        assert_eq!(host.read("web-1/net/denied"), format!("10.2.{copies}.0/24\n"));
+    }
+}
+
 #[test]
 fn only_a_file_that_was_opened_to_append_begins_with_the_old_text() {
     let host = host();

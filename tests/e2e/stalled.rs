@@ -82,12 +82,23 @@ libc.mmap(at, page, read_write, private_fixed_anonymous, -1, 0)
 sys.stdin.readline()
 ";
 
+/// As above, but in execve(2), where it closes `file`. Until it has, the kernel lets nobody read
+/// the numbers of its process, on some versions not even which program that runs.
+const BECOME: &str = "
+import os, sys
+file = os.open(sys.argv[1], os.O_RDWR)
+print('mapped', flush=True)
+sys.stdin.readline()
+os.execv('/bin/sleep', ['sleep', '1000'])
+";
+
 impl Unreadable {
-    /// Starts one that runs the program `python` as the user `uid`. The file must answer yet.
+    /// Starts one that runs `script` by the program `python` as the user `uid`. The file must
+    /// answer yet.
     #[track_caller]
-    fn start(python: &Path, uid: u32, file: &StallingFile) -> Self {
+    fn start(script: &str, python: &Path, uid: u32, file: &StallingFile) -> Self {
         let mut child = command(python);
-        child.args(["-c", HIDE]).arg(file.path()).env("PYTHONHOME", "/usr").uid(uid);
+        child.args(["-c", script]).arg(file.path()).env("PYTHONHOME", "/usr").uid(uid);
         child.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = Self(child.spawn().unwrap());
         let mut line = String::new();
@@ -96,14 +107,14 @@ impl Unreadable {
         child
     }
 
-    /// Returns when its arguments cannot be read any more.
+    /// Returns when this file of its `/proc` cannot be read any more.
     #[track_caller]
-    fn hide(&mut self) {
+    fn hide(&mut self, name: &str) {
         writeln!(self.0.stdin.as_ref().unwrap()).unwrap();
-        let cmdline = format!("/proc/{}/cmdline", self.0.id());
-        wait_until("its arguments cannot be read", || {
-            let cmdline = cmdline.clone();
-            bounded::within(NEVER, || fs::read(cmdline)).is_err()
+        let path = format!("/proc/{}/{name}", self.0.id());
+        wait_until("it cannot be read", || {
+            let path = path.clone();
+            bounded::within(NEVER, || fs::read(path)).is_err()
         });
     }
 }
@@ -130,10 +141,10 @@ fn a_process_whose_arguments_cannot_be_read_keeps_no_daemon_from_starting() {
     let as_vmm = programs.path().join("qemu-system-x86_64");
     fs::copy(&python, &as_vmm).unwrap();
     let files = [StallingFile::cached(4096), StallingFile::cached(4096)];
-    let mut hidden =
-        [Unreadable::start(&python, STRANGER, &files[0]), Unreadable::start(&as_vmm, 0, &files[1])];
+    let mut hidden = [(&python, STRANGER, &files[0]), (&as_vmm, 0, &files[1])]
+        .map(|(python, uid, file)| Unreadable::start(HIDE, python, uid, file));
     let stalls = files.each_ref().map(StallingFile::stall);
-    hidden.iter_mut().for_each(Unreadable::hide);
+    hidden.iter_mut().for_each(|hidden| hidden.hide("cmdline"));
     host.restart();
     assert_eq!(host.vmm("web-1"), vmm);
     host.sleep("web-1");
@@ -147,4 +158,25 @@ fn a_process_whose_arguments_cannot_be_read_keeps_no_daemon_from_starting() {
     let told = log.matches("the name of a process could not be read").count();
     assert!(told > 0, "the one that is taken for a VMM was not asked: {log}");
     assert_eq!(host.counts_on("web-2").boots, 1);
+}
+
+#[test]
+fn a_process_that_cannot_become_another_program_keeps_no_daemon_from_starting() {
+    const STRANGER: u32 = 65_432;
+    let python = fs::canonicalize("/usr/bin/python3").unwrap();
+    let files = [StallingFile::cached(4096), StallingFile::cached(4096)];
+    let mut stuck = [(0, &files[0]), (STRANGER, &files[1])]
+        .map(|(uid, file)| Unreadable::start(BECOME, &python, uid, file));
+    let stalls = files.each_ref().map(StallingFile::stall_with_closes);
+    stuck.iter_mut().for_each(|stuck| stuck.hide("io"));
+    let mut host = Setup::counter("").start();
+    host.boot("web-1");
+    host.kill_daemon();
+    host.restart();
+    host.sleep("web-1");
+    host.wake("web-1");
+    // They cannot be killed before.
+    drop(stalls);
+    drop(stuck);
+    assert_eq!(host.counts_on("web-1").boots, 1);
 }

@@ -247,8 +247,8 @@ impl Process {
 
 /// The criteria of a search.
 ///
-/// Reading the arguments, which are in the memory of a process, can block. So its user and program,
-/// which the kernel itself stores, are checked first.
+/// Reading the program or the arguments of a process can block. So its user, which the kernel
+/// always tells at once, is checked first.
 #[derive(Clone, Copy)]
 pub struct Search<'a> {
     /// The name of the program's file contains one of these.
@@ -262,11 +262,16 @@ pub struct Search<'a> {
 impl Search<'_> {
     fn is_candidate(&self, pid: u32) -> io::Result<bool> {
         let is_one = |name: String| self.programs.iter().any(|part| name.contains(part.as_str()));
-        let seen = proc_files::program(pid)
-            .and_then(|name| Ok(is_one(name) && (self.is_user)(proc_files::user(pid)?)));
+        // In this order: only what is read of its user never waits for the process.
+        let seen = proc_files::user(pid)
+            .and_then(|uid| Ok((self.is_user)(uid) && is_one(proc_files::program(pid)?)));
         match seen {
             // A process that is gone or unreadable is skipped.
             Err(error) if is_gone(&error) || error.kind() == io::ErrorKind::PermissionDenied => {
+                Ok(false)
+            }
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                tracing::warn!(pid, %error, "a process does not let its program be read");
                 Ok(false)
             }
             seen => seen,

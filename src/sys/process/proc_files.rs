@@ -13,7 +13,7 @@ use crate::sys::{bounded, files::FileId};
 
 /// How long the arguments of a process may take to be read. The kernel answers at once unless
 /// the process has its memory locked, or served by somebody who does not answer.
-const CMDLINE_LIMIT: Duration = Duration::from_secs(1);
+const LOOK_LIMIT: Duration = Duration::from_secs(1);
 /// Names are at the beginning of the arguments.
 const CMDLINE_MAX_BYTES: u64 = 64 * 1024;
 /// What the links in `/proc/PID/fd` to files of `memfd_create` begin with.
@@ -146,10 +146,13 @@ fn parse_user(text: &str) -> Option<u32> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// Returns the name of the file of the program that the process runs. It is read from the
-/// kernel's memory and not from the process's.
+/// Returns the name of the file of the program that the process runs.
+///
+/// # Errors
+/// `TimedOut` where the process is becoming a program and closes a file of a FUSE file system
+/// that does not answer: until the file is closed, the kernel lets nobody read this.
 pub(super) fn program(pid: u32) -> io::Result<String> {
-    let path = fs::read_link(format!("/proc/{pid}/exe"))?;
+    let path = bounded::within(LOOK_LIMIT, move || fs::read_link(format!("/proc/{pid}/exe")))??;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     Ok(name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned())
 }
@@ -158,7 +161,7 @@ pub(super) fn program(pid: u32) -> io::Result<String> {
 /// or `-name guest=`.
 pub(super) fn names(pid: u32) -> io::Result<Vec<String>> {
     // These are in the memory of the process, which may have the kernel wait.
-    let read = bounded::within(CMDLINE_LIMIT, move || {
+    let read = bounded::within(LOOK_LIMIT, move || {
         let mut cmdline = Vec::new();
         let file = File::open(format!("/proc/{pid}/cmdline"))?;
         file.take(CMDLINE_MAX_BYTES).read_to_end(&mut cmdline)?;

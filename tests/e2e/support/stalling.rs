@@ -4,7 +4,10 @@ use std::{
     fs::{self, File},
     os::unix::fs::{FileExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -31,6 +34,7 @@ const TTL: Duration = Duration::from_secs(3600);
 struct Gate {
     /// Up to where reads are answered, where some are not.
     shut_from: Mutex<Option<u64>>,
+    shuts_closes: AtomicBool,
     opened: Condvar,
 }
 
@@ -105,6 +109,12 @@ impl StallingFile {
     /// Answers no read and no write until what is returned is dropped.
     pub(crate) fn stall(&self) -> Stall<'_> {
         self.stall_from(0)
+    }
+
+    /// As `stall`, and answers no close either.
+    pub(crate) fn stall_with_closes(&self) -> Stall<'_> {
+        self.gate.shuts_closes.store(true, Ordering::Relaxed);
+        self.stall()
     }
 
     /// Answers no write, and no read of more than the first so many bytes.
@@ -268,6 +278,9 @@ impl Filesystem for Server {
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        if self.gate.shuts_closes.load(Ordering::Relaxed) {
+            self.gate.pass(u64::MAX);
+        }
         reply.ok();
     }
 
