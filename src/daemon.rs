@@ -224,9 +224,9 @@ pub fn run(config: Config) -> Result<(), Error> {
     lifecycle.check_index()?;
     lifecycle.wake_on_packets(triggers).map_err(host("starting to wake sandboxes on packets"))?;
     // Before `reconcile`, which removes links of this range that no sandbox has.
-    lifecycle.claim_addresses().map_err(Error::Range)?;
+    lifecycle.networks().claim(&lifecycle.settings().template).map_err(Error::Range)?;
     let found = lifecycle.reconcile(SETTLE_LIMIT);
-    lifecycle.keep_reserve();
+    lifecycle.records().keep_reserve();
     tracing::info!(
         sandboxes = lifecycle.index().len(),
         adopted = found.adopted,

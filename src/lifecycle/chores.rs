@@ -1,6 +1,6 @@
 //! What each tick does that may have to wait for a disk.
 
-use super::{Lifecycle, chain, page_cache::drop_page_cache};
+use super::{Lifecycle, chain, page_cache::drop_page_cache, room::keep_room, stale::confirm_clock};
 
 impl Lifecycle {
     /// Does what each tick does that may have to wait for a disk. The next tick tries again what
@@ -8,15 +8,15 @@ impl Lifecycle {
     pub fn do_chores(&self) {
         trim_consoles(self);
         drop_page_cache(self);
-        self.keep_room();
-        self.keep_reserve();
+        keep_room(self);
+        self.records.keep_reserve();
         if let Err(error) = self.activity.flush() {
             tracing::error!(error = chain(&error), "writing activity to the index");
         }
         if let Err(error) = self.activity.forget_released_holds() {
             tracing::error!(error = chain(&error), "forgetting holds that have ended");
         }
-        if let Err(error) = self.confirm_clock() {
+        if let Err(error) = confirm_clock(self) {
             tracing::warn!(error = chain(&error), "recording that the wall clock is synchronised");
         }
     }
@@ -26,7 +26,7 @@ impl Lifecycle {
 pub(super) fn trim_consoles(lifecycle: &Lifecycle) {
     for (row, _) in lifecycle.machines.all() {
         let Some(entry) = lifecycle.by_row(row) else { continue };
-        if let Err(error) = lifecycle.console(&entry.record()).trim() {
+        if let Err(error) = lifecycle.store.console(&entry.record()).trim() {
             tracing::warn!(id = %entry.id(), %error, "trimming a console");
         }
     }

@@ -1,6 +1,9 @@
 //! What may be set of a sandbox without waking it or putting it to sleep.
 
-use super::{Entry, Error, Lifecycle, chain, disks::set_aside_changed_disks, error::net_failed};
+use super::{
+    Entry, Error, Lifecycle, chain, disks::set_aside_changed_disks, error::net_failed,
+    operate::operate, recover::settle,
+};
 use crate::{
     lifecycle::Held,
     sandbox::{
@@ -57,36 +60,38 @@ impl Lifecycle {
     /// that cannot be allowed.
     pub fn set(&self, held: &Held, entry: &Arc<Entry>, policy: Policy) -> Result<(), Error> {
         let what = policy.word();
-        self.operate(held, entry, |op| {
+        operate(self, held, entry, |op| {
             let before = entry.record();
             let mut after = Record::clone(&before);
             apply(&mut after, policy.clone());
-            self.check_allowed(entry, &before.spec, &after.spec)?;
+            check_allowed(self, entry, &before.spec, &after.spec)?;
             if let Policy::Spec(spec) | Policy::Config(spec, _) = &policy
                 && !before.spec.is_equal_but_for_activity(spec)
             {
-                self.settle(op)?;
+                settle(self, op)?;
                 let state = entry.record().state();
                 if state != State::Stopped && !before.spec.is_same_machine(spec) {
                     return Err(Error::NotStopped { id: entry.id().clone(), state });
                 }
-                set_aside_changed_disks(&self.home(&before), &before, spec).map_err(|source| {
-                    let (doing, id) = ("setting aside a disk of", entry.id().clone());
-                    Error::Host { doing, id, source }
-                })?;
+                set_aside_changed_disks(&self.store.home(&before), &before, spec).map_err(
+                    |source| {
+                        let (doing, id) = ("setting aside a disk of", entry.id().clone());
+                        Error::Host { doing, id, source }
+                    },
+                )?;
             }
             if after != *before {
                 let awake_min = self.activity.limits(&after).awake_min;
                 let is_new = awake_min != self.activity.limits(&before).awake_min;
-                self.amend(held, entry, |record| {
+                self.records.amend(held, entry, |record| {
                     apply(record, policy);
                     if is_new && record.state() == State::Running {
                         record.waking.stays_awake(record.since, awake_min);
                     }
                 })?;
-                self.change_network(held, entry, &before)?;
+                change_network(self, held, entry, &before)?;
                 if after.owner != before.owner {
-                    self.give_vsock(entry, after.owner);
+                    give_vsock(self, entry, after.owner);
                 }
                 self.reaper_wakeup.notify();
                 tracing::info!(id = %entry.id(), cause = %held.cause(), "{what} set");
@@ -94,60 +99,69 @@ impl Lifecycle {
             Ok(())
         })
     }
+}
 
-    /// Refuses a network in `allowed` that the firewall would never let through, as it is the
-    /// sandboxes' or the host's own.
-    fn check_allowed(&self, entry: &Entry, before: &Spec, after: &Spec) -> Result<(), Error> {
-        if after.allowed == before.allowed {
-            return Ok(());
-        }
-        let range = self.settings.addresses.range();
-        let failed = net_failed(entry, "listing the host's addresses for");
-        let own = self.networks.host().host_addresses().map_err(failed)?;
-        let protected: Vec<Span> =
-            own.into_iter().map(Span::from).chain([Span::from(range)]).collect();
-        let Some(network) = after.allowed.in_vain(&before.allowed, &protected) else {
-            return Ok(());
-        };
-        let why = if range.contains(&network) {
-            format!("it is in the range of sandboxes, {range}")
-        } else {
-            "its addresses belong to the host, which sandboxes cannot reach".to_owned()
-        };
-        Err(Error::NotAllowed { network: network.to_string(), why })
+/// Refuses a network in `allowed` that the firewall would never let through, as it is the
+/// sandboxes' or the host's own.
+fn check_allowed(
+    lifecycle: &Lifecycle,
+    entry: &Entry,
+    before: &Spec,
+    after: &Spec,
+) -> Result<(), Error> {
+    if after.allowed == before.allowed {
+        return Ok(());
     }
+    let range = lifecycle.settings.addresses.range();
+    let failed = net_failed(entry, "listing the host's addresses for");
+    let own = lifecycle.networks.host().host_addresses().map_err(failed)?;
+    let protected: Vec<Span> = own.into_iter().map(Span::from).chain([Span::from(range)]).collect();
+    let Some(network) = after.allowed.in_vain(&before.allowed, &protected) else {
+        return Ok(());
+    };
+    let why = if range.contains(&network) {
+        format!("it is in the range of sandboxes, {range}")
+    } else {
+        "its addresses belong to the host, which sandboxes cannot reach".to_owned()
+    };
+    Err(Error::NotAllowed { network: network.to_string(), why })
+}
 
-    /// Puts a change of what a guest may reach, or of what wakes it, in force, or takes it
-    /// back.
-    fn change_network(&self, held: &Held, entry: &Entry, before: &Record) -> Result<(), Error> {
-        let after = entry.record();
-        let (now, then) = (&after.spec, &before.spec);
-        let wakes_as_before = (now.wake_on, &now.wake_ports) == (then.wake_on, &then.wake_ports);
-        if wakes_as_before && now.network_policy() == then.network_policy() {
-            return Ok(());
-        }
-        let changed = self
-            .networks
-            .give_address(held, entry)
-            .and_then(|()| self.networks.apply(entry, self.vmm_pid(entry.row())))
-            .and_then(|()| self.networks.listen_for(entry));
-        changed.or_else(|cause| {
-            // What is in force is what it was.
-            self.amend(held, entry, |record| {
-                record.spec = Arc::clone(&before.spec);
-                record.config_by.clone_from(&before.config_by);
-            })?;
-            Err(cause)
-        })
+/// Puts a change of what a guest may reach, or of what wakes it, in force, or takes it
+/// back.
+fn change_network(
+    lifecycle: &Lifecycle,
+    held: &Held,
+    entry: &Entry,
+    before: &Record,
+) -> Result<(), Error> {
+    let after = entry.record();
+    let (now, then) = (&after.spec, &before.spec);
+    let wakes_as_before = (now.wake_on, &now.wake_ports) == (then.wake_on, &then.wake_ports);
+    if wakes_as_before && now.network_policy() == then.network_policy() {
+        return Ok(());
     }
+    let changed = lifecycle
+        .networks
+        .give_address(held, entry)
+        .and_then(|()| lifecycle.networks.apply(entry, lifecycle.machines.pid(entry.row())))
+        .and_then(|()| lifecycle.networks.listen_for(entry));
+    changed.or_else(|cause| {
+        // What is in force is what it was.
+        lifecycle.records.amend(held, entry, |record| {
+            record.spec = Arc::clone(&before.spec);
+            record.config_by.clone_from(&before.config_by);
+        })?;
+        Err(cause)
+    })
+}
 
-    /// Has the vsock of a sandbox that runs be its new owner's.
-    fn give_vsock(&self, entry: &Entry, owner: Owner) {
-        let Some(live) = self.machines.get(entry.row()) else { return };
-        if let Err(error) = lock(&live.machine).give_vsock(owner) {
-            // A VMM that does as it should has it where it was, so this is one that does not.
-            tracing::error!(id = %entry.id(), error = chain(&error), "changing the vsock's owner");
-        }
+/// Has the vsock of a sandbox that runs be its new owner's.
+fn give_vsock(lifecycle: &Lifecycle, entry: &Entry, owner: Owner) {
+    let Some(live) = lifecycle.machines.get(entry.row()) else { return };
+    if let Err(error) = lock(&live.machine).give_vsock(owner) {
+        // A VMM that does as it should has it where it was, so this is one that does not.
+        tracing::error!(id = %entry.id(), error = chain(&error), "changing the vsock's owner");
     }
 }
 

@@ -1,17 +1,12 @@
 //! Making a sandbox: a row, and nothing more until its first wake.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::time::Duration;
 
 use super::{Entry, Error, Held, Lifecycle, error::host_failed};
 use crate::{
     index::{self, NewSandbox},
-    sandbox::{Cause, Owner, RowId, SandboxId},
+    sandbox::{Cause, Owner, SandboxId},
     sync::Arc,
-    sys::files::{make_private_dir, rename_durably},
 };
 
 /// How long a create waits for the lock of its name, which only the end of an earlier
@@ -44,7 +39,7 @@ impl Lifecycle {
             idle_after: self.settings.idle_after,
             delete_after: self.settings.delete_after,
         };
-        let entry = self.index.create(&held, new, self.now()).map_err(|source| {
+        let entry = self.index.create(&held, new, self.clock.now()).map_err(|source| {
             let id = id.clone();
             if matches!(source, index::Error::Exists { .. }) {
                 Error::Exists { id }
@@ -53,6 +48,7 @@ impl Lifecycle {
             }
         })?;
         let made = self
+            .store
             .keep_strangers_files(entry.row())
             .map_err(host_failed(&entry, "making room for"))
             .and_then(|()| self.networks.give_address(&held, &entry));
@@ -62,31 +58,8 @@ impl Lifecycle {
                 .map_err(|source| Error::Index { id: id.clone(), source })?;
             return Err(error);
         }
-        self.publish_created(&held, &entry);
+        self.records.publish_created(&held, &entry);
         tracing::info!(%id, uid = owner.uid, "created");
         Ok(entry)
     }
-
-    /// Moves away what already has the directory of a new row. The rows of one index are
-    /// never used twice, so it is from before the index was lost or replaced: somebody's
-    /// disks and snapshots, which must neither be lost nor become another's.
-    fn keep_strangers_files(&self, row: RowId) -> io::Result<()> {
-        let dir = self.settings.store.join("sandboxes").join(row.to_string());
-        if !dir.try_exists()? {
-            return Ok(());
-        }
-        let lost = self.settings.store.join("lost");
-        make_private_dir(&lost)?;
-        let kept = free_name(&lost.join(row.to_string()));
-        tracing::warn!(kept = %kept.display(), "kept the files of a sandbox that no index knows");
-        rename_durably(&dir, &kept)
-    }
-}
-
-/// Returns the first of `PATH.1`, `PATH.2`, … that does not exist.
-pub(super) fn free_name(path: &Path) -> PathBuf {
-    (1u64..)
-        .map(|number| path.with_added_extension(number.to_string()))
-        .find(|candidate| !candidate.exists())
-        .expect("no directory has 2^64 files")
 }

@@ -14,23 +14,20 @@
 //! row is that operation's.
 
 use std::{
-    io,
     panic::{AssertUnwindSafe, catch_unwind},
     time::Duration,
 };
 
 use super::{
-    CrashPoint, Entry, Error, Lifecycle, Outcome, chain, error::host_failed, operation::Claim,
+    CrashPoint, Entry, Error, Lifecycle, Outcome, chain, crash_point, error::host_failed,
+    evidence::process_of, exits::release, operation::Claim,
 };
 use crate::{
     lifecycle::Held,
     machines::end,
     sandbox::{Cause, RowId, State, Step},
     sync::Arc,
-    sys::{
-        files::{remove_tree, rename, sync_dir},
-        pool::PoolError,
-    },
+    sys::{files::remove_tree, pool::PoolError},
 };
 
 /// How many deletions may have a thread at once. The kernel sends the removals of one mount
@@ -69,226 +66,228 @@ impl Lifecycle {
         cause: &Cause,
         answer: impl FnOnce(Result<(), Error>),
     ) {
-        if let Err(error) = self.begin_deletion(entry, cause) {
+        if let Err(error) = begin_deletion(self, entry, cause) {
             return answer(Err(error));
         }
-        if self.finish_deletion(entry, cause, ANSWER_WITHIN) {
+        if finish_deletion(self, entry, cause, ANSWER_WITHIN) {
             return answer(Ok(()));
         }
         answer(Ok(()));
-        if !self.finish_deletion(entry, cause, LOCK_LIMIT) {
-            self.put_off_deletion(entry.row());
+        if !finish_deletion(self, entry, cause, LOCK_LIMIT) {
+            put_off_deletion(self, entry.row());
         }
     }
+}
 
-    /// Deletes a sandbox whose lock is held, unless it is pinned, held or being deleted.
-    ///
-    /// # Errors
-    /// The index's, and then nothing has changed.
-    pub(super) fn delete_locked(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
-        if !matches!(self.try_claim(entry, held.cause()), Ok(Claim::Taken)) {
-            return Ok(Outcome::Skipped);
-        }
-        self.intend_deletion(held, entry)
-            .inspect_err(|_| self.operations.forget_deletion(entry.row()))?;
-        self.operations.mark_deleting(entry.row(), false);
-        self.finish_locked_deletion(held, entry);
-        Ok(Outcome::Done)
+/// Deletes a sandbox whose lock is held, unless it is pinned, held or being deleted.
+///
+/// # Errors
+/// The index's, and then nothing has changed.
+pub(super) fn delete_locked(
+    lifecycle: &Lifecycle,
+    held: &Held,
+    entry: &Arc<Entry>,
+) -> Result<Outcome, Error> {
+    if !matches!(try_claim(lifecycle, entry, held.cause()), Ok(Claim::Taken)) {
+        return Ok(Outcome::Skipped);
     }
+    intend_deletion(lifecycle, held, entry)
+        .inspect_err(|_| lifecycle.operations.forget_deletion(entry.row()))?;
+    lifecycle.operations.mark_deleting(entry.row(), false);
+    finish_locked_deletion(lifecycle, held, entry);
+    Ok(Outcome::Done)
+}
 
-    /// Tries again to finish the deletions that are due for it, each on a thread of its own.
-    pub fn resume_deletions(self: &Arc<Self>) {
-        for row in self.operations.take_due_deletions(self.now()) {
-            let this = Arc::clone(self);
-            let queued = self.queue_deletion(move || {
-                let (entry, deletion) = (this.index.by_row(row), this.operations.deletion(row));
-                let (Some(entry), Some(deletion)) = (entry, deletion) else {
-                    return this.operations.forget_deletion(row);
-                };
-                if !this.finish_deletion(&entry, &deletion.cause, LOCK_LIMIT) {
-                    this.put_off_deletion(row);
-                }
-            });
-            if queued.is_err() {
-                self.put_off_deletion(row);
+/// Tries again to finish the deletions that are due for it, each on a thread of its own.
+pub(super) fn resume_deletions(lifecycle: &Arc<Lifecycle>) {
+    for row in lifecycle.operations.take_due_deletions(lifecycle.clock.now()) {
+        let this = Arc::clone(lifecycle);
+        let queued = lifecycle.queue_deletion(move || {
+            let (entry, deletion) = (this.index.by_row(row), this.operations.deletion(row));
+            let (Some(entry), Some(deletion)) = (entry, deletion) else {
+                return this.operations.forget_deletion(row);
+            };
+            if !finish_deletion(&this, &entry, &deletion.cause, LOCK_LIMIT) {
+                put_off_deletion(&this, row);
             }
-        }
-    }
-
-    /// Enters the deletions that an earlier daemon recorded and did not finish. Called once,
-    /// before anybody sees the sandboxes.
-    pub(super) fn restore_deletions(&self) {
-        let now = self.now();
-        for entry in self.index.entries_after(RowId(0)) {
-            if entry.record().state() == State::Deleting {
-                self.operations.restore_deletion(entry.row(), false, now);
-            }
-        }
-        let marks = self.index.metas(MARK_KEY).unwrap_or_else(|error| {
-            tracing::error!(error = chain(&error), "looking for deletions to finish");
-            Vec::new()
         });
-        for row in marks.iter().filter_map(|(key, _)| row_of(key)) {
-            if self.index.by_row(row).is_some() {
-                self.operations.restore_deletion(row, true, now);
-            } else {
-                self.remove_mark(row);
-            }
+        if queued.is_err() {
+            put_off_deletion(lifecycle, row);
         }
     }
+}
 
-    /// Claims a deletion, records its intent, and does what makes it certain.
-    fn begin_deletion(&self, entry: &Arc<Entry>, cause: &Cause) -> Result<(), Error> {
-        self.make_room_for(&Step::Delete);
-        let claim = match self.try_claim(entry, cause)? {
-            Claim::Pending => {
-                self.operations.wait_for_claim(entry.row(), CLAIM_LIMIT);
-                self.try_claim(entry, cause)?
-            }
-            claim @ (Claim::Taken | Claim::Gone) => claim,
-        };
-        match claim {
-            Claim::Taken => {}
-            Claim::Pending => return Err(Error::Locked { id: entry.id().clone() }),
-            Claim::Gone => return Err(Error::Gone { id: entry.id().clone() }),
-        }
-        self.record_deletion(entry, cause)
-            .inspect_err(|_| self.operations.forget_deletion(entry.row()))?;
-        self.crash_point(CrashPoint::DeleteIntended);
-        if let Some(live) = self.machines.get(entry.row()) {
-            live.process.kill();
-        }
-        Ok(())
-    }
-
-    fn try_claim(&self, entry: &Entry, cause: &Cause) -> Result<Claim, Error> {
-        if entry.record().pinned {
-            return Err(Error::Pinned { id: entry.id().clone() });
-        }
-        self.activity.unless_held(entry, || self.operations.claim_deletion(entry.row(), cause))
-    }
-
-    /// Brings the intent to the disk, and takes the sandbox out of sight.
-    fn record_deletion(&self, entry: &Arc<Entry>, cause: &Cause) -> Result<(), Error> {
-        if let Some(lock) = self.locks.try_lock(entry.id()) {
-            let held = Held::new(lock, cause.clone());
-            self.intend_deletion(&held, entry)?;
-            // Whoever has the lock next is to find it deleted, not `deleting`.
-            self.operations.mark_deleting(entry.row(), false);
-            drop(held);
-            return Ok(());
-        }
-        self.index
-            .set_meta(&mark_key(entry.row()), "1")
-            .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
-        self.operations.mark_deleting(entry.row(), true);
-        Ok(())
-    }
-
-    fn intend_deletion(&self, held: &Held, entry: &Arc<Entry>) -> Result<(), Error> {
-        if self.index.by_row(entry.row()).is_none() {
-            return Err(Error::Gone { id: entry.id().clone() });
-        }
-        // It may have been pinned since the claim.
-        if entry.record().pinned {
-            return Err(Error::Pinned { id: entry.id().clone() });
-        }
-        self.step(held, entry, Step::Delete, |_| ()).map(drop)
-    }
-
-    /// Finishes a deletion as soon as the sandbox's lock is free. False if that was not
-    /// within `limit`.
-    fn finish_deletion(&self, entry: &Arc<Entry>, cause: &Cause, limit: Duration) -> bool {
-        let lock = self.locks.lock_within(entry.id(), limit);
-        let Some(lock) = lock else { return false };
-        self.finish_locked_deletion(&Held::new(lock, cause.clone()), entry);
-        true
-    }
-
-    /// Finishes a deletion; where that fails, has it tried again.
-    fn finish_locked_deletion(&self, held: &Held, entry: &Arc<Entry>) {
-        if let Err(error) = self.destroy(held, entry) {
-            let error = chain(&error);
-            tracing::error!(id = %entry.id(), error, retry_in = ?AGAIN, "finishing a deletion");
+/// Enters the deletions that an earlier daemon recorded and did not finish. Called once,
+/// before anybody sees the sandboxes.
+pub(super) fn restore_deletions(lifecycle: &Lifecycle) {
+    let now = lifecycle.clock.now();
+    for entry in lifecycle.index.entries_after(RowId(0)) {
+        if entry.record().state() == State::Deleting {
+            lifecycle.operations.restore_deletion(entry.row(), false, now);
         }
     }
-
-    fn put_off_deletion(&self, row: RowId) {
-        self.operations.put_off_deletion(row, self.now().after(AGAIN));
-        self.reaper_wakeup.notify(); // It may be earlier than what the reaper waits for.
-    }
-
-    /// Does what comes after the intent.
-    pub(super) fn destroy(&self, held: &Held, entry: &Arc<Entry>) -> Result<(), Error> {
-        if self.index.by_row(entry.row()).is_none() {
-            self.operations.forget_deletion(entry.row());
-            return Ok(());
-        }
-        let acts = || self.destroy_acts(held, entry);
-        let result = catch_unwind(AssertUnwindSafe(acts)).unwrap_or_else(|payload| {
-            #[cfg(test)]
-            let payload = super::testing::CrashPlan::pass_on(payload);
-            drop(payload);
-            Err(Error::Panicked { id: entry.id().clone() })
-        });
-        if result.is_err() {
-            self.put_off_deletion(entry.row());
-            return result;
-        }
-        if self.operations.deletion(entry.row()).is_some_and(|deletion| deletion.is_marked) {
-            self.remove_mark(entry.row());
-        }
-        self.activity.forget(entry.row());
-        self.notes.forget(entry.row());
-        tracing::info!(id = %entry.id(), "deleted");
-        self.operations.forget_deletion(entry.row());
-        self.publish_deletion(held, entry);
-        Ok(())
-    }
-
-    fn destroy_acts(&self, held: &Held, entry: &Arc<Entry>) -> Result<(), Error> {
-        if entry.record().state() != State::Deleting {
-            // The intent was a mark. A crash after this line is found at start-up.
-            self.step(held, entry, Step::Delete, |_| ())?;
-        }
-        if let Some(process) = self.process_of(entry)? {
-            end(entry.id(), &process)?;
-        }
-        self.release(entry)?;
-        // Nobody removes them later, as no other sandbox has their directory.
-        remove_tree(&self.runtime_dir(entry.row()))
-            .map_err(host_failed(entry, "removing the sockets of"))?;
-        self.crash_point(CrashPoint::DeleteKilled);
-        self.networks.disconnect(entry)?;
-        self.set_aside(entry.row()).map_err(host_failed(entry, "setting aside the files of"))?;
-        self.crash_point(CrashPoint::DeleteTrashed);
-        self.index
-            .remove(held, entry)
-            .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
-        self.empty_trash_later();
-        Ok(())
-    }
-
-    /// Removes the mark of a deletion that is done. No row is used twice, so one that stays
-    /// means nothing, and the next start removes it.
-    fn remove_mark(&self, row: RowId) {
-        if let Err(error) = self.index.remove_meta(&mark_key(row)) {
-            tracing::warn!(%row, error = chain(&error), "removing the mark of a deletion");
+    let marks = lifecycle.index.metas(MARK_KEY).unwrap_or_else(|error| {
+        tracing::error!(error = chain(&error), "looking for deletions to finish");
+        Vec::new()
+    });
+    for row in marks.iter().filter_map(|(key, _)| row_of(key)) {
+        if lifecycle.index.by_row(row).is_some() {
+            lifecycle.operations.restore_deletion(row, true, now);
+        } else {
+            remove_mark(lifecycle, row);
         }
     }
+}
 
-    /// Moves a sandbox's files to the trash: at once, however many GiB they have.
-    fn set_aside(&self, row: RowId) -> io::Result<()> {
-        let name = row.to_string();
-        let sandboxes = self.settings.store.join("sandboxes");
-        let trash = self.trash();
-        match rename(&sandboxes.join(&name), &trash.join(&name)) {
-            // A sandbox that was never woken has no files.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            renamed => renamed?,
+/// Claims a deletion, records its intent, and does what makes it certain.
+fn begin_deletion(lifecycle: &Lifecycle, entry: &Arc<Entry>, cause: &Cause) -> Result<(), Error> {
+    lifecycle.records.make_room_for(&Step::Delete);
+    let claim = match try_claim(lifecycle, entry, cause)? {
+        Claim::Pending => {
+            lifecycle.operations.wait_for_claim(entry.row(), CLAIM_LIMIT);
+            try_claim(lifecycle, entry, cause)?
         }
-        sync_dir(&trash)?;
-        sync_dir(&sandboxes)
+        claim @ (Claim::Taken | Claim::Gone) => claim,
+    };
+    match claim {
+        Claim::Taken => {}
+        Claim::Pending => return Err(Error::Locked { id: entry.id().clone() }),
+        Claim::Gone => return Err(Error::Gone { id: entry.id().clone() }),
+    }
+    record_deletion(lifecycle, entry, cause)
+        .inspect_err(|_| lifecycle.operations.forget_deletion(entry.row()))?;
+    crash_point(lifecycle, CrashPoint::DeleteIntended);
+    if let Some(live) = lifecycle.machines.get(entry.row()) {
+        live.process.kill();
+    }
+    Ok(())
+}
+
+fn try_claim(lifecycle: &Lifecycle, entry: &Entry, cause: &Cause) -> Result<Claim, Error> {
+    if entry.record().pinned {
+        return Err(Error::Pinned { id: entry.id().clone() });
+    }
+    lifecycle
+        .activity
+        .unless_held(entry, || lifecycle.operations.claim_deletion(entry.row(), cause))
+}
+
+/// Brings the intent to the disk, and takes the sandbox out of sight.
+fn record_deletion(lifecycle: &Lifecycle, entry: &Arc<Entry>, cause: &Cause) -> Result<(), Error> {
+    if let Some(lock) = lifecycle.locks.try_lock(entry.id()) {
+        let held = Held::new(lock, cause.clone());
+        intend_deletion(lifecycle, &held, entry)?;
+        // Whoever has the lock next is to find it deleted, not `deleting`.
+        lifecycle.operations.mark_deleting(entry.row(), false);
+        drop(held);
+        return Ok(());
+    }
+    lifecycle
+        .index
+        .set_meta(&mark_key(entry.row()), "1")
+        .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
+    lifecycle.operations.mark_deleting(entry.row(), true);
+    Ok(())
+}
+
+fn intend_deletion(lifecycle: &Lifecycle, held: &Held, entry: &Arc<Entry>) -> Result<(), Error> {
+    if lifecycle.index.by_row(entry.row()).is_none() {
+        return Err(Error::Gone { id: entry.id().clone() });
+    }
+    // It may have been pinned since the claim.
+    if entry.record().pinned {
+        return Err(Error::Pinned { id: entry.id().clone() });
+    }
+    lifecycle.records.step(held, entry, Step::Delete, |_| ()).map(drop)
+}
+
+/// Finishes a deletion as soon as the sandbox's lock is free. False if that was not
+/// within `limit`.
+fn finish_deletion(
+    lifecycle: &Lifecycle,
+    entry: &Arc<Entry>,
+    cause: &Cause,
+    limit: Duration,
+) -> bool {
+    let lock = lifecycle.locks.lock_within(entry.id(), limit);
+    let Some(lock) = lock else { return false };
+    finish_locked_deletion(lifecycle, &Held::new(lock, cause.clone()), entry);
+    true
+}
+
+/// Finishes a deletion; where that fails, has it tried again.
+fn finish_locked_deletion(lifecycle: &Lifecycle, held: &Held, entry: &Arc<Entry>) {
+    if let Err(error) = destroy(lifecycle, held, entry) {
+        let error = chain(&error);
+        tracing::error!(id = %entry.id(), error, retry_in = ?AGAIN, "finishing a deletion");
+    }
+}
+
+fn put_off_deletion(lifecycle: &Lifecycle, row: RowId) {
+    lifecycle.operations.put_off_deletion(row, lifecycle.clock.now().after(AGAIN));
+    lifecycle.reaper_wakeup.notify(); // It may be earlier than what the reaper waits for.
+}
+
+/// Does what comes after the intent.
+pub(super) fn destroy(lifecycle: &Lifecycle, held: &Held, entry: &Arc<Entry>) -> Result<(), Error> {
+    if lifecycle.index.by_row(entry.row()).is_none() {
+        lifecycle.operations.forget_deletion(entry.row());
+        return Ok(());
+    }
+    let acts = || destroy_acts(lifecycle, held, entry);
+    let result = catch_unwind(AssertUnwindSafe(acts)).unwrap_or_else(|payload| {
+        #[cfg(test)]
+        let payload = super::testing::CrashPlan::pass_on(payload);
+        drop(payload);
+        Err(Error::Panicked { id: entry.id().clone() })
+    });
+    if result.is_err() {
+        put_off_deletion(lifecycle, entry.row());
+        return result;
+    }
+    if lifecycle.operations.deletion(entry.row()).is_some_and(|deletion| deletion.is_marked) {
+        remove_mark(lifecycle, entry.row());
+    }
+    lifecycle.activity.forget(entry.row());
+    lifecycle.notes.forget(entry.row());
+    tracing::info!(id = %entry.id(), "deleted");
+    lifecycle.operations.forget_deletion(entry.row());
+    lifecycle.records.publish_deletion(held, entry);
+    Ok(())
+}
+
+fn destroy_acts(lifecycle: &Lifecycle, held: &Held, entry: &Arc<Entry>) -> Result<(), Error> {
+    if entry.record().state() != State::Deleting {
+        // The intent was a mark. A crash after this line is found at start-up.
+        lifecycle.records.step(held, entry, Step::Delete, |_| ())?;
+    }
+    if let Some(process) = process_of(lifecycle, entry)? {
+        end(entry.id(), &process)?;
+    }
+    release(lifecycle, entry)?;
+    // Nobody removes them later, as no other sandbox has their directory.
+    remove_tree(&lifecycle.store.runtime_dir(entry.row()))
+        .map_err(host_failed(entry, "removing the sockets of"))?;
+    crash_point(lifecycle, CrashPoint::DeleteKilled);
+    lifecycle.networks.disconnect(entry)?;
+    lifecycle
+        .trash
+        .take(&lifecycle.store.sandboxes(), entry.row())
+        .map_err(host_failed(entry, "setting aside the files of"))?;
+    crash_point(lifecycle, CrashPoint::DeleteTrashed);
+    lifecycle
+        .index
+        .remove(held, entry)
+        .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
+    lifecycle.trash.empty_later();
+    Ok(())
+}
+
+/// Removes the mark of a deletion that is done. No row is used twice, so one that stays
+/// means nothing, and the next start removes it.
+fn remove_mark(lifecycle: &Lifecycle, row: RowId) {
+    if let Err(error) = lifecycle.index.remove_meta(&mark_key(row)) {
+        tracing::warn!(%row, error = chain(&error), "removing the mark of a deletion");
     }
 }
 

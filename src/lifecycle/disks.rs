@@ -4,10 +4,10 @@ use std::{io, path::PathBuf};
 
 use super::{
     Error, Lifecycle,
-    create::free_name,
     error::{host_failed, snapshot_failed},
     files::Files,
     operation::Op,
+    store::free_name,
     undo::ActId,
 };
 use crate::{
@@ -19,59 +19,57 @@ use crate::{
 /// More disks than any machine has.
 const MAX_DISKS: usize = 16;
 
-impl Lifecycle {
-    /// Makes the copies that the sandbox does not have yet. They are removed if the boot fails,
-    /// unless the guest may have run by then: the caller has what it returns forgotten.
-    ///
-    /// A copy takes as long as it takes, so those who copy have a place of their own and wait
-    /// for none of those who wake.
-    pub(super) fn make_disks<'a>(
-        &'a self,
-        op: &mut Op<'a>,
-        files: &Files,
-    ) -> Result<Option<ActId>, Error> {
-        let entry = op.entry;
-        let record = entry.record();
-        let home = self.home(&record);
-        let missing: Vec<_> = missing_disks(&record, &home).collect();
-        if missing.is_empty() {
-            return Ok(None);
-        }
-        let place = self.admission.copy(&record.id, &op.cancel)?;
-        let (mut bytes, mut images) = (0, Vec::new());
-        for (number, disk) in &missing {
-            let image = files.image(disk).and_then(|image| {
-                bytes += bytes_to_copy(&image.size, home.dir())?;
-                Ok(image)
-            });
-            let image = image.map_err(host_failed(entry, "measuring a disk of"))?;
-            images.push((home.disk(*number), &disk.path, image));
-        }
-        home.check_space(bytes + SLEEP_RESERVE_BYTES)
-            .map_err(snapshot_failed(entry, "finding space for the disks of"))?;
-        let copies: Vec<_> = images.iter().map(|(copy, ..)| copy.clone()).collect();
-        let removing = op.undo.push("removing its copies of disks", move || {
-            copies.iter().try_for_each(|copy| Ok(remove_file(copy)?))
-        });
-        let named = self.files_of(&record, &op.cancel);
-        for (copy, path, image) in images {
-            let copied = make_copy(&copy, &op.cancel, |target| {
-                // What does not answer keeps nobody else from copying.
-                place.asked();
-                named.copy(path, image, target, &mut || place.asked())?;
-                place.answered();
-                Ok(())
-            });
-            copied.map_err(|error| match error {
-                PieceError::CalledOff(_) => Error::Gone { id: record.id.clone() },
-                PieceError::Io(source) => {
-                    let why = format!("{}: {source}", path.display());
-                    host_failed(entry, "copying a disk of")(io::Error::new(source.kind(), why))
-                }
-            })?;
-        }
-        Ok(Some(removing))
+/// Makes the copies that the sandbox does not have yet. They are removed if the boot fails,
+/// unless the guest may have run by then: the caller has what it returns forgotten.
+///
+/// A copy takes as long as it takes, so those who copy have a place of their own and wait
+/// for none of those who wake.
+pub(super) fn make_disks<'a>(
+    lifecycle: &'a Lifecycle,
+    op: &mut Op<'a>,
+    files: &Files,
+) -> Result<Option<ActId>, Error> {
+    let entry = op.entry;
+    let record = entry.record();
+    let home = lifecycle.store.home(&record);
+    let missing: Vec<_> = missing_disks(&record, &home).collect();
+    if missing.is_empty() {
+        return Ok(None);
     }
+    let place = lifecycle.admission.copy(&record.id, &op.cancel)?;
+    let (mut bytes, mut images) = (0, Vec::new());
+    for (number, disk) in &missing {
+        let image = files.image(disk).and_then(|image| {
+            bytes += bytes_to_copy(&image.size, home.dir())?;
+            Ok(image)
+        });
+        let image = image.map_err(host_failed(entry, "measuring a disk of"))?;
+        images.push((home.disk(*number), &disk.path, image));
+    }
+    home.check_space(bytes + SLEEP_RESERVE_BYTES)
+        .map_err(snapshot_failed(entry, "finding space for the disks of"))?;
+    let copies: Vec<_> = images.iter().map(|(copy, ..)| copy.clone()).collect();
+    let removing = op.undo.push("removing its copies of disks", move || {
+        copies.iter().try_for_each(|copy| Ok(remove_file(copy)?))
+    });
+    let named = lifecycle.files_of(&record, &op.cancel);
+    for (copy, path, image) in images {
+        let copied = make_copy(&copy, &op.cancel, |target| {
+            // What does not answer keeps nobody else from copying.
+            place.asked();
+            named.copy(path, image, target, &mut || place.asked())?;
+            place.answered();
+            Ok(())
+        });
+        copied.map_err(|error| match error {
+            PieceError::CalledOff(_) => Error::Gone { id: record.id.clone() },
+            PieceError::Io(source) => {
+                let why = format!("{}: {source}", path.display());
+                host_failed(entry, "copying a disk of")(io::Error::new(source.kind(), why))
+            }
+        })?;
+    }
+    Ok(Some(removing))
 }
 
 /// Lists the writable disks that the sandbox has no copy of, with their numbers.

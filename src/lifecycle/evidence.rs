@@ -18,10 +18,9 @@ use std::{
 use super::{Entry, Error, Lifecycle, error::snapshot_failed};
 use crate::{
     sandbox::{ProcessIdentity, Record, RowId, State},
-    snapshot::{Home, Survey},
+    snapshot::Survey,
     sync::Arc,
     sys::{
-        files::ids_below,
         host::own_ids,
         process::{Process, Search},
     },
@@ -29,8 +28,6 @@ use crate::{
 
 /// What the names of VMMs' programs have in them, also where none is installed any more.
 const PROGRAM_NAMES: [&str; 2] = ["qemu-system", "cloud-hypervisor"];
-/// How deep the files of a sandbox are in its directory: those of a snapshot are in their own.
-const HOME_DEPTH: usize = 2;
 /// How many contradictions an error names.
 const NAMED_MAX: usize = 5;
 
@@ -109,7 +106,7 @@ impl Lifecycle {
             }
         }
         let mut vmms: HashMap<RowId, Vec<Arc<Process>>> = HashMap::new();
-        for Tokened { process, row } in self.tokened() {
+        for Tokened { process, row } in tokened(self) {
             match row.filter(|row| is_known(*row)) {
                 Some(row) => vmms.entry(row).or_default().push(process),
                 None => {
@@ -124,99 +121,140 @@ impl Lifecycle {
                 continue; // Looked at when somebody wants it, however many there are.
             }
             // Two snapshots, say: `recover` tells, and changes nothing.
-            let Ok(survey) = self.home(&entry.record()).survey() else { continue };
+            let Ok(survey) = self.store.home(&entry.record()).survey() else { continue };
             found.extend(contradiction(&entry.record(), &survey, &vmms));
         }
         behind(self.index.path(), found)
     }
+}
 
-    /// Returns the VMMs that have the token of this store and files of it open.
-    pub(super) fn tokened(&self) -> Vec<Tokened> {
-        let prefix = self.token_prefix();
-        let found = self.named(&prefix).unwrap_or_else(|error| {
-            tracing::warn!(%error, "looking for VMMs");
-            Vec::new()
-        });
-        let with_row = |(process, name): (Arc<Process>, String)| {
-            let rest = name.strip_prefix(&prefix)?;
-            let row = rest.strip_suffix(':').and_then(row_of);
-            // One that has ended meanwhile is no VMM any more.
-            self.uses_files_of(row?, &process).ok()?.then_some(Tokened { process, row })
-        };
-        found.into_iter().filter_map(with_row).collect()
+/// Returns the VMMs that have the token of this store and files of it open.
+pub(super) fn tokened(lifecycle: &Lifecycle) -> Vec<Tokened> {
+    let prefix = lifecycle.store.token_prefix();
+    let found = vmms_named(lifecycle, &prefix).unwrap_or_else(|error| {
+        tracing::warn!(%error, "looking for VMMs");
+        Vec::new()
+    });
+    let with_row = |(process, name): (Arc<Process>, String)| {
+        let rest = name.strip_prefix(&prefix)?;
+        let row = rest.strip_suffix(':').and_then(row_of);
+        // One that has ended meanwhile is no VMM any more.
+        lifecycle.store.uses_files_of(row?, &process).ok()?.then_some(Tokened { process, row })
+    };
+    found.into_iter().filter_map(with_row).collect()
+}
+
+/// Returns the processes that run a VMM, as we would start it, by a name that begins so.
+fn vmms_named(lifecycle: &Lifecycle, prefix: &str) -> io::Result<Vec<(Arc<Process>, String)>> {
+    let mut programs = PROGRAM_NAMES.map(str::to_owned).to_vec();
+    for vmm in lifecycle.vmms.all() {
+        // By its own name and by that of what a link leads to.
+        let paths = [vmm.program().canonicalize().ok(), Some(vmm.program().to_owned())];
+        let names = paths.iter().flatten().filter_map(|path| path.file_name());
+        programs.extend(names.map(|name| name.to_string_lossy().into_owned()));
     }
+    let ours = own_ids().0;
+    let is_user =
+        |uid| uid == ours || lifecycle.settings.users.is_some_and(|users| users.contains(uid));
+    Process::find(&Search { programs: &programs, is_user: &is_user, prefix })
+}
 
-    /// Returns the processes that run a VMM, as we would start it, by a name that begins so.
-    pub(super) fn named(&self, prefix: &str) -> io::Result<Vec<(Arc<Process>, String)>> {
-        let mut programs = PROGRAM_NAMES.map(str::to_owned).to_vec();
-        for vmm in self.vmms.all() {
-            // By its own name and by that of what a link leads to.
-            let paths = [vmm.program().canonicalize().ok(), Some(vmm.program().to_owned())];
-            let names = paths.iter().flatten().filter_map(|path| path.file_name());
-            programs.extend(names.map(|name| name.to_string_lossy().into_owned()));
+/// Says whether a VMM is of no use to a sandbox whose lock is held: a crash left it before
+/// its guest ran, or its guest's memory is in the committed snapshot.
+pub(super) fn is_leftover(lifecycle: &Lifecycle, entry: &Entry) -> bool {
+    let record = entry.record();
+    let Ok(survey) = lifecycle.store.home(&record).survey() else { return false };
+    match record.state() {
+        State::Stopped => survey.live.is_none() && survey.committed.is_none(),
+        State::Snapshotted => is_snapshot_of(&record, &survey),
+        State::Booting
+        | State::Running
+        | State::Snapshotting
+        | State::Restoring
+        | State::Deleting => false,
+    }
+}
+
+/// Refuses to boot a sandbox that has a snapshot, of which its record knows nothing.
+pub(super) fn check_nothing_sleeps(lifecycle: &Lifecycle, entry: &Entry) -> Result<(), Error> {
+    let home = lifecycle.store.home(&entry.record());
+    let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
+    match survey.committed {
+        None => Ok(()),
+        Some(generation) => {
+            let dir = home.snapshot_dir(generation);
+            let why = format!("it is stopped, but has a snapshot in {}", dir.display());
+            Err(Error::Unrecorded { id: entry.id().clone(), why })
         }
-        let ours = own_ids().0;
-        let is_user =
-            |uid| uid == ours || self.settings.users.is_some_and(|users| users.contains(uid));
-        Process::find(&Search { programs: &programs, is_user: &is_user, prefix })
     }
+}
 
-    /// Says whether a process has files of a sandbox open. The VMM of a sandbox always has; one
-    /// of the same name has not where this store is a copy of another, or the other of this.
-    pub(super) fn uses_files_of(&self, row: RowId, process: &Process) -> io::Result<bool> {
-        let dir = Home::new(&self.settings.store, row).dir().to_owned();
-        match ids_below(&dir, HOME_DEPTH) {
-            Ok(files) => process.has_open(&files),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error),
+/// Refuses to delete a sleeper for its age whose files are newer than its record.
+pub(super) fn check_sleeps_as_recorded(lifecycle: &Lifecycle, entry: &Entry) -> Result<(), Error> {
+    let record = entry.record();
+    let home = lifecycle.store.home(&record);
+    let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
+    let is_newer = match (survey.committed, survey.live) {
+        (Some(_), _) => !is_snapshot_of(&record, &survey),
+        (None, live) => live.is_some_and(|live| live >= record.generation),
+    };
+    if !is_newer {
+        return Ok(());
+    }
+    let why = format!("{} is newer than its record", home.dir().display());
+    Err(Error::Unrecorded { id: entry.id().clone(), why })
+}
+
+/// Returns the VMM's process of a sandbox, if it lives: the one that we know, the
+/// recorded one, or - where a crash came before the record - the one that has its
+/// token.
+pub(super) fn process_of(
+    lifecycle: &Lifecycle,
+    entry: &Entry,
+) -> Result<Option<Arc<Process>>, Error> {
+    let record = entry.record();
+    let failed =
+        |source| Error::Host { doing: "looking for the VMM of", id: record.id.clone(), source };
+    if let Some(live) = lifecycle.machines.get(record.row) {
+        return Ok(live.process.exited().is_none().then(|| Arc::clone(&live.process)));
+    }
+    let token = lifecycle.store.token(record.row);
+    if let Some(identity) = record.process() {
+        let adopted = Process::adopt(identity, &token).map_err(failed)?;
+        return first_of_ours(lifecycle, &record, adopted).map_err(failed);
+    }
+    match record.state() {
+        State::Booting | State::Restoring | State::Deleting => {
+            let found = vmms_named(lifecycle, &token).map_err(failed)?;
+            let found = found.into_iter().map(|(process, _)| process);
+            first_of_ours(lifecycle, &record, found).map_err(failed)
         }
+        State::Stopped | State::Running | State::Snapshotting | State::Snapshotted => Ok(None),
     }
+}
 
-    /// Says whether a VMM is of no use to a sandbox whose lock is held: a crash left it before
-    /// its guest ran, or its guest's memory is in the committed snapshot.
-    pub(super) fn is_leftover(&self, entry: &Entry) -> bool {
-        let record = entry.record();
-        let Ok(survey) = self.home(&record).survey() else { return false };
-        match record.state() {
-            State::Stopped => survey.live.is_none() && survey.committed.is_none(),
-            State::Snapshotted => is_snapshot_of(&record, &survey),
-            State::Booting
-            | State::Running
-            | State::Snapshotting
-            | State::Restoring
-            | State::Deleting => false,
-        }
-    }
-
-    /// Refuses to boot a sandbox that has a snapshot, of which its record knows nothing.
-    pub(super) fn check_nothing_sleeps(&self, entry: &Entry) -> Result<(), Error> {
-        let home = self.home(&entry.record());
-        let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
-        match survey.committed {
-            None => Ok(()),
-            Some(generation) => {
-                let dir = home.snapshot_dir(generation);
-                let why = format!("it is stopped, but has a snapshot in {}", dir.display());
-                Err(Error::Unrecorded { id: entry.id().clone(), why })
+/// Returns the first that uses the files of this sandbox. The record and the token may be
+/// in a copy of the store too, whose VMMs are not ours.
+fn first_of_ours(
+    lifecycle: &Lifecycle,
+    record: &Record,
+    found: impl IntoIterator<Item = Arc<Process>>,
+) -> io::Result<Option<Arc<Process>>> {
+    for process in found {
+        match lifecycle.store.uses_files_of(record.row, &process) {
+            Ok(true) => return Ok(Some(process)),
+            Ok(false) => {
+                let pid = process.identity().pid;
+                tracing::warn!(
+                    id = %record.id, pid,
+                    "a VMM of this name uses none of the files of this store and is left alone"
+                );
             }
+            Err(_) if process.exited().is_some() => {}
+            Err(error) => return Err(error),
         }
     }
-
-    /// Refuses to delete a sleeper for its age whose files are newer than its record.
-    pub(super) fn check_sleeps_as_recorded(&self, entry: &Entry) -> Result<(), Error> {
-        let record = entry.record();
-        let home = self.home(&record);
-        let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
-        let is_newer = match (survey.committed, survey.live) {
-            (Some(_), _) => !is_snapshot_of(&record, &survey),
-            (None, live) => live.is_some_and(|live| live >= record.generation),
-        };
-        if !is_newer {
-            return Ok(());
-        }
-        let why = format!("{} is newer than its record", home.dir().display());
-        Err(Error::Unrecorded { id: entry.id().clone(), why })
-    }
+    Ok(None)
 }
 
 fn behind(index: &Path, mut found: Vec<String>) -> Result<(), Contradicted> {

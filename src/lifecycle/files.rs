@@ -166,7 +166,7 @@ impl NamedFiles<'_> {
     }
 
     fn unusable(&self, path: &Path, error: &io::Error) -> Unusable {
-        let denied = match self.lifecycle.rights(self.writer, path) {
+        let denied = match rights(self.lifecycle, self.writer, path) {
             Rights::Of(writer) if error.kind() == io::ErrorKind::PermissionDenied => Some(writer),
             Rights::Of(_) | Rights::Ours => None,
         };
@@ -207,13 +207,13 @@ impl NamedFiles<'_> {
     ) -> Result<Files, Error> {
         let files = paths.into_iter().map(|path| match self.open(path) {
             Ok(file) => Ok((path.clone(), file)),
-            Err(source) => Err(self.lifecycle.unopened(record, path, source)),
+            Err(source) => Err(unopened(self.lifecycle, record, path, source)),
         });
         files.collect::<Result<_, _>>().map(Files)
     }
 
     fn opener(&self, path: &Path) -> io::Result<&Opener> {
-        let rights = self.lifecycle.rights(self.writer, path);
+        let rights = rights(self.lifecycle, self.writer, path);
         let place = match rights {
             Rights::Ours => &self.ours,
             Rights::Of(_) => &self.theirs,
@@ -249,78 +249,81 @@ impl Lifecycle {
         let (theirs, ours, looked_at) = Default::default();
         NamedFiles { lifecycle: self, writer, cancel, theirs, ours, looked_at }
     }
+}
 
-    /// Opens what is used of such files by a boot.
-    pub(super) fn open_to_boot(
-        &self,
-        record: &Record,
-        home: &Home,
-        cancel: &Cancel,
-    ) -> Result<Files, Error> {
-        let spec = &record.spec;
-        // Of a disk that was copied the original is not needed any more.
-        let disks = spec.disks.iter().enumerate();
-        let disks = disks.filter(|(number, disk)| disk.readonly || !home.disk(*number).exists());
-        let disks = disks.map(|(_, disk)| &disk.path);
-        let paths = spec.kernel.iter().chain(&spec.initramfs).chain(disks);
-        self.files_of(record, cancel).open_all(record, paths)
+/// Opens what is used of such files by a boot.
+pub(super) fn open_to_boot(
+    lifecycle: &Lifecycle,
+    record: &Record,
+    home: &Home,
+    cancel: &Cancel,
+) -> Result<Files, Error> {
+    let spec = &record.spec;
+    // Of a disk that was copied the original is not needed any more.
+    let disks = spec.disks.iter().enumerate();
+    let disks = disks.filter(|(number, disk)| disk.readonly || !home.disk(*number).exists());
+    let disks = disks.map(|(_, disk)| &disk.path);
+    let paths = spec.kernel.iter().chain(&spec.initramfs).chain(disks);
+    lifecycle.files_of(record, cancel).open_all(record, paths)
+}
+
+/// Opens what is used of such files by a wake: kernel and initial RAM file system only
+/// where `vmm` may read them again, and if there are any. `asleep` are the disks as they were
+/// when it fell asleep.
+pub(super) fn open_to_wake(
+    lifecycle: &Lifecycle,
+    record: &Record,
+    asleep: &[DiskFacts],
+    vmm: &dyn Vmm,
+    cancel: &Cancel,
+) -> Result<Files, Error> {
+    let spec = &record.spec;
+    let named = lifecycle.files_of(record, cancel);
+    let mut files = named.open_all(record, shared_disks(record))?;
+    files.check_devices(record, asleep)?;
+    if vmm.reads_kernel_again() {
+        let dispensable = spec.kernel.iter().chain(&spec.initramfs);
+        let opened = dispensable.filter_map(|path| Some((path.clone(), named.open(path).ok()?)));
+        files.0.extend(opened);
     }
+    Ok(files)
+}
 
-    /// Opens what is used of such files by a wake: kernel and initial RAM file system only
-    /// where `vmm` may read them again, and if there are any. `asleep` are the disks as they were
-    /// when it fell asleep.
-    pub(super) fn open_to_wake(
-        &self,
-        record: &Record,
-        asleep: &[DiskFacts],
-        vmm: &dyn Vmm,
-        cancel: &Cancel,
-    ) -> Result<Files, Error> {
-        let spec = &record.spec;
-        let named = self.files_of(record, cancel);
-        let mut files = named.open_all(record, shared_disks(record))?;
-        files.check_devices(record, asleep)?;
-        if vmm.reads_kernel_again() {
-            let dispensable = spec.kernel.iter().chain(&spec.initramfs);
-            let opened =
-                dispensable.filter_map(|path| Some((path.clone(), named.open(path).ok()?)));
-            files.0.extend(opened);
+/// Opens the disks that a machine uses where they are.
+pub(super) fn open_disks(
+    lifecycle: &Lifecycle,
+    record: &Record,
+    cancel: &Cancel,
+) -> Result<Files, Error> {
+    lifecycle.files_of(record, cancel).open_all(record, shared_disks(record))
+}
+
+fn unopened(lifecycle: &Lifecycle, record: &Record, path: &Path, source: io::Error) -> Error {
+    let (id, path) = (record.id.clone(), path.to_owned());
+    // What is no file, and where nothing answers, is so for everybody.
+    let is_same_for_all =
+        matches!(source.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::TimedOut);
+    match rights(lifecycle, record.config_by.as_deref(), &path) {
+        Rights::Of(Writer { uid, gid, .. }) if !is_same_for_all => {
+            Error::NotWriters { id, path, uid, gid, source }
         }
-        Ok(files)
+        Rights::Ours | Rights::Of(_) => Error::Unopened { id, path, source },
     }
+}
 
-    /// Opens the disks that a machine uses where they are.
-    pub(super) fn open_disks(&self, record: &Record, cancel: &Cancel) -> Result<Files, Error> {
-        self.files_of(record, cancel).open_all(record, shared_disks(record))
-    }
-
-    fn unopened(&self, record: &Record, path: &Path, source: io::Error) -> Error {
-        let (id, path) = (record.id.clone(), path.to_owned());
-        // What is no file, and where nothing answers, is so for everybody.
-        let is_same_for_all =
-            matches!(source.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::TimedOut);
-        match self.rights(record.config_by.as_deref(), &path) {
-            Rights::Of(Writer { uid, gid, .. }) if !is_same_for_all => {
-                Error::NotWriters { id, path, uid, gid, source }
-            }
-            Rights::Ours | Rights::Of(_) => Error::Unopened { id, path, source },
+/// Returns with whose rights a file is opened that `writer` names, or the template of an
+/// earlier daemon.
+fn rights(lifecycle: &Lifecycle, writer: Option<&Writer>, path: &Path) -> Rights {
+    match writer {
+        Some(writer) if writer.uid != own_ids().0 && !is_of_template(lifecycle, path) => {
+            Rights::Of(writer.clone())
         }
+        Some(_) | None => Rights::Ours,
     }
+}
 
-    /// Returns with whose rights a file is opened that `writer` names, or the template of an
-    /// earlier daemon.
-    fn rights(&self, writer: Option<&Writer>, path: &Path) -> Rights {
-        match writer {
-            Some(writer) if writer.uid != own_ids().0 && !self.is_of_template(path) => {
-                Rights::Of(writer.clone())
-            }
-            Some(_) | None => Rights::Ours,
-        }
-    }
-
-    fn is_of_template(&self, path: &Path) -> bool {
-        self.settings.template.files().any(|named| named == path)
-    }
+fn is_of_template(lifecycle: &Lifecycle, path: &Path) -> bool {
+    lifecycle.settings.template.files().any(|named| named == path)
 }
 
 /// Lists the images that the guest of a sandbox only reads.

@@ -3,14 +3,17 @@
 //! No label names a sandbox, an owner or a process, so there are as many series on a host
 //! with a million sandboxes as on one with ten.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicI64, Ordering},
+    time::Duration,
+};
 
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts,
     Registry, TextEncoder, core::Collector,
 };
 
-use crate::sandbox::{Cause, Record, State, Step};
+use crate::sandbox::{Cause, Record, State, Step, Timestamp};
 
 /// From a small guest on a fast disk to a large one on a slow disk, in seconds.
 const BUCKETS: [f64; 14] =
@@ -36,6 +39,8 @@ pub struct Gauges {
 /// What has happened since the daemon started.
 #[derive(Debug)]
 pub struct Metrics {
+    /// When the reaper last looked; 0 before that.
+    last_tick: AtomicI64,
     registry: Registry,
     sleeps: IntCounterVec,
     wakes: IntCounterVec,
@@ -78,6 +83,7 @@ impl Default for Metrics {
             reaper_failures: enter(&registry, reaper_failures.expect("names are valid")),
             sleep_seconds: timed("dozed_sleep_duration_seconds", "Duration of sleeps"),
             wake_seconds: timed("dozed_wake_duration_seconds", "Duration of wakes"),
+            last_tick: AtomicI64::new(0),
             registry,
         }
     }
@@ -114,6 +120,18 @@ impl Metrics {
     /// Counts something that the reaper began in vain.
     pub fn reaper_failed(&self) {
         self.reaper_failures.inc();
+    }
+
+    /// Notes that the reaper looked.
+    pub fn ticked(&self, at: Timestamp) {
+        self.last_tick.store(at.as_millis(), Ordering::Relaxed);
+    }
+
+    /// Returns when the reaper last looked.
+    #[must_use]
+    pub fn last_tick(&self) -> Option<Timestamp> {
+        let millis = self.last_tick.load(Ordering::Relaxed);
+        (millis != 0).then(|| Timestamp::from_millis(millis))
     }
 
     /// Returns all numbers as text, in the format of Prometheus.

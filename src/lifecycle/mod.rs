@@ -38,10 +38,12 @@ mod kernel;
 mod metrics;
 mod network;
 mod notes;
+mod operate;
 mod operation;
 mod packet;
 mod page_cache;
-mod publish;
+mod plan;
+mod records;
 mod recover;
 mod resume;
 mod room;
@@ -49,6 +51,7 @@ mod sampling;
 mod sleep;
 mod stale;
 mod start;
+mod store;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -60,44 +63,45 @@ mod unsettled;
 mod upkeep;
 mod wake;
 
-use std::{
-    borrow::Cow,
-    fmt, io,
-    path::PathBuf,
-    sync::atomic::{AtomicI64, Ordering},
-    time::Duration,
-};
+use std::{borrow::Cow, fmt, io, path::PathBuf, time::Duration};
 
 pub use configure::Policy;
+use delete::resume_deletions;
 use error::vmm_failed;
 pub use error::{Error, Fault};
 pub use evidence::{Contradicted, check_index_file};
+use exits::attend_exits;
 pub use files::{NamedFiles, Unusable};
 pub use held::Held;
 pub use metrics::{Gauges, Metrics};
 use network::NetworkParts;
 pub use network::Networks;
-use notes::Notes;
-use operation::{Op, Operations};
+pub use notes::Notes;
+use operation::Operations;
 use page_cache::PageCache;
+pub use records::Records;
+use recover::is_unsettled;
+pub use sampling::Guests;
 pub use stale::{CLOCK_KEY, Stale};
-use unsettled::Unsettled;
+pub use store::Store;
+use trash::Trash;
+use unsettled::{Unsettled, settle_due};
 
 pub use crate::machines::Error as MachineError;
 use crate::{
     activity::{Activities, HoldId, Holder},
     events::Wakeup,
     lock::Locks,
-    machines::{Admission, ConsoleLog, Table, Vmms},
-    net::{self, Network},
+    machines::{Admission, Table, Vmms},
+    net::Network,
     sandbox::{
-        Activity, Cause, Period, Record, RowId, SandboxId, Signal, Spec, State, Step, Timestamp,
-        Users, VmmChoice, day_of, network::AddressPlan,
+        Activity, Cause, Period, Record, RowId, SandboxId, Signal, Spec, State, Timestamp, Users,
+        VmmChoice, network::AddressPlan,
     },
-    snapshot::{self, Home},
+    snapshot,
     sync::{Arc, lock},
     sys::{clock::Clock, files::Reserve, opener::Openers, pool::Pool},
-    vmm::{PlannedVsock, Vmm},
+    vmm::Vmm,
 };
 pub use crate::{
     events::{ChangeFeed, Reader, View, Viewer},
@@ -171,32 +175,24 @@ pub struct Lifecycle {
     networks: Networks,
     clock: Arc<dyn Clock>,
     settings: Settings,
-    /// Names this store in the command line of its VMMs.
-    store_name: String,
     machines: Table,
     operations: Operations,
     admission: Arc<Admission>,
-    activity: Activities,
+    activity: Arc<Activities>,
     notes: Notes,
     page_cache: PageCache,
-    /// Room for what has to be written to a full disk.
-    reserve: Reserve,
     unsettled: Unsettled,
     /// For the work that nobody waits for: guests that end, trash.
     pool: Arc<Pool>,
     /// Opens what a `config` names.
     openers: Openers,
-    /// Whether a thread empties the trash.
-    emptying: Arc<trash::Emptying>,
+    trash: Trash,
     /// For deletions, which other operations must not keep from having a thread.
     deletions: Pool,
     /// Rung when something may be due earlier than the reaper thinks.
     reaper_wakeup: Arc<Wakeup>,
-    /// Where all that happens is told.
-    feed: Arc<ChangeFeed>,
-    metrics: Metrics,
-    /// When the reaper last looked; 0 before that.
-    last_tick: AtomicI64,
+    records: Records,
+    store: Store,
     #[cfg(test)]
     crash: testing::CrashPlan,
 }
@@ -220,34 +216,21 @@ pub struct Parts {
     pub openers: Openers,
 }
 
-/// The key of the store's name in the index.
-const STORE_NAME_KEY: &str = "store_name";
-
 impl Lifecycle {
     /// Puts the parts together. Nothing is looked at or changed yet: see `reconcile`.
     ///
     /// # Errors
     /// Where directories of the store cannot be made, or the index not be read.
     pub fn new(parts: Parts, settings: Settings) -> Result<Arc<Self>, io::Error> {
-        for dir in ["sandboxes", "trash"] {
-            crate::sys::files::make_private_dir(&settings.store.join(dir))?;
-        }
-        crate::sys::files::make_private_dir(&settings.runtime)?;
-        let store_name = match parts.index.meta(STORE_NAME_KEY).map_err(io::Error::other)? {
-            Some(name) => name,
-            None => {
-                let name = crate::sys::host::random_name()?;
-                parts.index.set_meta(STORE_NAME_KEY, &name).map_err(io::Error::other)?;
-                name
-            }
-        };
+        let (store, runtime) = (settings.store.clone(), settings.runtime.clone());
+        let store = Store::open(store, runtime, &parts.index)?;
         let index = Arc::new(parts.index);
-        let activity = Activities::new(
+        let activity = Arc::new(Activities::new(
             Arc::clone(&index),
             Arc::clone(&parts.clock),
             settings.activity,
             settings.holds_max,
-        );
+        ));
         let vmms = Arc::new(Vmms::new(parts.vmms, parts.auto, settings.users));
         let reaper_wakeup = Arc::<Wakeup>::default();
         let networks = Networks::new(NetworkParts {
@@ -261,35 +244,40 @@ impl Lifecycle {
         });
         let Settings { sleeps_max, wakes_max, memory_budget_bytes, .. } = settings;
         let admission = Admission::new(sleeps_max, wakes_max, memory_budget_bytes);
-        let reserve = Reserve::new(&settings.store);
+        let records = Records {
+            index: Arc::clone(&index),
+            clock: Arc::clone(&parts.clock),
+            activity: Arc::clone(&activity),
+            reaper_wakeup: Arc::clone(&reaper_wakeup),
+            feed: Arc::default(),
+            metrics: Metrics::default(),
+            reserve: Reserve::new(&settings.store),
+        };
         let lifecycle = Arc::new(Self {
             index,
             locks: Locks::new(),
             vmms,
             networks,
-            clock: parts.clock,
+            clock: Arc::clone(&parts.clock),
             settings,
-            store_name,
             machines: Table::new()?,
             operations: Operations::default(),
             admission,
             activity,
             notes: Notes::default(),
             page_cache: PageCache::default(),
-            reserve,
-            unsettled: Unsettled::default(),
-            emptying: Arc::default(),
+            unsettled: Unsettled::new(Arc::clone(&parts.clock), Arc::clone(&reaper_wakeup)),
+            trash: Trash::new(store.trash(), Arc::clone(&parts.pool)),
             pool: parts.pool,
             openers: parts.openers,
             deletions: Pool::with_limit(delete::DELETIONS_MAX),
             reaper_wakeup,
-            feed: Arc::default(),
-            metrics: Metrics::default(),
-            last_tick: AtomicI64::new(0),
+            records,
+            store,
             #[cfg(test)]
             crash: testing::CrashPlan::default(),
         });
-        lifecycle.attend_exits()?;
+        attend_exits(&lifecycle)?;
         Ok(lifecycle)
     }
 
@@ -329,19 +317,13 @@ impl Lifecycle {
     #[must_use]
     pub fn rests_in(&self, entry: &Entry, state: State) -> bool {
         let lock = self.locks.try_lock(entry.id());
-        lock.is_some() && entry.record().state() == state && self.is_settled(entry)
+        lock.is_some() && entry.record().state() == state && !is_unsettled(self, entry)
     }
 
     /// Returns how many ids are locked or waited for.
-    #[must_use]
-    pub fn locks_in_use(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn locks_in_use(&self) -> usize {
         self.locks.len()
-    }
-
-    /// Returns what has happened since the start, in numbers.
-    #[must_use]
-    pub fn metrics(&self) -> &Metrics {
-        &self.metrics
     }
 
     /// Returns the activity of all sandboxes.
@@ -356,12 +338,22 @@ impl Lifecycle {
         &self.networks
     }
 
-    /// Takes the range of addresses for this daemon, if it may have use for it.
-    ///
-    /// # Errors
-    /// Where another daemon on this host has it, or a part of it.
-    pub fn claim_addresses(&self) -> Result<(), net::Error> {
-        self.networks.claim(&self.settings.template)
+    /// Returns what changes and publishes the records.
+    #[must_use]
+    pub fn records(&self) -> &Records {
+        &self.records
+    }
+
+    /// Returns the directories of all sandboxes.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Returns why the last commands were refused.
+    #[must_use]
+    pub fn notes(&self) -> &Notes {
+        &self.notes
     }
 
     /// Returns the index, for queries.
@@ -397,21 +389,18 @@ impl Lifecycle {
         Ok(self.activity.hold(entry, holder, is_deleted)?)
     }
 
-    /// Returns the directory of a sandbox in the store.
+    /// Returns when the next deletion or record that could not be brought to an end is to be
+    /// tried again.
     #[must_use]
-    pub fn home(&self, record: &Record) -> Home {
-        Home::new(&self.settings.store, record.row)
+    pub fn next_retry(&self) -> Option<Timestamp> {
+        let next = [self.operations.next_deletion(), self.unsettled.next_try()];
+        next.into_iter().flatten().min()
     }
 
-    #[cfg(test)]
-    fn deletions_left(&self) -> usize {
-        self.operations.deletions_left()
-    }
-
-    /// Returns when the next deletion that could not be finished is to be tried again.
-    #[must_use]
-    pub fn next_deletion(&self) -> Option<Timestamp> {
-        self.operations.next_deletion()
+    /// Tries again to bring those to an end that are due for it, on threads of their own.
+    pub fn retry_due(self: &Arc<Self>) {
+        resume_deletions(self);
+        settle_due(self);
     }
 
     /// Returns the threads for what nobody waits for.
@@ -420,199 +409,11 @@ impl Lifecycle {
         &self.pool
     }
 
-    /// Returns what wakes the reaper before its next tick.
-    #[must_use]
-    pub fn reaper_wakeup(&self) -> &Wakeup {
-        &self.reaper_wakeup
-    }
-
-    /// Notes that the reaper looked.
-    pub fn ticked(&self, at: Timestamp) {
-        self.last_tick.store(at.as_millis(), Ordering::Relaxed);
-    }
-
-    /// Returns when the reaper last looked.
-    #[must_use]
-    pub fn last_tick(&self) -> Option<Timestamp> {
-        let millis = self.last_tick.load(Ordering::Relaxed);
-        (millis != 0).then(|| Timestamp::from_millis(millis))
-    }
-
-    /// Puts off the reaper's next try with a sandbox.
-    ///
-    /// # Errors
-    /// The index's.
-    pub fn postpone(&self, held: &Held, entry: &Entry, until: Timestamp) -> Result<(), Error> {
-        self.amend(held, entry, |record| record.retry_at = Some(until)).map(drop)
-    }
-
     /// Takes no more operations, and waits until those under way have ended.
     ///
     /// Returns how many had not ended within `limit`; the next start finishes them.
     pub fn close(&self, limit: Duration) -> usize {
         self.operations.close(limit)
-    }
-
-    /// Returns the socket by which the host reaches the guest of a sandbox that runs, if it
-    /// has one.
-    #[must_use]
-    pub fn vsock(&self, record: &Record) -> Option<PathBuf> {
-        let has = record.spec.vsock && record.state() == State::Running;
-        has.then(|| PlannedVsock::new(&self.runtime_dir(record.row), record.owner).socket())
-    }
-
-    /// Returns the directory for a sandbox's sockets.
-    fn runtime_dir(&self, row: RowId) -> PathBuf {
-        self.settings.runtime.join(row.to_string())
-    }
-
-    /// Returns the word by which the processes of this sandbox are found.
-    fn token(&self, row: RowId) -> String {
-        format!("{}{row}:", self.token_prefix())
-    }
-
-    /// Returns what the tokens of all sandboxes of this store begin with.
-    fn token_prefix(&self) -> String {
-        format!("dozed:{}:", self.store_name)
-    }
-
-    fn now(&self) -> Timestamp {
-        self.clock.now()
-    }
-
-    /// Takes one step of the table, durably, and tells.
-    fn step(
-        &self,
-        held: &Held,
-        entry: &Entry,
-        step: Step,
-        change: impl FnOnce(&mut Record),
-    ) -> Result<Arc<Record>, Error> {
-        self.step_because(held.cause(), held, entry, step, change)
-    }
-
-    /// Takes a step for another cause than the lock was taken for.
-    fn step_because(
-        &self,
-        cause: &Cause,
-        held: &Held,
-        entry: &Entry,
-        step: Step,
-        change: impl FnOnce(&mut Record),
-    ) -> Result<Arc<Record>, Error> {
-        let (before, now) = (entry.record(), self.now());
-        self.make_room_for(&step);
-        let record = self
-            .index
-            .advance(held, entry, &step, now, |record| {
-                self.note_waking(cause, &step, &before, record);
-                change(record);
-            })
-            .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
-        self.told(&step, cause, &before, &record);
-        Ok(record)
-    }
-
-    /// As `step`, but a power cut may take it back until the commit is waited for, or
-    /// something on the disk proves it.
-    fn step_unsynced(
-        &self,
-        held: &Held,
-        entry: &Entry,
-        step: Step,
-        change: impl FnOnce(&mut Record),
-    ) -> Result<(Arc<Record>, Commit), Error> {
-        let (before, now) = (entry.record(), self.now());
-        self.make_room_for(&step);
-        let (record, commit) = self
-            .index
-            .advance_unsynced(held, entry, &step, now, |record| {
-                self.note_waking(held.cause(), &step, &before, record);
-                change(record);
-            })
-            .map_err(|source| Error::Index { id: entry.id().clone(), source })?;
-        self.told(&step, held.cause(), &before, &record);
-        Ok((record, commit))
-    }
-
-    /// Remembers of a step how the sandbox came to be awake, or no longer is.
-    fn note_waking(&self, cause: &Cause, step: &Step, before: &Record, record: &mut Record) {
-        let now = record.since;
-        match step {
-            Step::Sleep => record.waking.sleeps(cause, before.since, now),
-            Step::Woken(_) => {
-                let asleep_since = before.snapshot().map_or(before.since, |snapshot| snapshot.at);
-                record.waking.woke(cause, asleep_since, now, self.today());
-                record.waking.stays_awake(now, self.activity.limits(before).awake_min);
-            }
-            Step::Booted(_) => {
-                record.waking.booted(cause);
-                record.waking.stays_awake(now, self.activity.limits(before).awake_min);
-            }
-            Step::Boot | Step::Slept(_) | Step::Wake | Step::Undo | Step::Lost | Step::Delete => {}
-        }
-    }
-
-    /// Returns the day of the wall clock, in UTC.
-    #[must_use]
-    pub fn today(&self) -> i32 {
-        day_of(self.clock.wall(self.now()).as_second())
-    }
-
-    fn told(&self, step: &Step, cause: &Cause, before: &Record, record: &Record) {
-        self.metrics.stepped(step, cause, before, record);
-        self.publish_step(cause, before, record);
-        if matches!(record.state(), State::Running | State::Snapshotted) {
-            self.reaper_wakeup.notify(); // It has a deadline now, which may be the next of all.
-        }
-    }
-
-    /// Records what an operation is about to do, and tells. A crash after this is found at
-    /// start-up.
-    fn intend(
-        &self,
-        op: &mut Op<'_>,
-        step: Step,
-        change: impl FnOnce(&mut Record),
-    ) -> Result<(), Error> {
-        let (_, commit) = self.step_unsynced(op.held, op.entry, step, change)?;
-        self.index.begin_sync(commit);
-        op.intent = Some(commit);
-        Ok(())
-    }
-
-    /// Waits until the intent of an operation is on the disk.
-    fn sync_intent(&self, op: &Op<'_>) -> Result<(), Error> {
-        op.intent.map_or(Ok(()), |commit| self.sync(op.entry, commit))
-    }
-
-    /// Waits until what was recorded is on the disk.
-    fn sync(&self, entry: &Entry, recorded: Commit) -> Result<(), Error> {
-        self.index.sync(recorded).map_err(|source| Error::Index { id: entry.id().clone(), source })
-    }
-
-    /// Changes the record without a step of the table.
-    fn amend(
-        &self,
-        held: &Held,
-        entry: &Entry,
-        change: impl FnOnce(&mut Record),
-    ) -> Result<Arc<Record>, Error> {
-        self.index
-            .amend(held, entry, change)
-            .map_err(|source| Error::Index { id: entry.id().clone(), source })
-    }
-
-    /// As `amend`, but a power cut may take it back.
-    fn amend_unsynced(
-        &self,
-        held: &Held,
-        entry: &Entry,
-        change: impl FnOnce(&mut Record),
-    ) -> Result<(Arc<Record>, Commit), Error> {
-        self.index
-            .amend_unsynced(held, entry, change)
-            .map_err(|source| Error::Index { id: entry.id().clone(), source })
     }
 
     /// Returns a sentence for each thing that the VMM of `record` lacks: the one that runs it,
@@ -643,28 +444,16 @@ impl Lifecycle {
         self.activity.saw(entry, Signal::Console);
         Ok(typed)
     }
+}
 
-    /// Returns the process of a sandbox's VMM, if it is alive.
-    fn vmm_pid(&self, row: RowId) -> Option<u32> {
-        self.machines.get(row).map(|live| live.process.identity().pid)
-    }
+/// Marks a crash point: a test may have the daemon crash here.
+#[cfg(not(test))]
+#[inline]
+fn crash_point(_: &Lifecycle, _: CrashPoint) {}
 
-    /// Returns the log of a sandbox's console.
-    #[must_use]
-    pub fn console(&self, record: &Record) -> ConsoleLog {
-        ConsoleLog::at(self.home(record).console_log())
-    }
-
-    /// Marks a crash point: a test may have the daemon crash here.
-    #[cfg(not(test))]
-    #[inline]
-    #[allow(clippy::unused_self, reason = "the twin for tests uses it")]
-    fn crash_point(&self, _: CrashPoint) {}
-
-    #[cfg(test)]
-    fn crash_point(&self, point: CrashPoint) {
-        self.crash.reached(point);
-    }
+#[cfg(test)]
+fn crash_point(lifecycle: &Lifecycle, point: CrashPoint) {
+    lifecycle.crash.reached(point);
 }
 
 /// Returns where the guest of a sandbox has its memory, that runs or ran on `vmm`. It is so

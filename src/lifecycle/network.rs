@@ -316,7 +316,7 @@ impl Networks {
     ///
     /// # Errors
     /// Where another daemon on this host has it, or a part of it.
-    pub(super) fn claim(&self, template: &Spec) -> Result<(), net::Error> {
+    pub fn claim(&self, template: &Spec) -> Result<(), net::Error> {
         let has_address = |entry: &Arc<Entry>| self.address(&entry.record()).is_some();
         let is_used = template.net != NetMode::None
             || self.index.entries_after(RowId(0)).any(|entry| has_address(&entry));

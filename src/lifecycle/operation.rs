@@ -5,13 +5,9 @@
 //! sees the sandbox. Once the intent is recorded the sandbox is out of sight, no operation
 //! on it starts, and whoever waited for its lock learns that it is gone.
 
-use std::{
-    collections::HashMap,
-    panic::{AssertUnwindSafe, catch_unwind},
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
-use super::{Commit, Entry, Error, Held, Lifecycle, chain, undo::Undo};
+use super::{Commit, Entry, Error, Held, undo::Undo};
 use crate::{
     sandbox::{Cause, RowId, Timestamp},
     sync::{Arc, Condvar, Mutex, lock, wait_while_within},
@@ -234,70 +230,5 @@ impl Drop for Op<'_> {
     fn drop(&mut self) {
         lock(&self.operations.table).under_way.remove(&self.entry.row());
         self.operations.ended.notify_all();
-    }
-}
-
-impl Lifecycle {
-    /// Runs one operation: registered, its panic caught, its result recorded.
-    pub(super) fn operate<'a, T>(
-        &'a self,
-        held: &'a Held,
-        entry: &'a Arc<Entry>,
-        work: impl FnOnce(&mut Op<'a>) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        self.operate_unless(held, entry, |_| false, work)
-    }
-
-    /// As `operate`, but where nothing was done, as `is_nothing` says, nothing is recorded:
-    /// nobody asked for what the reaper thinks better of, and so it is no success of theirs.
-    pub(super) fn operate_unless<'a, T>(
-        &'a self,
-        held: &'a Held,
-        entry: &'a Arc<Entry>,
-        is_nothing: impl FnOnce(&T) -> bool,
-        work: impl FnOnce(&mut Op<'a>) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        // The row may have gone, and another of that name come, while we waited.
-        if self.index.by_row(entry.row()).is_none() {
-            return Err(Error::Gone { id: entry.id().clone() });
-        }
-        let mut op = self.operations.begin(held, entry)?;
-        let generation = entry.record().generation;
-        let _in =
-            tracing::debug_span!("operation", id = %entry.id(), generation, cause = %held.cause())
-                .entered();
-        let result = catch_unwind(AssertUnwindSafe(|| work(&mut op))).unwrap_or_else(|payload| {
-            #[cfg(test)]
-            let payload = super::testing::CrashPlan::pass_on(payload);
-            drop(payload);
-            if let Err(error) = self.recover(&op) {
-                tracing::error!(id = %entry.id(), error = chain(&error), "recovering from a panic");
-                self.settle_later(entry.row());
-            }
-            Err(Error::Panicked { id: entry.id().clone() })
-        });
-        if self.operations.is_deleting(entry.row()) {
-            return Err(Error::Gone { id: entry.id().clone() });
-        }
-        if !result.as_ref().is_ok_and(is_nothing) {
-            self.record_result(held, entry, result.as_ref().err());
-        }
-        result
-    }
-
-    /// Puts the result of an operation where `error` finds it.
-    fn record_result(&self, held: &Held, entry: &Entry, error: Option<&Error>) {
-        self.notes.forget(entry.row());
-        let line = error.map(|error| chain(error).into_boxed_str());
-        if entry.record().error == line {
-            return;
-        }
-        if let Err(error) = self.amend(held, entry, |record| record.error.clone_from(&line)) {
-            tracing::error!(id = %entry.id(), error = chain(&error), "recording a result");
-            self.notes.set(entry.row(), chain(&error));
-        }
-        if let Some(line) = line {
-            self.publish_failure(held, entry, line);
-        }
     }
 }

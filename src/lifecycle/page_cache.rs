@@ -43,13 +43,13 @@ impl PageCache {
 
 /// Drops the page cache of those that have slept for a while. Called at each tick.
 pub(super) fn drop_page_cache(lifecycle: &Lifecycle) {
-    while let Some((row, generation)) = lifecycle.page_cache.take_due(lifecycle.now()) {
+    while let Some((row, generation)) = lifecycle.page_cache.take_due(lifecycle.clock.now()) {
         let Some(entry) = lifecycle.by_row(row) else { continue };
         let record = entry.record();
         if record.snapshot().is_none_or(|facts| facts.generation != generation) {
             continue; // It was woken since.
         }
-        if let Err(error) = lifecycle.home(&record).drop_page_cache(generation) {
+        if let Err(error) = lifecycle.store.home(&record).drop_page_cache(generation) {
             tracing::debug!(id = %entry.id(), error = chain(&error), "dropping page cache");
         }
     }

@@ -1,12 +1,17 @@
 //! Putting to sleep: a durable snapshot, and then nothing of it left in RAM.
 
 use super::{
-    CrashPoint, Entry, Error, Lifecycle, Outcome, Why,
+    CrashPoint, Entry, Error, Lifecycle, Outcome, Why, crash_point,
     error::{host_failed, snapshot_failed, vmm_failed},
+    exits::{lose, release, why_ended},
+    files::open_disks,
     memory_of,
+    operate::operate_unless,
     operation::Op,
-    sampling::Counted,
-    start::{machine_of, named},
+    plan::{machine_of, named},
+    recover::{recover, settle},
+    room::give_back_room,
+    sampling::{Counted, count_known_use, count_use, pause_unless_used},
 };
 use crate::{
     lifecycle::Held,
@@ -55,15 +60,15 @@ impl Lifecycle {
     /// After an error the guest runs on, or was lost together with its VMM.
     pub fn sleep(&self, held: &Held, entry: &Arc<Entry>, why: Why) -> Result<Outcome, Error> {
         let is_skipped = |outcome: &Outcome| *outcome == Outcome::Skipped;
-        self.operate_unless(held, entry, is_skipped, |op| {
-            self.settle(op)?;
+        operate_unless(self, held, entry, is_skipped, |op| {
+            settle(self, op)?;
             let record = entry.record();
-            let wanted = self.is_wanted(entry, &record, why)?;
+            let wanted = is_wanted(self, entry, &record, why)?;
             match record.state() {
                 State::Snapshotted => Ok(Outcome::Already),
                 State::Running => match wanted {
                     None => Ok(Outcome::Skipped),
-                    Some(wanted) => self.save(op, why, wanted),
+                    Some(wanted) => save(self, op, why, wanted),
                 },
                 State::Stopped
                 | State::Booting
@@ -85,301 +90,322 @@ impl Lifecycle {
         let live = self.machines.get(row)?;
         lock(&live.unwakeable).clone()
     }
+}
 
-    /// Returns how the sleep is wanted, by the activity of this moment. `None`: it is not.
-    fn is_wanted(&self, entry: &Entry, record: &Record, why: Why) -> Result<Option<Wanted>, Error> {
-        let runs = record.state() == State::Running;
-        if why != Why::Idle && runs {
-            self.activity.unless_held(entry, || Ok::<_, Error>(()))?;
+/// Returns how the sleep is wanted, by the activity of this moment. `None`: it is not.
+fn is_wanted(
+    lifecycle: &Lifecycle,
+    entry: &Entry,
+    record: &Record,
+    why: Why,
+) -> Result<Option<Wanted>, Error> {
+    let runs = record.state() == State::Running;
+    if why != Why::Idle && runs {
+        lifecycle.activity.unless_held(entry, || Ok::<_, Error>(()))?;
+    }
+    match why {
+        Why::Asked => Ok(Some(Wanted::InAnyCase)),
+        Why::AskedAt(wanted) => {
+            // What does not run is not used.
+            let counted = if runs { Some(count_use(lifecycle, entry)?) } else { None };
+            let count = counted.map_or_else(|| entry.activity_count(), |it| it.activity);
+            if count != wanted {
+                return Err(Error::Active { id: entry.id().clone(), count });
+            }
+            Ok(counted.map(Wanted::UnlessUsedSince))
         }
-        match why {
-            Why::Asked => Ok(Some(Wanted::InAnyCase)),
-            Why::AskedAt(wanted) => {
-                // What does not run is not used.
-                let counted = if runs { Some(self.count_use(entry)?) } else { None };
-                let count = counted.map_or_else(|| entry.activity_count(), |it| it.activity);
-                if count != wanted {
-                    return Err(Error::Active { id: entry.id().clone(), count });
-                }
-                Ok(counted.map(Wanted::UnlessUsedSince))
+        Why::Idle if lifecycle.activity.is_held(entry.row()) => Ok(None),
+        Why::Idle => {
+            let before = entry.activity_count();
+            let due = record.sleep_at(entry.last_activity());
+            if due.is_none_or(|due| due > lifecycle.clock.now()) {
+                return Ok(None);
             }
-            Why::Idle if self.activity.is_held(entry.row()) => Ok(None),
-            Why::Idle => {
-                let before = entry.activity_count();
-                let due = record.sleep_at(entry.last_activity());
-                if due.is_none_or(|due| due > self.now()) {
-                    return Ok(None);
-                }
-                let counted = self.count_known_use(entry).filter(|it| it.activity == before);
-                Ok(counted.map(Wanted::UnlessUsedSince))
-            }
+            let counted = count_known_use(lifecycle, entry).filter(|it| it.activity == before);
+            Ok(counted.map(Wanted::UnlessUsedSince))
         }
     }
+}
 
-    fn save<'a>(&'a self, op: &mut Op<'a>, why: Why, wanted: Wanted) -> Result<Outcome, Error> {
-        let (took, entry, record) = (Stopwatch::start(), op.entry, op.entry.record());
-        let slot = self.admission.sleep(&record.id)?;
-        let live =
-            self.machines.get(record.row).ok_or_else(|| Error::Gone { id: record.id.clone() })?;
-        let no_space = snapshot_failed(entry, "finding space for the snapshot of");
-        let bytes = lock(&live.machine).save_bytes() + SLEEP_RESERVE_BYTES;
-        self.home(&record).check_space(bytes).map_err(no_space)?;
-        let vmm = self.vmms.of(&record)?;
-        let memory = memory_of(vmm.as_ref(), &record);
-        let identity =
-            live.identity(vmm.as_ref()).map_err(vmm_failed(entry, "asking what runs"))?;
-        let unwakeable = why_unwakeable(vmm.as_ref(), &identity);
-        lock(&live.unwakeable).clone_from(&unwakeable);
-        match unwakeable {
-            None => {}
-            Some(_) if why == Why::Idle => return Ok(Outcome::Skipped),
-            Some(why) => return Err(Error::Unwakeable { id: record.id.clone(), why }),
-        }
-
-        self.intend(op, Step::Sleep, |_| ())?;
-        self.crash_point(CrashPoint::SleepIntended);
-        let guest = Guest { record, live, identity, memory, slot };
-        // To the end, so that neither the sleep nor what takes it back fails for want of it.
-        let connected = guest.live.connect().map_err(vmm_failed(entry, "pausing"));
-        let _connected =
-            connected.inspect_err(|error| self.end_failed_sleep(op, &guest.live, error))?;
-        let wanted = match self.last_look(op, &guest, why, wanted) {
-            Ok(Some(wanted)) => wanted,
-            not_wanted => {
-                deflate(&entry.record(), &guest.live);
-                self.activity.restart_samples(entry.row());
-                self.step(op.held, entry, Step::Undo, |_| ())
-                    .inspect_err(|_| self.settle_later(entry.row()))?;
-                return not_wanted.map(|_| Outcome::Skipped);
-            }
-        };
-        let committed = match self.save_acts(op, &guest, wanted) {
-            Ok(committed) => committed,
-            Err(cause) => {
-                // Of a VMM that died there is nothing to take back; `lose` clears up after it.
-                let dead = guest.live.process.exited().is_some();
-                let error = if dead { cause } else { op.undo.run(cause) };
-                self.end_failed_sleep(op, &guest.live, &error);
-                let is_used = why == Why::Idle && matches!(error, Error::Active { .. });
-                return if is_used { Ok(Outcome::Skipped) } else { Err(error) };
-            }
-        };
-        self.crash_point(CrashPoint::SleepCommitted);
-        self.end_sleep(op, &guest, &committed, &took)
+fn save<'a>(
+    lifecycle: &'a Lifecycle,
+    op: &mut Op<'a>,
+    why: Why,
+    wanted: Wanted,
+) -> Result<Outcome, Error> {
+    let (took, entry, record) = (Stopwatch::start(), op.entry, op.entry.record());
+    let slot = lifecycle.admission.sleep(&record.id)?;
+    let live =
+        lifecycle.machines.get(record.row).ok_or_else(|| Error::Gone { id: record.id.clone() })?;
+    let no_space = snapshot_failed(entry, "finding space for the snapshot of");
+    let bytes = lock(&live.machine).save_bytes() + SLEEP_RESERVE_BYTES;
+    lifecycle.store.home(&record).check_space(bytes).map_err(no_space)?;
+    let vmm = lifecycle.vmms.of(&record)?;
+    let memory = memory_of(vmm.as_ref(), &record);
+    let identity = live.identity(vmm.as_ref()).map_err(vmm_failed(entry, "asking what runs"))?;
+    let unwakeable = why_unwakeable(vmm.as_ref(), &identity);
+    lock(&live.unwakeable).clone_from(&unwakeable);
+    match unwakeable {
+        None => {}
+        Some(_) if why == Why::Idle => return Ok(Outcome::Skipped),
+        Some(why) => return Err(Error::Unwakeable { id: record.id.clone(), why }),
     }
 
-    /// Returns how the sleep is still wanted, which whoever touched the sandbox while it was
-    /// still seen running decides; and likewise in the seconds that its guest may take to
-    /// give up memory, if it is asked to. `first` is of before the intent.
-    fn last_look<'a>(
-        &'a self,
-        op: &mut Op<'a>,
-        guest: &Guest,
-        why: Why,
-        first: Wanted,
-    ) -> Result<Option<Wanted>, Error> {
-        let (entry, record) = (op.entry, &guest.record);
-        if self.is_wanted(entry, record, why)?.is_none() {
-            return Ok(None);
+    lifecycle.records.intend(op, Step::Sleep, |_| ())?;
+    crash_point(lifecycle, CrashPoint::SleepIntended);
+    let guest = Guest { record, live, identity, memory, slot };
+    // To the end, so that neither the sleep nor what takes it back fails for want of it.
+    let connected = guest.live.connect().map_err(vmm_failed(entry, "pausing"));
+    let _connected =
+        connected.inspect_err(|error| end_failed_sleep(lifecycle, op, &guest.live, error))?;
+    let wanted = match last_look(lifecycle, op, &guest, why, wanted) {
+        Ok(Some(wanted)) => wanted,
+        not_wanted => {
+            deflate(&entry.record(), &guest.live);
+            lifecycle.activity.restart_samples(entry.row());
+            lifecycle
+                .records
+                .step(op.held, entry, Step::Undo, |_| ())
+                .inspect_err(|_| lifecycle.unsettled.later(entry.row()))?;
+            return not_wanted.map(|_| Outcome::Skipped);
         }
-        if !record.spec.inflate_before_sleep {
-            // Who saw that it is about to sleep may have called it since.
-            return Ok(Some(first));
+    };
+    let committed = match save_acts(lifecycle, op, &guest, wanted) {
+        Ok(committed) => committed,
+        Err(cause) => {
+            // Of a VMM that died there is nothing to take back; `lose` clears up after it.
+            let dead = guest.live.process.exited().is_some();
+            let error = if dead { cause } else { op.undo.run(cause) };
+            end_failed_sleep(lifecycle, op, &guest.live, &error);
+            let is_used = why == Why::Idle && matches!(error, Error::Active { .. });
+            return if is_used { Ok(Outcome::Skipped) } else { Err(error) };
         }
-        let inflated = Arc::clone(&guest.live);
-        op.undo.push("giving its memory back", move || {
-            deflate(&entry.record(), &inflated);
-            Ok(())
-        });
-        inflate(record, &guest.live, &op.cancel);
-        self.crash_point(CrashPoint::SleepInflated);
-        // In so long a time even an idle guest has traffic below the threshold.
-        self.is_wanted(entry, record, why)
+    };
+    crash_point(lifecycle, CrashPoint::SleepCommitted);
+    end_sleep(lifecycle, op, &guest, &committed, &took)
+}
+
+/// Returns how the sleep is still wanted, which whoever touched the sandbox while it was
+/// still seen running decides; and likewise in the seconds that its guest may take to
+/// give up memory, if it is asked to. `first` is of before the intent.
+fn last_look<'a>(
+    lifecycle: &'a Lifecycle,
+    op: &mut Op<'a>,
+    guest: &Guest,
+    why: Why,
+    first: Wanted,
+) -> Result<Option<Wanted>, Error> {
+    let (entry, record) = (op.entry, &guest.record);
+    if is_wanted(lifecycle, entry, record, why)?.is_none() {
+        return Ok(None);
     }
-
-    /// Does everything up to and with the commit point.
-    fn save_acts<'a>(
-        &'a self,
-        op: &mut Op<'a>,
-        guest: &Guest,
-        wanted: Wanted,
-    ) -> Result<Committed, Error> {
-        let (entry, home) = (op.entry, self.home(&guest.record));
-        // A file system that does not answer keeps the guest from nothing.
-        let disks = self.disk_facts(entry, &op.cancel)?;
-
-        // A pause that we did not hear the end of may have been one.
-        let paused = Arc::clone(&guest.live);
-        op.undo.push("resuming", move || Ok(lock(&paused.machine).resume()?));
-        let pause = || lock(&guest.live.machine).pause().map_err(vmm_failed(entry, "pausing"));
-        match wanted {
-            Wanted::InAnyCase => pause()?,
-            Wanted::UnlessUsedSince(counted) => self.pause_unless_used(entry, counted, pause)?,
-        }
-        guest.slot.answered();
-        self.crash_point(CrashPoint::SleepPaused);
-
-        let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
-        let run = survey.live.ok_or_else(|| {
-            snapshot_failed(entry, "finding the memory of")(snapshot::Error::Absent {
-                dir: home.dir().to_owned(),
-            })
-        })?;
-        let mut staged = home
-            .stage(guest.record.generation + 1, guest.memory)
-            .map_err(snapshot_failed(entry, "starting the snapshot of"))?;
-        self.crash_point(CrashPoint::SleepStaged);
-        let filled = self.fill(op, guest, run, &mut staged);
-        let facts = filled.and_then(|()| self.facts(entry, &guest.identity, disks));
-        // Else a power cut could leave the snapshot beside a record that says `running`.
-        match facts.and_then(|facts| self.sync_intent(op).map(|()| facts)) {
-            Ok(facts) => staged.commit(facts, &op.cancel).map_err(|error| {
-                discard_later(op, *error.staged);
-                snapshot_failed(entry, "committing the snapshot of")(error.source)
-            }),
-            Err(error) => {
-                discard_later(op, staged);
-                Err(error)
-            }
-        }
+    if !record.spec.inflate_before_sleep {
+        // Who saw that it is about to sleep may have called it since.
+        return Ok(Some(first));
     }
-
-    /// Saves the paused guest, and moves its memory into the snapshot.
-    fn fill(&self, op: &Op<'_>, guest: &Guest, run: u64, staged: &mut Staged) -> Result<(), Error> {
-        let entry = op.entry;
-        if guest.memory == Memory::Mapped {
-            staged.read_memory(run, &op.cancel);
-        }
-        self.prepare_disks(op, staged)?;
-        let saved = lock(&guest.live.machine).save(&staged.dir());
-        saved.map_err(vmm_failed(entry, "saving"))?;
-        self.crash_point(CrashPoint::SleepSaved);
-        if guest.memory == Memory::Mapped {
-            let taken = staged.take_memory(run);
-            taken.map_err(snapshot_failed(entry, "committing the snapshot of"))?;
-        }
+    let inflated = Arc::clone(&guest.live);
+    op.undo.push("giving its memory back", move || {
+        deflate(&entry.record(), &inflated);
         Ok(())
-    }
+    });
+    inflate(record, &guest.live, &op.cancel);
+    crash_point(lifecycle, CrashPoint::SleepInflated);
+    // In so long a time even an idle guest has traffic below the threshold.
+    is_wanted(lifecycle, entry, record, why)
+}
 
-    /// Ends a sleep whose snapshot is committed: it is the truth now, and this guest never runs
-    /// again.
-    fn end_sleep(
-        &self,
-        op: &Op<'_>,
-        guest: &Guest,
-        committed: &Committed,
-        took: &Stopwatch,
-    ) -> Result<Outcome, Error> {
-        let (entry, record) = (op.entry, &guest.record);
-        guest.live.process.kill();
-        // It takes a moment to go; meanwhile we tidy up. What stays, the next wake removes.
-        self.home(record).end_run().ok();
-        self.release(entry).inspect_err(|_| self.settle_later(entry.row()))?;
-        let left = self.give_back_room(record, committed.generation);
-        self.crash_point(CrashPoint::SleepKilled);
-        // After a power cut the record says at least `snapshotting`, and the manifest the rest.
-        let snapshot = SnapshotFacts {
-            generation: committed.generation,
-            bytes: left.unwrap_or(committed.bytes),
-            at: self.now(),
-        };
-        let recorded = self.step_unsynced(op.held, entry, Step::Slept(snapshot), |record| {
+/// Does everything up to and with the commit point.
+fn save_acts<'a>(
+    lifecycle: &'a Lifecycle,
+    op: &mut Op<'a>,
+    guest: &Guest,
+    wanted: Wanted,
+) -> Result<Committed, Error> {
+    let (entry, home) = (op.entry, lifecycle.store.home(&guest.record));
+    // A file system that does not answer keeps the guest from nothing.
+    let disks = disk_facts(lifecycle, entry, &op.cancel)?;
+
+    // A pause that we did not hear the end of may have been one.
+    let paused = Arc::clone(&guest.live);
+    op.undo.push("resuming", move || Ok(lock(&paused.machine).resume()?));
+    let pause = || lock(&guest.live.machine).pause().map_err(vmm_failed(entry, "pausing"));
+    match wanted {
+        Wanted::InAnyCase => pause()?,
+        Wanted::UnlessUsedSince(counted) => pause_unless_used(lifecycle, entry, counted, pause)?,
+    }
+    guest.slot.answered();
+    crash_point(lifecycle, CrashPoint::SleepPaused);
+
+    let survey = home.survey().map_err(snapshot_failed(entry, "surveying the files of"))?;
+    let run = survey.live.ok_or_else(|| {
+        snapshot_failed(entry, "finding the memory of")(snapshot::Error::Absent {
+            dir: home.dir().to_owned(),
+        })
+    })?;
+    let mut staged = home
+        .stage(guest.record.generation + 1, guest.memory)
+        .map_err(snapshot_failed(entry, "starting the snapshot of"))?;
+    crash_point(lifecycle, CrashPoint::SleepStaged);
+    let filled = fill(lifecycle, op, guest, run, &mut staged);
+    let facts = filled.and_then(|()| manifest_facts(lifecycle, entry, &guest.identity, disks));
+    // Else a power cut could leave the snapshot beside a record that says `running`.
+    match facts.and_then(|facts| lifecycle.records.sync_intent(op).map(|()| facts)) {
+        Ok(facts) => staged.commit(facts, &op.cancel).map_err(|error| {
+            discard_later(op, *error.staged);
+            snapshot_failed(entry, "committing the snapshot of")(error.source)
+        }),
+        Err(error) => {
+            discard_later(op, staged);
+            Err(error)
+        }
+    }
+}
+
+/// Saves the paused guest, and moves its memory into the snapshot.
+fn fill(
+    lifecycle: &Lifecycle,
+    op: &Op<'_>,
+    guest: &Guest,
+    run: u64,
+    staged: &mut Staged,
+) -> Result<(), Error> {
+    let entry = op.entry;
+    if guest.memory == Memory::Mapped {
+        staged.read_memory(run, &op.cancel);
+    }
+    prepare_disks(lifecycle, op, staged)?;
+    let saved = lock(&guest.live.machine).save(&staged.dir());
+    saved.map_err(vmm_failed(entry, "saving"))?;
+    crash_point(lifecycle, CrashPoint::SleepSaved);
+    if guest.memory == Memory::Mapped {
+        let taken = staged.take_memory(run);
+        taken.map_err(snapshot_failed(entry, "committing the snapshot of"))?;
+    }
+    Ok(())
+}
+
+/// Ends a sleep whose snapshot is committed: it is the truth now, and this guest never runs
+/// again.
+fn end_sleep(
+    lifecycle: &Lifecycle,
+    op: &Op<'_>,
+    guest: &Guest,
+    committed: &Committed,
+    took: &Stopwatch,
+) -> Result<Outcome, Error> {
+    let (entry, record) = (op.entry, &guest.record);
+    guest.live.process.kill();
+    // It takes a moment to go; meanwhile we tidy up. What stays, the next wake removes.
+    lifecycle.store.home(record).end_run().ok();
+    release(lifecycle, entry).inspect_err(|_| lifecycle.unsettled.later(entry.row()))?;
+    let left = give_back_room(lifecycle, record, committed.generation);
+    crash_point(lifecycle, CrashPoint::SleepKilled);
+    // After a power cut the record says at least `snapshotting`, and the manifest the rest.
+    let snapshot = SnapshotFacts {
+        generation: committed.generation,
+        bytes: left.unwrap_or(committed.bytes),
+        at: lifecycle.clock.now(),
+    };
+    let recorded =
+        lifecycle.records.step_unsynced(op.held, entry, Step::Slept(snapshot), |record| {
             record.generation += 1;
             record.sleeps += 1;
             record.vmm = Some(named(&guest.identity));
             record.retry_at = None;
             record.last_sleep = Some(took.elapsed());
         });
-        match recorded {
-            Ok((record, _proven)) => {
-                self.page_cache.drop_later(record.row, committed.generation, record.since);
-                self.networks.after_sleep(entry);
-            }
-            Err(error) => self.record_later(entry, "a sleep", &error),
+    match recorded {
+        Ok((record, _proven)) => {
+            lifecycle.page_cache.drop_later(record.row, committed.generation, record.since);
+            lifecycle.networks.after_sleep(entry);
         }
-        Ok(Outcome::Done)
+        Err(error) => lifecycle.unsettled.record_later(entry, "a sleep", &error),
     }
+    Ok(Outcome::Done)
+}
 
-    /// Has the disks of the paused machine synced by nobody who would not notice what an earlier
-    /// sync lost.
-    fn prepare_disks(&self, op: &Op<'_>, staged: &Staged) -> Result<(), Error> {
-        let entry = op.entry;
-        if staged.follows_failed_sync() {
-            let record = entry.record();
-            let home = self.home(&record);
-            tracing::warn!(id = %entry.id(), "a sync failed; all its data is written again");
-            let disks = record.spec.disks.iter().enumerate().filter(|(_, disk)| !disk.readonly);
-            for (number, _) in disks {
-                write_anew(&home.disk(number), &op.cancel).map_err(|error| match error {
-                    PieceError::CalledOff(_) => Error::Gone { id: record.id.clone() },
-                    PieceError::Io(source) => host_failed(entry, "rewriting a disk of")(source),
-                })?;
-            }
-        }
-        staged.begin_sync().map_err(snapshot_failed(entry, "beginning to sync the files of"))
-    }
-
-    /// Says what disks the machine has, and how large they are.
-    fn disk_facts(&self, entry: &Entry, cancel: &Cancel) -> Result<Vec<DiskFacts>, Error> {
+/// Has the disks of the paused machine synced by nobody who would not notice what an earlier
+/// sync lost.
+fn prepare_disks(lifecycle: &Lifecycle, op: &Op<'_>, staged: &Staged) -> Result<(), Error> {
+    let entry = op.entry;
+    if staged.follows_failed_sync() {
         let record = entry.record();
-        let home = self.home(&record);
-        let files = self.open_disks(&record, cancel)?;
-        let disk = |(number, disk): (usize, &Disk)| {
-            let bytes = if disk.readonly {
-                files.image(disk)?.size.bytes
-            } else {
-                std::fs::symlink_metadata(home.disk(number))?.len()
-            };
-            Ok(DiskFacts { path: disk.path.clone(), readonly: disk.readonly, bytes })
-        };
-        let disks: std::io::Result<_> = record.spec.disks.iter().enumerate().map(disk).collect();
-        disks.map_err(host_failed(entry, "measuring the disks of"))
-    }
-
-    fn facts(
-        &self,
-        entry: &Entry,
-        identity: &VmmIdentity,
-        disks: Vec<DiskFacts>,
-    ) -> Result<ManifestFacts, Error> {
-        let record = entry.record();
-        Ok(ManifestFacts {
-            id: record.id.clone(),
-            created_at: self.clock.wall(self.now()).to_string(),
-            host: HostFacts::of_this_host()
-                .map_err(host_failed(entry, "describing the host of"))?,
-            vmm: VmmFacts {
-                name: identity.name.to_owned(),
-                version: identity.version.clone(),
-                digest: identity.digest.clone(),
-                accelerator: identity.accelerator.to_owned(),
-                machine: machine_of(&record.spec, identity),
-                cpu: identity.cpu.clone(),
-            },
-            hardware: HardwareFacts {
-                vcpus: record.spec.vcpus,
-                memory_bytes: record.spec.memory_bytes,
-                disks,
-            },
-        })
-    }
-
-    /// After a failed and undone sleep: the guest runs on, unless its VMM died.
-    fn end_failed_sleep(&self, op: &Op<'_>, live: &Live, error: &Error) {
-        let entry = op.entry;
-        if self.operations.is_deleting(entry.row()) {
-            return; // The next to have the lock removes it from whatever state.
+        let home = lifecycle.store.home(&record);
+        tracing::warn!(id = %entry.id(), "a sync failed; all its data is written again");
+        let disks = record.spec.disks.iter().enumerate().filter(|(_, disk)| !disk.readonly);
+        for (number, _) in disks {
+            write_anew(&home.disk(number), &op.cancel).map_err(|error| match error {
+                PieceError::CalledOff(_) => Error::Gone { id: record.id.clone() },
+                PieceError::Io(source) => host_failed(entry, "rewriting a disk of")(source),
+            })?;
         }
-        let ended = match live.process.exited() {
-            Some(exit) => self.lose(op.held, entry, &self.reason(entry, exit)),
-            None if matches!(error, Error::Undo { .. }) => self.recover(op),
-            None => self.step(op.held, entry, Step::Undo, |_| ()).map(drop),
+    }
+    staged.begin_sync().map_err(snapshot_failed(entry, "beginning to sync the files of"))
+}
+
+/// Says what disks the machine has, and how large they are.
+fn disk_facts(
+    lifecycle: &Lifecycle,
+    entry: &Entry,
+    cancel: &Cancel,
+) -> Result<Vec<DiskFacts>, Error> {
+    let record = entry.record();
+    let home = lifecycle.store.home(&record);
+    let files = open_disks(lifecycle, &record, cancel)?;
+    let disk = |(number, disk): (usize, &Disk)| {
+        let bytes = if disk.readonly {
+            files.image(disk)?.size.bytes
+        } else {
+            std::fs::symlink_metadata(home.disk(number))?.len()
         };
-        self.activity.restart_samples(entry.row());
-        if let Err(error) = ended {
-            tracing::error!(id = %entry.id(), error = super::chain(&error), "ending a sleep");
-            self.settle_later(entry.row());
-        }
+        Ok(DiskFacts { path: disk.path.clone(), readonly: disk.readonly, bytes })
+    };
+    let disks: std::io::Result<_> = record.spec.disks.iter().enumerate().map(disk).collect();
+    disks.map_err(host_failed(entry, "measuring the disks of"))
+}
+
+fn manifest_facts(
+    lifecycle: &Lifecycle,
+    entry: &Entry,
+    identity: &VmmIdentity,
+    disks: Vec<DiskFacts>,
+) -> Result<ManifestFacts, Error> {
+    let record = entry.record();
+    Ok(ManifestFacts {
+        id: record.id.clone(),
+        created_at: lifecycle.clock.wall(lifecycle.clock.now()).to_string(),
+        host: HostFacts::of_this_host().map_err(host_failed(entry, "describing the host of"))?,
+        vmm: VmmFacts {
+            name: identity.name.to_owned(),
+            version: identity.version.clone(),
+            digest: identity.digest.clone(),
+            accelerator: identity.accelerator.to_owned(),
+            machine: machine_of(&record.spec, identity),
+            cpu: identity.cpu.clone(),
+        },
+        hardware: HardwareFacts {
+            vcpus: record.spec.vcpus,
+            memory_bytes: record.spec.memory_bytes,
+            disks,
+        },
+    })
+}
+
+/// After a failed and undone sleep: the guest runs on, unless its VMM died.
+fn end_failed_sleep(lifecycle: &Lifecycle, op: &Op<'_>, live: &Live, error: &Error) {
+    let entry = op.entry;
+    if lifecycle.operations.is_deleting(entry.row()) {
+        return; // The next to have the lock removes it from whatever state.
+    }
+    let ended = match live.process.exited() {
+        Some(exit) => lose(lifecycle, op.held, entry, &why_ended(lifecycle, entry, exit)),
+        None if matches!(error, Error::Undo { .. }) => recover(lifecycle, op),
+        None => lifecycle.records.step(op.held, entry, Step::Undo, |_| ()).map(drop),
+    };
+    lifecycle.activity.restart_samples(entry.row());
+    if let Err(error) = ended {
+        tracing::error!(id = %entry.id(), error = super::chain(&error), "ending a sleep");
+        lifecycle.unsettled.later(entry.row());
     }
 }
 

@@ -1,8 +1,11 @@
 //! When a sandbox has slept for too long, and is deleted for it.
 
-use super::{Entry, Error, Held, Lifecycle, Outcome};
+use super::{
+    Entry, Error, Held, Lifecycle, Outcome, delete::delete_locked,
+    evidence::check_sleeps_as_recorded,
+};
 use crate::{
-    sandbox::{Record, RowId, Timestamp},
+    sandbox::{Record, Timestamp},
     sync::Arc,
 };
 
@@ -25,7 +28,7 @@ impl Lifecycle {
     /// # Errors
     /// The index's, and then nothing has changed.
     pub fn destroy_stale(&self, held: &Held, entry: &Arc<Entry>) -> Result<Outcome, Error> {
-        let (record, now) = (entry.record(), self.now());
+        let (record, now) = (entry.record(), self.clock.now());
         let due = self.stale_at(&record);
         let is_due = due.is_some_and(|due| due.at <= now) && !self.activity.is_held(entry.row());
         if !is_due {
@@ -33,12 +36,12 @@ impl Lifecycle {
             let seems_due = record.delete_at().is_some_and(|at| at <= now);
             if let Some(later) = due.filter(|due| seems_due && !due.waits_for_clock && due.at > now)
             {
-                self.postpone(held, entry, later.at)?;
+                self.records.put_off(held, entry, later.at)?;
             }
             return Ok(Outcome::Skipped);
         }
-        self.check_sleeps_as_recorded(entry)?;
-        self.delete_locked(held, entry)
+        check_sleeps_as_recorded(self, entry)?;
+        delete_locked(self, held, entry)
     }
 
     /// Returns when the reaper is to delete a sandbox if nothing more happens; `None` where
@@ -50,27 +53,16 @@ impl Lifecycle {
         let waits = excess.unknown_until.filter(|until| *until > at);
         Some(Stale { at: waits.unwrap_or(at), waits_for_clock: waits.is_some() })
     }
+}
 
-    /// Says whether a sandbox that the index has as stale waits for the wall clock of this
-    /// boot to be synchronised.
-    #[must_use]
-    pub fn waits_for_clock(&self, row: RowId) -> bool {
-        let entry = self.by_row(row);
-        entry.and_then(|entry| self.stale_at(&entry.record())).is_some_and(|due| {
-            // What is due without it need not wait.
-            due.waits_for_clock && due.at > self.now()
-        })
-    }
-
-    /// Believes the wall clock once it is synchronised. Called at each look of the reaper.
-    ///
-    /// # Errors
-    /// Where the index cannot be written; what was learnt is kept in memory, and by the end
-    /// of the daemon.
-    pub fn confirm_clock(&self) -> Result<(), crate::index::Error> {
-        match self.clock.confirm() {
-            Some(basis) => self.index.set_meta(CLOCK_KEY, &basis.to_text()),
-            None => Ok(()),
-        }
+/// Believes the wall clock once it is synchronised. Called at each look of the reaper.
+///
+/// # Errors
+/// Where the index cannot be written; what was learnt is kept in memory, and by the end
+/// of the daemon.
+pub(super) fn confirm_clock(lifecycle: &Lifecycle) -> Result<(), crate::index::Error> {
+    match lifecycle.clock.confirm() {
+        Some(basis) => lifecycle.index.set_meta(CLOCK_KEY, &basis.to_text()),
+        None => Ok(()),
     }
 }

@@ -4,6 +4,8 @@
 //! real one; only the guest and the clock are not. A "crash" leaves everything as it
 //! is at that point and starts another daemon on it.
 
+use crate::lifecycle::delete::resume_deletions;
+use crate::lifecycle::unsettled::settle_due;
 use std::{
     any::Any,
     os::unix::fs::FileExt,
@@ -296,30 +298,30 @@ impl Host {
     /// Has the deletions finished that could not be, and waits until they are.
     pub(crate) fn finish_deletions(&self) {
         wait_for("the deletions to be finished", || {
-            let next = self.daemon.next_deletion();
+            let next = self.daemon.operations.next_deletion();
             if let Some(next) = next {
                 self.clock.advance(next.since(self.clock.now()));
             }
-            self.daemon.resume_deletions();
-            self.daemon.deletions_left() == 0
+            resume_deletions(&self.daemon);
+            self.daemon.operations.deletions_left() == 0
         });
     }
 
     /// Has the records brought up to date that could not be, and waits until they are.
     pub(crate) fn settle(&self) {
         wait_for("the records to be up to date", || {
-            let next = self.daemon.next_settling();
+            let next = self.daemon.unsettled.next_try();
             if let Some(next) = next {
                 self.clock.advance(next.since(self.clock.now()));
             }
-            self.daemon.settle_due();
-            self.daemon.unsettled_left() == 0
+            settle_due(&self.daemon);
+            self.daemon.unsettled.len() == 0
         });
     }
 
     /// What `error` reads as.
     pub(crate) fn error(&self, id: &str) -> String {
-        self.daemon.last_error(&self.entry(id)).map_or("ok".to_owned(), String::from)
+        self.daemon.notes.last_error(&self.entry(id)).map_or("ok".to_owned(), String::from)
     }
 
     /// How often the guest of a sandbox was let run, by the memory that it has now.
@@ -329,7 +331,7 @@ impl Host {
         if let Some(runs) = running {
             return runs;
         }
-        let home = self.daemon.home(&record);
+        let home = self.daemon.store.home(&record);
         let survey = home.survey().unwrap();
         let dir = match (survey.committed, survey.live) {
             (Some(generation), _) => home.snapshot_dir(generation),
@@ -348,9 +350,9 @@ impl Host {
     /// The sandbox is as it should be in the state that it says, and can be used.
     pub(crate) fn check(&self, id: &str) {
         let record = self.entry(id).record();
-        let survey = self.daemon.home(&record).survey().unwrap();
+        let survey = self.daemon.store.home(&record).survey().unwrap();
         assert!(survey.partials.is_empty(), "{id} is {}", record.state());
-        let sockets = self.daemon.runtime_dir(record.row);
+        let sockets = self.daemon.store.runtime_dir(record.row);
         assert_eq!(
             sockets.exists(),
             record.state() == State::Running,

@@ -8,15 +8,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::Lifecycle;
 use crate::{
+    sandbox::RowId,
     sync::{Arc, Mutex, lock},
-    sys::files::remove_tree,
+    sys::{
+        files::{remove_tree, rename, sync_dir},
+        pool::Pool,
+    },
 };
 
 /// Whether a thread empties the trash.
 #[derive(Debug, Default)]
-pub(super) struct Emptying {
+struct Emptying {
     /// A leaf lock.
     stage: Mutex<Stage>,
 }
@@ -56,21 +59,40 @@ impl Emptying {
     }
 }
 
-impl Lifecycle {
-    /// Returns where the files of deleted sandboxes are until they are removed.
-    pub(super) fn trash(&self) -> PathBuf {
-        self.settings.store.join("trash")
+/// The directory with the files of deleted sandboxes.
+#[derive(Debug)]
+pub(super) struct Trash {
+    dir: PathBuf,
+    emptying: Arc<Emptying>,
+    pool: Arc<Pool>,
+}
+
+impl Trash {
+    pub(super) fn new(dir: PathBuf, pool: Arc<Pool>) -> Self {
+        Self { dir, emptying: Arc::default(), pool }
     }
 
-    /// Has the trash removed by a thread that nobody waits for.
-    pub(super) fn empty_trash_later(&self) {
+    /// Moves a sandbox's directory here, at once, however many GiB it has.
+    pub(super) fn take(&self, sandboxes: &Path, row: RowId) -> io::Result<()> {
+        let name = row.to_string();
+        match rename(&sandboxes.join(&name), &self.dir.join(&name)) {
+            // A sandbox that was never woken has no files.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            renamed => renamed?,
+        }
+        sync_dir(&self.dir)?;
+        sync_dir(sandboxes)
+    }
+
+    /// Has all that is in it removed by a thread that nobody waits for.
+    pub(super) fn empty_later(&self) {
         if !self.emptying.ask() {
             return;
         }
-        let (trash, emptying) = (self.trash(), Arc::clone(&self.emptying));
+        let (dir, emptying) = (self.dir.clone(), Arc::clone(&self.emptying));
         let job = move || loop {
-            if let Err(error) = empty(&trash) {
-                tracing::warn!(%error, trash = %trash.display(), "emptying the trash");
+            if let Err(error) = empty(&dir) {
+                tracing::warn!(%error, trash = %dir.display(), "emptying the trash");
             }
             if !emptying.goes_on() {
                 return;
@@ -78,7 +100,7 @@ impl Lifecycle {
         };
         if self.pool.run(job).is_err() {
             self.emptying.give_up();
-            tracing::debug!("all threads are busy; the trash is emptied after the next deletion");
+            tracing::debug!("the trash stays until the next delete, as all threads are busy");
         }
     }
 }

@@ -8,8 +8,10 @@ use std::{collections::HashMap, time::Duration};
 
 use super::{Entry, Error, Held, Lifecycle, chain};
 use crate::{
+    events::Wakeup,
     sandbox::{Cause, RowId, State, Timestamp},
     sync::{Arc, Mutex, lock},
+    sys::clock::Clock,
 };
 
 /// When to try for the second time. Most often another process has the index locked, for
@@ -19,8 +21,10 @@ const AGAIN_FIRST: Duration = Duration::from_secs(1);
 const AGAIN_MAX: Duration = Duration::from_secs(60);
 
 /// The sandboxes whose records are behind. Bounded by the count of sandboxes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Unsettled {
+    clock: Arc<dyn Clock>,
+    reaper_wakeup: Arc<Wakeup>,
     /// A leaf lock.
     table: Mutex<HashMap<RowId, Retry>>,
 }
@@ -33,6 +37,51 @@ struct Retry {
 }
 
 impl Unsettled {
+    pub(super) fn new(clock: Arc<dyn Clock>, reaper_wakeup: Arc<Wakeup>) -> Self {
+        Self { clock, reaper_wakeup, table: Mutex::default() }
+    }
+
+    /// Has the record of a sandbox brought up to date later.
+    pub(super) fn later(&self, row: RowId) {
+        let at = Some(self.clock.now().after(AGAIN_FIRST));
+        lock(&self.table).entry(row).or_insert(Retry { at, failures: 0 });
+        self.reaper_wakeup.notify(); // It may be earlier than what the reaper waits for.
+    }
+
+    /// As `settle_later`, of an operation that has taken effect and could not be recorded.
+    pub(super) fn record_later(&self, entry: &Entry, doing: &'static str, error: &Error) {
+        tracing::warn!(id = %entry.id(), error = chain(error), "{doing} is recorded later");
+        self.later(entry.row());
+    }
+
+    /// Returns when the next record is to be tried again to be brought up to date.
+    #[must_use]
+    pub(super) fn next_try(&self) -> Option<Timestamp> {
+        lock(&self.table).values().filter_map(|retry| retry.at).min()
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        lock(&self.table).len()
+    }
+
+    /// Puts a retry that did not succeed off, and returns for how long.
+    pub(super) fn put_off(&self, row: RowId, failed: bool) -> Duration {
+        let mut table = lock(&self.table);
+        let retry = table.entry(row).or_insert(Retry { at: None, failures: 0 });
+        retry.failures += u32::from(failed);
+        let doublings = retry.failures.min(16);
+        let wait = AGAIN_FIRST.saturating_mul(1 << doublings).min(AGAIN_MAX);
+        retry.at = Some(self.clock.now().after(wait));
+        drop(table);
+        self.reaper_wakeup.notify(); // The reaper may have looked while a thread was at it.
+        wait
+    }
+
+    fn settled(&self, row: RowId) {
+        lock(&self.table).remove(&row);
+    }
+
     fn take_due(&self, now: Timestamp) -> Vec<RowId> {
         let mut due = Vec::new();
         for (row, retry) in lock(&self.table).iter_mut() {
@@ -43,83 +92,39 @@ impl Unsettled {
         }
         due
     }
+}
 
-    /// Puts a retry that did not succeed off, and returns for how long.
-    fn put_off(&self, row: RowId, now: Timestamp, failed: bool) -> Duration {
-        let mut table = lock(&self.table);
-        let retry = table.entry(row).or_insert(Retry { at: None, failures: 0 });
-        retry.failures += u32::from(failed);
-        let doublings = retry.failures.min(16);
-        let wait = AGAIN_FIRST.saturating_mul(1 << doublings).min(AGAIN_MAX);
-        retry.at = Some(now.after(wait));
-        wait
+/// Tries again to bring the records up to date that are due for it, each on a thread of
+/// its own, as a VMM may have to be asked.
+pub(super) fn settle_due(lifecycle: &Arc<Lifecycle>) {
+    for row in lifecycle.unsettled.take_due(lifecycle.clock.now()) {
+        let this = Arc::clone(lifecycle);
+        if lifecycle.pool.run(move || settle_row(&this, row)).is_err() {
+            lifecycle.unsettled.put_off(row, false);
+        }
     }
 }
 
-impl Lifecycle {
-    /// Has the record of a sandbox brought up to date later.
-    pub(super) fn settle_later(&self, row: RowId) {
-        let at = Some(self.now().after(AGAIN_FIRST));
-        lock(&self.unsettled.table).entry(row).or_insert(Retry { at, failures: 0 });
-        self.reaper_wakeup.notify(); // It may be earlier than what the reaper waits for.
-    }
-
-    /// As `settle_later`, of an operation that has taken effect and could not be recorded.
-    pub(super) fn record_later(&self, entry: &Entry, doing: &'static str, error: &Error) {
-        tracing::warn!(id = %entry.id(), error = chain(error), "{doing} is recorded later");
-        self.settle_later(entry.row());
-    }
-
-    /// Returns when the next record is to be tried again to be brought up to date.
-    #[must_use]
-    pub fn next_settling(&self) -> Option<Timestamp> {
-        lock(&self.unsettled.table).values().filter_map(|retry| retry.at).min()
-    }
-
-    /// Tries again to bring the records up to date that are due for it, each on a thread of
-    /// its own, as a VMM may have to be asked.
-    pub fn settle_due(self: &Arc<Self>) {
-        for row in self.unsettled.take_due(self.now()) {
-            let this = Arc::clone(self);
-            if self.pool.run(move || this.settle_row(row)).is_err() {
-                self.unsettled.put_off(row, self.now(), false);
-            }
+fn settle_row(lifecycle: &Lifecycle, row: RowId) {
+    let Some(entry) = lifecycle.by_row(row) else {
+        lifecycle.unsettled.settled(row);
+        return;
+    };
+    // Whoever has the lock settles it before anything else.
+    let Some(held) = lifecycle.locks.try_lock(entry.id()) else {
+        lifecycle.unsettled.put_off(row, false);
+        return;
+    };
+    let is_end = entry.record().state() == State::Running;
+    let cause = if is_end { Cause::GuestExit } else { Cause::Reconcile };
+    match lifecycle.settle_leftover(&Held::new(held, cause), &entry) {
+        Ok(_) => {
+            lifecycle.unsettled.settled(row);
         }
-    }
-
-    #[cfg(test)]
-    pub(super) fn unsettled_left(&self) -> usize {
-        lock(&self.unsettled.table).len()
-    }
-
-    fn settle_row(&self, row: RowId) {
-        let Some(entry) = self.by_row(row) else {
-            lock(&self.unsettled.table).remove(&row);
-            return;
-        };
-        // Whoever has the lock settles it before anything else.
-        let Some(held) = self.locks.try_lock(entry.id()) else {
-            self.put_off_settling(row, false);
-            return;
-        };
-        let is_end = entry.record().state() == State::Running;
-        let cause = if is_end { Cause::GuestExit } else { Cause::Reconcile };
-        match self.settle_leftover(&Held::new(held, cause), &entry) {
-            Ok(_) => {
-                lock(&self.unsettled.table).remove(&row);
-            }
-            Err(error) => {
-                let wait = self.put_off_settling(row, true);
-                let error = chain(&error);
-                tracing::error!(id = %entry.id(), error, retry_in = ?wait, "bringing up to date");
-            }
+        Err(error) => {
+            let wait = lifecycle.unsettled.put_off(row, true);
+            let error = chain(&error);
+            tracing::error!(id = %entry.id(), error, retry_in = ?wait, "bringing up to date");
         }
-    }
-
-    /// Has it tried again later, and returns in what time.
-    fn put_off_settling(&self, row: RowId, failed: bool) -> Duration {
-        let wait = self.unsettled.put_off(row, self.now(), failed);
-        self.reaper_wakeup.notify(); // The reaper may have looked while a thread was at it.
-        wait
     }
 }

@@ -109,11 +109,11 @@ pub(super) fn look_over_networks(lifecycle: &Lifecycle) -> Option<Duration> {
 
 /// Puts back what is missing of the network of a sandbox, if it runs.
 fn put_network_back(lifecycle: &Lifecycle, held: &Held, entry: &Entry) {
-    match lifecycle.networks.put_back(entry, lifecycle.vmm_pid(entry.row())) {
+    match lifecycle.networks.put_back(entry, lifecycle.machines.pid(entry.row())) {
         Ok(()) => {
             let told = lifecycle.networks.troubles().forget(entry.row());
             if let Some(told) = told
-                && lifecycle.last_error(entry).as_deref() == Some(&*told)
+                && lifecycle.notes.last_error(entry).as_deref() == Some(&*told)
             {
                 lifecycle.notes.forget(entry.row());
             }
@@ -122,8 +122,8 @@ fn put_network_back(lifecycle: &Lifecycle, held: &Held, entry: &Entry) {
             let text = chain(&error);
             if lifecycle.networks.troubles().record(entry.row(), &text) {
                 tracing::error!(id = %entry.id(), error = text, "checking networks");
-                lifecycle.note(entry, &error);
-                lifecycle.publish_failure(held, entry, text.into_boxed_str());
+                lifecycle.notes.note(entry, &error);
+                lifecycle.records.publish_failure(held, entry, text.into_boxed_str());
             }
         }
     }

@@ -113,6 +113,11 @@ impl Table {
         lock(&self.by_row).get(&row).map(Arc::clone)
     }
 
+    /// Returns the process of a sandbox's VMM.
+    pub(crate) fn pid(&self, row: RowId) -> Option<u32> {
+        self.get(row).map(|live| live.process.identity().pid)
+    }
+
     /// Removes a VMM. Its end is no longer reported.
     pub(crate) fn remove(&self, row: RowId) -> Option<Arc<Live>> {
         lock(&self.by_row).remove(&row)

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::queue::{Due, Queue};
 use crate::{
-    lifecycle::{Due as DueRow, IndexError, Lifecycle, chain},
+    lifecycle::{Due as DueRow, Guests, IndexError, Lifecycle, chain},
     sandbox::{RowId, Timestamp},
     sync::Arc,
 };
@@ -37,8 +37,7 @@ impl Deadlines {
         let next = [
             self.lifecycle.index().next_due(now).ok().flatten(),
             self.lifecycle.networks().next_lingered().filter(|at| *at > now),
-            self.lifecycle.next_deletion(),
-            self.lifecycle.next_settling(),
+            self.lifecycle.next_retry(),
             active_until,
         ];
         let next = next.into_iter().flatten().min();
@@ -55,7 +54,7 @@ impl Deadlines {
             |after| index.due_to_sleep(now, after, PAGE),
             |due| {
                 let rows: Vec<_> = due.iter().map(|due| due.row).collect();
-                self.lifecycle.sample_activity_of(&rows);
+                self.lifecycle.sample_activity(Guests::Of(&rows));
                 let is_due = |due: &DueRow| {
                     let entry = self.lifecycle.by_row(due.row);
                     let at = entry.and_then(|entry| entry.record().sleep_at(entry.last_activity()));
@@ -69,18 +68,27 @@ impl Deadlines {
         self.hand_out(
             |after| index.due_to_delete(now, after, PAGE),
             |due| {
-                let is_certain = |due: &DueRow| !self.lifecycle.waits_for_clock(due.row);
+                let is_certain = |due: &DueRow| !self.waits_for_clock(due.row);
                 let due = due.into_iter().filter(is_certain);
                 due.map(|due| (due.at, Due::Delete(due.row))).collect()
             },
         );
-        self.lifecycle.resume_deletions();
-        self.lifecycle.settle_due();
+        self.lifecycle.retry_due();
         self.hand_out_leftovers(now);
         for row in self.lifecycle.networks().lingered() {
             self.queue.put(now, Due::Unlink(row));
         }
         active_until
+    }
+
+    /// Says whether a sandbox that the index has as stale waits for the wall clock of this boot
+    /// to be synchronised.
+    fn waits_for_clock(&self, row: RowId) -> bool {
+        let entry = self.lifecycle.by_row(row);
+        entry.and_then(|entry| self.lifecycle.stale_at(&entry.record())).is_some_and(|due| {
+            // What is due without it need not wait.
+            due.waits_for_clock && due.at > self.lifecycle.clock().now()
+        })
     }
 
     /// Hands out what is in the middle of an operation. If that is still under way, its lock

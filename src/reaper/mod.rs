@@ -93,7 +93,7 @@ impl Reaper {
     /// Ends the looking, and waits for what is being acted on, for at most `limit`. What takes
     /// longer is left behind; the next start finishes it.
     pub fn stop(self, limit: Duration) {
-        self.lifecycle.reaper_wakeup().close();
+        self.lifecycle.records().reaper_wakeup().close();
         self.queue.close();
         let deadline = Deadline::after(limit);
         for thread in self.threads {
@@ -128,7 +128,7 @@ impl Looking {
     fn look_on(mut self) {
         loop {
             let wait = self.look();
-            if !self.lifecycle.reaper_wakeup().wait(wait) {
+            if !self.lifecycle.records().reaper_wakeup().wait(wait) {
                 return;
             }
         }
@@ -143,7 +143,7 @@ impl Looking {
         self.sampler.sample();
         let wait = self.deadlines.look();
         self.workers.start_spare();
-        self.lifecycle.ticked(self.lifecycle.clock().now());
+        self.lifecycle.records().metrics().ticked(self.lifecycle.clock().now());
         if self.queue.waits() { wait.min(STUCK_LOOK) } else { wait }
     }
 }

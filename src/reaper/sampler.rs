@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::{
-    lifecycle::Lifecycle,
+    lifecycle::{Guests, Lifecycle},
     sandbox::Timestamp,
     sync::{Arc, Condvar, Mutex, lock, wait_while_within},
 };
@@ -43,7 +43,7 @@ impl Sampler {
             return;
         }
         self.next_tick = now.after(self.tick);
-        self.lifecycle.sample_activity();
+        self.lifecycle.sample_activity(Guests::All);
         self.lifecycle.activity().sample_holds();
         self.do_chores();
     }

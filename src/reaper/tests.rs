@@ -39,10 +39,10 @@ fn reap_between_ticks(host: &Host, stuck_after: Duration) -> Reaper {
 
 /// Rings, and waits until the reaper has looked.
 fn look(host: &Host) {
-    let before = host.daemon.last_tick();
+    let before = host.daemon.records().metrics().last_tick();
     host.clock.advance(Duration::from_millis(1));
-    host.daemon.reaper_wakeup().notify();
-    wait_for("a look", || host.daemon.last_tick() > before);
+    host.daemon.records().reaper_wakeup().notify();
+    wait_for("a look", || host.daemon.records().metrics().last_tick() > before);
 }
 
 fn awake(id: &str) -> Host {
@@ -562,9 +562,9 @@ fn a_sleep_by_count_that_meets_a_packet_is_refused_as_the_count_moves() {
 #[test]
 fn what_passed_since_the_last_look_counts_when_its_sandbox_is_about_to_sleep() {
     let host = connected(&["a"]);
-    host.daemon.sample_activity();
+    host.daemon.sample_activity(crate::lifecycle::Guests::All);
     host.clock.advance(Duration::from_secs(60));
-    host.daemon.sample_activity();
+    host.daemon.sample_activity(crate::lifecycle::Guests::All);
     let inward = Count { packets: 1, bytes: 60 };
     host.network.set_activity(&"a".parse().unwrap(), Activity { inward, ..Activity::default() });
     assert_eq!(host.sleep_because("a", Why::Idle).unwrap(), Outcome::Skipped);
@@ -578,7 +578,7 @@ fn a_deadline_between_ticks_is_kept_and_looks_at_nobody_else() {
     host.wake("b").unwrap();
     host.set("b", Policy::IdleAfter(Period::Never)).unwrap();
     let reaper = reap_between_ticks(&host, LONG);
-    wait_for("the first tick", || host.daemon.last_tick().is_some());
+    wait_for("the first tick", || host.daemon.records().metrics().last_tick().is_some());
     let seen = host.daemon.activity().last_sample(host.entry("b").row());
     host.clock.advance(Duration::from_secs(60));
     look(&host);
@@ -591,7 +591,7 @@ fn a_deadline_between_ticks_is_kept_and_looks_at_nobody_else() {
 fn activity_that_the_index_does_not_know_of_puts_a_deadline_off() {
     let host = awake("a");
     let reaper = reap_between_ticks(&host, LONG);
-    wait_for("the first tick", || host.daemon.last_tick().is_some());
+    wait_for("the first tick", || host.daemon.records().metrics().last_tick().is_some());
     host.clock.advance(Duration::from_secs(40));
     host.daemon.activity().saw(&host.entry("a"), Signal::Touch);
     host.clock.advance(Duration::from_secs(20));

@@ -124,7 +124,7 @@ impl Workers {
                 tracing::error!(id = %entry.id(), error = chain(&error), "{doing}");
             }
             Err(error) => {
-                self.lifecycle.metrics().reaper_failed();
+                self.lifecycle.records().metrics().reaper_failed();
                 let wait = self.put_off(&entry);
                 let until = self.lifecycle.clock().now().after(wait);
                 tracing::error!(
@@ -144,7 +144,7 @@ impl Workers {
     }
 
     fn postpone(&self, held: &Held, entry: &Arc<Entry>, until: Timestamp) {
-        if let Err(error) = self.lifecycle.postpone(held, entry, until) {
+        if let Err(error) = self.lifecycle.records().put_off(held, entry, until) {
             tracing::error!(id = %entry.id(), error = chain(&error), "postponing a retry");
         }
     }

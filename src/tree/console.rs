@@ -94,7 +94,8 @@ impl Tree {
     /// Opens the console of a sandbox.
     pub(super) fn open_console(&self, row: RowId) -> Console {
         let entry = self.lifecycle.by_row(row);
-        let start = entry.map_or(0, |entry| self.lifecycle.console(&entry.record()).extent().start);
+        let start =
+            entry.map_or(0, |entry| self.lifecycle.store().console(&entry.record()).extent().start);
         self.consoles.open(row, start)
     }
 
@@ -107,7 +108,7 @@ impl Tree {
         size: usize,
     ) -> Result<Vec<u8>, Errno> {
         let mut cursor = lock(&console.cursor);
-        let log = self.lifecycle.console(&entry.record());
+        let log = self.lifecycle.store().console(&entry.record());
         let kept = log.extent().start;
         cursor.go(offset, console.start, kept);
         let said = cursor.gap.len().min(size);
@@ -127,7 +128,7 @@ impl Tree {
     /// pollers are woken when it boots.
     pub(super) fn watch_console(&self, growth: &GrowthWatch, row: RowId) {
         let Some(entry) = self.lifecycle.by_row(row) else { return };
-        let log = self.lifecycle.home(&entry.record()).console_log();
+        let log = self.lifecycle.store().home(&entry.record()).console_log();
         if let Err(error) = growth.watch(row.0, &log)
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -138,13 +139,14 @@ impl Tree {
     /// Says whether there is more of a console than was read.
     pub(super) fn console_has_more(&self, entry: &Entry, console: &Console) -> bool {
         let cursor = lock(&console.cursor);
-        !cursor.gap.is_empty() || self.lifecycle.console(&entry.record()).extent().len > cursor.at
+        !cursor.gap.is_empty()
+            || self.lifecycle.store().console(&entry.record()).extent().len > cursor.at
     }
 
     /// The size of the console's log, without what was cut off from its front, and when
     /// it last grew.
     pub(super) fn console_facts(&self, record: &Arc<Record>) -> (u64, SystemTime) {
-        let log = self.lifecycle.console(record).extent();
+        let log = self.lifecycle.store().console(record).extent();
         let start = self.consoles.start(record.row, log.start);
         let mtime = log.mtime.unwrap_or_else(|| self.system_time(record.since));
         (log.len.saturating_sub(start), mtime)

@@ -100,7 +100,7 @@ impl Tree {
     pub(super) fn glance(&self, entry: &Entry, file: File) -> Result<Glance, Error> {
         let record = entry.record();
         let facts = if file == File::Status {
-            let home = self.lifecycle.home(&record);
+            let home = self.lifecycle.store().home(&record);
             let cached_bytes = match record.snapshot() {
                 Some(facts) if record.state() == State::Snapshotted => {
                     home.page_cache_bytes(facts.generation)

@@ -299,7 +299,7 @@ impl Tree {
     /// Returns where changes are told.
     #[must_use]
     pub fn feed(&self) -> &Arc<ChangeFeed> {
-        self.lifecycle.feed()
+        self.lifecycle.records().feed()
     }
 
     fn entry(&self, row: RowId) -> Result<Arc<Entry>, Errno> {

@@ -119,7 +119,7 @@ impl Tree {
         // It is held from now on, so that nobody puts it to sleep before it is awake.
         let hold = move |this: &Self, entry: &Entry| -> Result<HoldId, Errno> {
             let hold = this.lifecycle.hold(entry, holder).map_err(|error| {
-                this.lifecycle.note(entry, &error);
+                this.lifecycle.notes().note(entry, &error);
                 answer(&this.lifecycle, entry, "holding", &error)
             })?;
             // A change of owners ends the holds that it finds, and this one may be later.

@@ -175,12 +175,12 @@ impl Tree {
             Node::File(row, _) | Node::Dir(row) | Node::NetDir(row) => View::Sandbox(row),
             Node::Root | Node::Daemon(_) => View::Viewer(viewer(caller)),
         };
-        Arc::new(self.lifecycle.feed().log().open(view))
+        Arc::new(self.lifecycle.records().feed().log().open(view))
     }
 
     /// The size of a log of events, and when it last grew; `otherwise` if it never did.
     pub(super) fn events_facts(&self, view: &View, otherwise: SystemTime) -> (u64, SystemTime) {
-        let (size, grew) = self.lifecycle.feed().log().size(view);
+        let (size, grew) = self.lifecycle.records().feed().log().size(view);
         (size, grew.map_or(otherwise, shown))
     }
 
@@ -253,16 +253,16 @@ impl Tree {
             signals: self.lifecycle.activity().signals(entry.row()),
             limits: self.lifecycle.activity().limits(record),
             busyness: self.lifecycle.activity().busyness(entry.row()),
-            error: self.lifecycle.last_error(entry),
+            error: self.lifecycle.notes().last_error(entry),
             disk_bytes,
             cached_bytes,
             lacks: self.lifecycle.lacks(record),
             stale: self.lifecycle.stale_at(record),
             grace_until: self.lifecycle.activity().grace_until(record.row),
             unwakeable: self.lifecycle.why_unwakeable(record.row),
-            today: self.lifecycle.today(),
+            today: self.lifecycle.records().today(),
             holders: self.lifecycle.activity().holders(record.row),
-            vsock: self.lifecycle.vsock(record),
+            vsock: self.lifecycle.store().vsock(record),
             wall: &|at| clock.wall(at),
         })
     }
@@ -291,7 +291,12 @@ impl Tree {
             counts: self.lifecycle.index().count_by_state(),
             memory_bytes,
             memory_budget_bytes,
-            reaper_last_tick: self.lifecycle.last_tick().map(|at| clock.wall(at)),
+            reaper_last_tick: self
+                .lifecycle
+                .records()
+                .metrics()
+                .last_tick()
+                .map(|at| clock.wall(at)),
             started: clock.wall(self.started),
             pid: std::process::id(),
             lacks: &self.lacks,
@@ -302,12 +307,17 @@ impl Tree {
     fn daemon_metrics(&self) -> String {
         let clock = self.lifecycle.clock();
         let (memory_bytes, memory_budget_bytes) = self.lifecycle.memory();
-        self.lifecycle.metrics().expose(&Gauges {
+        self.lifecycle.records().metrics().expose(&Gauges {
             counts: self.lifecycle.index().count_by_state(),
             memory_bytes,
             memory_budget_bytes,
             holds: self.lifecycle.activity().hold_count(),
-            reaper_last_tick: self.lifecycle.last_tick().map(|at| clock.wall(at)),
+            reaper_last_tick: self
+                .lifecycle
+                .records()
+                .metrics()
+                .last_tick()
+                .map(|at| clock.wall(at)),
             started: clock.wall(self.started),
         })
     }

@@ -69,7 +69,7 @@ impl Removal {
                 }
                 Err(error) => {
                     tree.root_errors.note(uid, Some(&chain(&error)));
-                    lifecycle.note(&entry, &error);
+                    lifecycle.notes().note(&entry, &error);
                     Err(self::answer(lifecycle, &entry, "deleting", &error))
                 }
             });
@@ -200,7 +200,7 @@ impl Tree {
             Verb::Sleep { count: None } => State::Snapshotted,
             Verb::Sleep { count: Some(_) } => return None,
         };
-        if record.state() != there || self.lifecycle.last_error(entry).is_some() {
+        if record.state() != there || self.lifecycle.notes().last_error(entry).is_some() {
             return None;
         }
         if !self.lifecycle.rests_in(entry, there) {
@@ -232,7 +232,7 @@ impl Tree {
         Answer::job(Work::Change, move || {
             check_opened(&lifecycle, &entry, opened)?;
             lifecycle.type_in(&entry, &bytes).map_err(|error| {
-                lifecycle.note(&entry, &error);
+                lifecycle.notes().note(&entry, &error);
                 answer(&lifecycle, &entry, "typing on the console of", &error)
             })
         })
@@ -340,7 +340,7 @@ impl Tree {
                 Err(error) => {
                     tracing::info!(%id, error = chain(&error), "creating failed");
                     let errno = errno::of(&error);
-                    this.lifecycle.metrics().failed(errno.word());
+                    this.lifecycle.records().metrics().failed(errno.word());
                     Err(errno)
                 }
             }
@@ -402,7 +402,7 @@ pub(super) fn actor(caller: Caller) -> Actor {
 /// Logs and counts a failure once, here at the edge, and returns its errno.
 pub(super) fn answer(lifecycle: &Lifecycle, entry: &Entry, doing: &str, error: &Error) -> Errno {
     let errno = errno::of(error);
-    lifecycle.metrics().failed(errno.word());
+    lifecycle.records().metrics().failed(errno.word());
     let error = chain(error);
     if matches!(errno, Errno::Io | Errno::TimedOut | Errno::NoSpc) {
         tracing::error!(id = %entry.id(), ?errno, error, "{doing} failed");
@@ -414,8 +414,8 @@ pub(super) fn answer(lifecycle: &Lifecycle, entry: &Entry, doing: &str, error: &
 
 /// Notes and counts why something written was refused, and returns its errno.
 pub(super) fn refused(lifecycle: &Lifecycle, entry: &Entry, bad: &BadCommand) -> Errno {
-    lifecycle.note(entry, bad);
+    lifecycle.notes().note(entry, bad);
     let errno = errno::of_command(bad);
-    lifecycle.metrics().failed(errno.word());
+    lifecycle.records().metrics().failed(errno.word());
     errno
 }

@@ -18,9 +18,9 @@ fn idle() -> Host {
     let spec = Spec { net: NetMode::Isolated, ..Spec::clone(&entry.record().spec) };
     host.set("a", Policy::Spec(Box::new(spec))).unwrap();
     host.wake("a").unwrap();
-    host.daemon.sample_activity();
+    host.daemon.sample_activity(crate::lifecycle::Guests::All);
     host.clock.advance(Duration::from_secs(3600));
-    host.daemon.sample_activity();
+    host.daemon.sample_activity(crate::lifecycle::Guests::All);
     host
 }
 
@@ -93,7 +93,7 @@ fn traffic_before_a_sleep_that_failed_is_activity() {
     host.vmm.fail_next(Call::Save, Fault::NoSpace);
     host.sleep("a").unwrap_err();
     host.clock.advance(Duration::from_secs(1));
-    host.daemon.sample_activity();
+    host.daemon.sample_activity(crate::lifecycle::Guests::All);
     let seen = host.daemon.activity().signals(host.entry("a").row()).last(Signal::Network);
     assert_eq!(seen, Some(host.clock.now()));
 }

@@ -15,7 +15,7 @@ fn asleep() -> Host {
 
 /// Returns the names of the files of the run of a sandbox.
 fn files_of_life(host: &Host) -> Vec<String> {
-    let home = host.daemon.home(&host.entry("a").record());
+    let home = host.daemon.store.home(&host.entry("a").record());
     let run = home.live_dir(home.survey().unwrap().live.unwrap());
     let names = std::fs::read_dir(run).unwrap().map(|file| file.unwrap().file_name());
     names.map(|name| name.into_string().unwrap()).collect()
@@ -66,7 +66,7 @@ fn a_guest_that_may_have_run_is_never_woken_from_the_same_snapshot_again() {
     let error = host.error("a");
     assert!(error.contains("the guest of a may have run"), "{error}");
     assert!(error.contains("resuming a: the VMM ended"), "{error}");
-    let survey = host.daemon.home(&host.entry("a").record()).survey().unwrap();
+    let survey = host.daemon.store.home(&host.entry("a").record()).survey().unwrap();
     assert_eq!((survey.live, survey.committed), (None, None));
     host.check("a");
 }
@@ -88,7 +88,7 @@ fn a_failed_sleep_leaves_the_guest_running_and_no_copy() {
 fn a_damaged_copy_is_refused_before_the_guest_runs_and_kept() {
     let host = asleep();
     let record = host.entry("a").record();
-    let home = host.daemon.home(&record);
+    let home = host.daemon.store.home(&record);
     let copy = home.snapshot_dir(record.snapshot().unwrap().generation).join(COPY);
     let file = std::fs::File::options().write(true).open(&copy).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, b"x", 1 << 20).unwrap();
@@ -159,7 +159,7 @@ fn a_guest_that_died_with_the_daemon_is_asleep_only_if_its_snapshot_is_not_consu
 fn a_sleeper_is_woken_by_the_vmm_that_made_its_snapshot_and_no_other() {
     let host = asleep();
     let record = host.entry("a").record();
-    let home = host.daemon.home(&record);
+    let home = host.daemon.store.home(&record);
     let generation = record.snapshot().unwrap().generation;
     let mut made = home.open(&record.id, generation).unwrap().manifest().vmm.clone();
     assert!(host.daemon.vmms.that_made(&record, &made.name, &made.version).is_ok());

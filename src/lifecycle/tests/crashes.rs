@@ -172,7 +172,7 @@ fn a_memory_that_cannot_be_read_at_a_start_is_kept_until_it_can_be() {
     crash(&mut host, CrashPoint::WakeConsumed, |host| drop(host.wake("a")));
     kill_unseen(&host, "a");
     let record = host.entry("a").record();
-    let run = host.daemon.home(&record).live_dir(record.snapshot().unwrap().generation);
+    let run = host.daemon.store.home(&record).live_dir(record.snapshot().unwrap().generation);
     // Opening a link to itself fails, as it does on a disk with an I/O error.
     let (manifest, kept) = (run.join("manifest"), host.dir.path().join("manifest"));
     crate::sys::files::rename(&manifest, &kept).unwrap();

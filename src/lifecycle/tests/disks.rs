@@ -35,7 +35,7 @@ impl Stage {
     }
 
     fn disk(&self, number: usize) -> PathBuf {
-        self.host.daemon.home(&self.host.entry("a").record()).disk(number)
+        self.host.daemon.store.home(&self.host.entry("a").record()).disk(number)
     }
 
     /// Boots it, and returns what is on its disks.

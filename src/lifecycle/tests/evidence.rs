@@ -1,6 +1,7 @@
 //! An index that was lost, or set back to an earlier time.
 
 use super::*;
+use crate::lifecycle::evidence::{is_leftover, tokened};
 use crate::{
     lifecycle::{Contradicted, check_index_file},
     sandbox::Period,
@@ -19,7 +20,7 @@ fn bring(host: &Host, id: &str, state: State) {
 
 fn vmms(host: &Host) -> Vec<u32> {
     let mut pids: Vec<_> =
-        host.daemon.tokened().iter().map(|vmm| vmm.process.identity().pid).collect();
+        tokened(&host.daemon).iter().map(|vmm| vmm.process.identity().pid).collect();
     pids.sort_unstable();
     pids
 }
@@ -52,7 +53,7 @@ fn is_refused(host: &Host, says: &str) {
 }
 
 fn kill_vmms(host: &Host) {
-    for vmm in host.daemon.tokened() {
+    for vmm in tokened(&host.daemon) {
         vmm.process.kill();
         vmm.process.wait(PATIENCE).unwrap();
     }
@@ -63,7 +64,7 @@ fn a_start_with_an_empty_index_on_the_files_of_another_is_refused() {
     let mut host = Host::new();
     host.create("a");
     host.wake("a").unwrap();
-    let running = host.daemon.tokened();
+    let running = tokened(&host.daemon);
     host.start_on_index("other.db");
     is_refused(&host, "it has no row for the directory");
     assert!(running[0].process.exited().is_none());
@@ -198,15 +199,15 @@ fn a_vmm_is_a_leftover_only_where_the_files_prove_it() {
     let host = Host::new();
     host.create("a");
     let entry = host.entry("a");
-    assert!(host.daemon.is_leftover(&entry), "it has no memory");
+    assert!(is_leftover(&host.daemon, &entry), "it has no memory");
     host.wake("a").unwrap();
-    assert!(!host.daemon.is_leftover(&entry));
+    assert!(!is_leftover(&host.daemon, &entry));
     host.sleep("a").unwrap();
-    assert!(host.daemon.is_leftover(&entry), "its memory is in the snapshot");
+    assert!(is_leftover(&host.daemon, &entry), "its memory is in the snapshot");
     let generation = entry.record().snapshot().unwrap().generation;
-    let home = host.daemon.home(&entry.record());
+    let home = host.daemon.store.home(&entry.record());
     std::fs::remove_dir_all(home.snapshot_dir(generation)).unwrap();
-    assert!(!host.daemon.is_leftover(&entry));
+    assert!(!is_leftover(&host.daemon, &entry));
 }
 
 #[test]
@@ -216,7 +217,7 @@ fn the_vmms_of_the_store_that_this_is_a_copy_of_are_not_ours() {
         host.create(id);
         host.wake(id).unwrap();
     }
-    let theirs = host.daemon.tokened();
+    let theirs = tokened(&host.daemon);
     assert_eq!(theirs.len(), 2);
     // The same index and names, and other files.
     host.start_on_a_copy();

@@ -53,7 +53,7 @@ fn a_sleep_does_not_wait_for_a_fifo_or_a_link_in_place_of_the_memory() {
     ];
     for put in put {
         let host = running();
-        let home = host.daemon.home(&host.entry("a").record());
+        let home = host.daemon.store.home(&host.entry("a").record());
         let memory = || home.live_memory(home.survey().unwrap().live.unwrap());
         let aside = host.daemon.settings().store.join("aside");
         crate::sys::files::rename(&memory(), &aside).unwrap();
@@ -73,7 +73,7 @@ fn a_sleep_does_not_wait_for_a_fifo_or_a_link_in_place_of_the_memory() {
 fn a_console_does_not_wait_for_a_fifo_nor_follow_a_link() {
     let host = running();
     let entry = host.entry("a");
-    let log = host.daemon.home(&entry.record()).console_log();
+    let log = host.daemon.store.home(&entry.record()).console_log();
     let secret = host.daemon.settings().store.join("secret");
     std::fs::write(&secret, "secret").unwrap();
     let put: [&dyn Fn(); 2] = [&|| crate::sys::files::regular::tests::make_fifo(&log), &|| {
@@ -82,7 +82,7 @@ fn a_console_does_not_wait_for_a_fifo_nor_follow_a_link() {
     for put in put {
         std::fs::remove_file(&log).ok();
         put();
-        let console = host.daemon.console(&entry.record());
+        let console = host.daemon.store.console(&entry.record());
         assert_eq!(console.extent(), ConsoleExtent::default());
         let error = console.read(0, 100).unwrap_err();
         assert!(error.to_string().contains("not a regular file"), "{error}");
@@ -223,7 +223,8 @@ fn a_sandbox_without_a_kernel_says_how_to_give_it_one() {
 fn a_damaged_memory_is_refused_before_the_guest_runs_and_kept() {
     let host = asleep();
     let record = host.entry("a").record();
-    let memory = host.daemon.home(&record).snapshot_dir(record.snapshot().unwrap().generation);
+    let memory =
+        host.daemon.store.home(&record).snapshot_dir(record.snapshot().unwrap().generation);
     let memory = memory.join(MEMORY);
     let file = std::fs::File::options().write(true).open(&memory).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, b"x", 1 << 20).unwrap();
@@ -274,7 +275,7 @@ fn a_snapshot_knows_whether_its_machine_has_a_balloon() {
     host.create("a");
     let machine = || {
         let record = host.entry("a").record();
-        let home = host.daemon.home(&record);
+        let home = host.daemon.store.home(&record);
         let snapshot = home.open(&record.id, record.snapshot().unwrap().generation).unwrap();
         snapshot.manifest().vmm.machine.clone()
     };
@@ -295,7 +296,7 @@ fn a_snapshot_of_a_machine_with_other_devices_is_refused() {
     let entry = host.entry("a");
     let held = host.daemon.lock(&entry, Wait::ForIt, Cause::Idle).unwrap();
     let spec = Spec { balloon: false, ..Spec::clone(&entry.record().spec) };
-    host.daemon.amend(&held, &entry, |record| record.spec = spec.into()).unwrap();
+    host.daemon.records.amend(&held, &entry, |record| record.spec = spec.into()).unwrap();
     drop(held);
     assert!(matches!(host.wake("a"), Err(Error::Foreign { .. })));
     let says = "machine `none` and this host has `none, no balloon`";
@@ -351,7 +352,7 @@ fn after_a_failed_save_disks_are_written_anew_as_a_sync_may_have_lost_some_of_th
     };
     host.set("a", Policy::Spec(Box::new(spec))).unwrap();
     host.wake("a").unwrap();
-    let path = host.daemon.home(&host.entry("a").record()).disk(0);
+    let path = host.daemon.store.home(&host.entry("a").record()).disk(0);
     let disk = File::options().read(true).write(true).open(&path).unwrap();
     let before = SystemTime::UNIX_EPOCH;
     let is_written_by = |verb: fn(&Host) -> bool| {

@@ -121,7 +121,7 @@ fn what_the_owner_may_open_is_handed_on_open_and_not_by_its_path() {
     assert_eq!(read(&host, plan.kernel.as_deref().unwrap()), "\x7fELF kernel");
     assert_eq!(read(&host, plan.initramfs.as_deref().unwrap()), "\x7fELF initramfs");
     assert_eq!(read(&host, &plan.disks[1].path), "\x7fELF shared");
-    let own = host.daemon.home(&host.entry("a").record()).disk(0);
+    let own = host.daemon.store.home(&host.entry("a").record()).disk(0);
     assert_eq!(plan.disks[0].path, own);
     assert_eq!(content(&own), "\x7fELF copied");
     drop(plan);

@@ -31,7 +31,7 @@ fn asleep(mode: MemoryMode) -> Host {
 
 /// Says whether the run of a sandbox has a memory file.
 fn has_memory_file(host: &Host, id: &str) -> bool {
-    let home = host.daemon.home(&host.entry(id).record());
+    let home = host.daemon.store.home(&host.entry(id).record());
     home.live_memory(home.survey().unwrap().live.unwrap()).exists()
 }
 

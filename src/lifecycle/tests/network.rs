@@ -295,7 +295,7 @@ fn what_is_wrong_with_a_network_is_told_once_and_until_it_is_mended() {
     let says = "checking the network of a: the sandbox has no network";
     let lacks = || host.daemon.lacks(&host.entry("a").record()).iter().any(|it| it == says);
     let view = View::Sandbox(host.entry("a").row());
-    let told = || host.daemon.feed().log().size(&view).0;
+    let told = || host.daemon.records.feed().log().size(&view).0;
     let before = told();
     look_over_networks(&host.daemon);
     let once = told();

@@ -136,7 +136,7 @@ fn a_disk_that_another_config_replaces_is_kept() {
     with(image("first")).unwrap();
     host.wake("a").unwrap();
     let record = host.entry("a").record();
-    let own = host.daemon.home(&record).disk(0);
+    let own = host.daemon.store.home(&record).disk(0);
     assert_eq!(content(&own), "first");
     let live = host.daemon.machines.get(record.row).unwrap();
     live.process.kill();
@@ -144,7 +144,7 @@ fn a_disk_that_another_config_replaces_is_kept() {
     with(image("second")).unwrap();
     host.wake("a").unwrap();
     assert_eq!(content(&own), "second");
-    let kept = host.daemon.home(&record).kept_disk(0, &host.dir.path().join("first"));
+    let kept = host.daemon.store.home(&record).kept_disk(0, &host.dir.path().join("first"));
     assert_eq!(content(&kept), "first");
 }
 
@@ -236,7 +236,7 @@ fn the_page_cache_of_a_sleeper_is_kept_for_a_while_and_then_given_back() {
     host.sleep("a").unwrap();
     let cached = || {
         let record = host.entry("a").record();
-        host.daemon.home(&record).page_cache_bytes(record.snapshot().unwrap().generation)
+        host.daemon.store.home(&record).page_cache_bytes(record.snapshot().unwrap().generation)
     };
     host.clock.advance(Duration::from_secs(599));
     drop_page_cache(&host.daemon);

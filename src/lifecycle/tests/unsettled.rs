@@ -18,7 +18,7 @@ fn an_end_that_cannot_be_recorded_is_known_and_recorded_as_soon_as_it_can_be() {
     let host = running();
     host.refuse_writes("UPDATE ON sandbox");
     host.vmm.crash(vmm(&host));
-    wait_for("the end to be seen", || host.daemon.next_settling().is_some());
+    wait_for("the end to be seen", || host.daemon.unsettled.next_try().is_some());
     wait_for("the lock to be free", || host.daemon.locks_in_use() == 0);
     assert!(!host.daemon.rests_in(&host.entry("a"), State::Running));
     assert!(matches!(host.wake("a"), Err(Error::Index { .. })), "it does not run already");
@@ -37,7 +37,7 @@ fn a_wake_of_what_has_just_died_unseen_boots_it_and_does_not_take_it_for_running
     let host = running();
     host.refuse_writes("UPDATE ON sandbox");
     host.vmm.crash(vmm(&host));
-    wait_for("the end to be seen", || host.daemon.next_settling().is_some());
+    wait_for("the end to be seen", || host.daemon.unsettled.next_try().is_some());
     host.accept_writes();
     assert_eq!(host.wake("a").unwrap(), Outcome::Done);
     assert_eq!((host.state("a"), host.vmm.count(Call::Boot)), (State::Running, 2));
@@ -94,7 +94,7 @@ fn a_boot_that_let_the_guest_run_and_was_not_recorded_has_succeeded() {
 fn sockets_that_cannot_be_removed_fail_nothing() {
     for ends in [false, true] {
         let host = running();
-        let sockets = host.daemon.runtime_dir(host.entry("a").row());
+        let sockets = host.daemon.store.runtime_dir(host.entry("a").row());
         std::fs::remove_dir_all(&sockets).unwrap();
         std::fs::write(&sockets, "no directory").unwrap();
         if ends {

@@ -28,14 +28,14 @@ fn the_path_of_a_vsock_is_told_while_its_guest_runs() {
     host.vmm.have_vsocks();
     host.create("a");
     connect(&host, "a", true);
-    let vsock = || host.daemon.vsock(&host.entry("a").record());
+    let vsock = || host.daemon.store.vsock(&host.entry("a").record());
     assert_eq!(vsock(), None);
     host.wake("a").unwrap();
     assert_eq!(vsock(), Some(host.dir.path().join("run/1/vsock/vsock.sock")));
     host.sleep("a").unwrap();
     assert_eq!(vsock(), None);
     let record = host.entry("a").record();
-    let home = host.daemon.home(&record);
+    let home = host.daemon.store.home(&record);
     let snapshot = home.open(&record.id, record.snapshot().unwrap().generation).unwrap();
     assert_eq!(snapshot.manifest().vmm.machine, "none, vsock");
     host.check("a");

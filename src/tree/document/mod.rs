@@ -108,7 +108,7 @@ impl Tree {
             }
             let errno = errno::of_command(&refused);
             document.refuse(errno);
-            lifecycle.note(&entry, &refused);
+            lifecycle.notes().note(&entry, &refused);
             Err(errno)
         })
     }
@@ -250,7 +250,7 @@ fn check_beginning(
     let is_other = !record.spec.is_same_machine(&spec);
     if is_other && matches!(record.state(), State::Running | State::Snapshotted) {
         let error = Error::NotStopped { id: entry.id().clone(), state: record.state() };
-        lifecycle.note(entry, &error);
+        lifecycle.notes().note(entry, &error);
         return Err(answer(lifecycle, entry, "configuring", &error));
     }
     Ok(())
@@ -337,8 +337,8 @@ fn read_config<T>(
     };
     read(&check, &files).map_err(|error| {
         let errno = if is_denied.get() { Errno::Acces } else { Errno::Inval };
-        lifecycle.note(entry, &error);
-        lifecycle.metrics().failed(errno.word());
+        lifecycle.notes().note(entry, &error);
+        lifecycle.records().metrics().failed(errno.word());
         errno
     })
 }

@@ -114,7 +114,7 @@ impl Rig {
         match op {
             Op::Tick(_) => {
                 // With its wakeup closed it looks once, does all that is due, and ends.
-                self.host.daemon.reaper_wakeup().close();
+                self.host.daemon.records().reaper_wakeup().close();
                 Reaper::start(Arc::clone(&self.host.daemon), NO_TICK, 1).unwrap().run_once();
                 Ok(())
             }

@@ -101,7 +101,7 @@ impl Shared {
             Act::TouchAndSleep => (self.touch_and_sleep(id), &[Errno::Busy]),
             Act::Idle => {
                 self.clock.advance(Duration::from_secs(60));
-                self.daemon.reaper_wakeup().notify();
+                self.daemon.records().reaper_wakeup().notify();
                 (Ok(()), &[])
             }
             Act::Remake => (self.remake(id), &[Errno::Busy, Errno::Exist]),

@@ -190,7 +190,7 @@ fn idle_says_that_a_deletion_waits_for_the_clock_of_this_boot() {
     let deletes_at = idle(&tree, "deletes_at");
     assert!(because.ends_with(&deletes_at) && deletes_at != before, "{because} {deletes_at}");
     host.clock.synchronise(day);
-    host.daemon.confirm_clock().unwrap();
+    host.daemon.do_chores();
     let because = idle(&tree, "because");
     assert!(because.ends_with("; delete_after is 10m"), "{because}");
     assert_eq!(idle(&tree, "deletes_at"), before, "by the wall clock it is when it was");
@@ -207,14 +207,14 @@ fn idle_says_which_signal_could_not_be_read_of_one_whose_time_is_over() {
     host.wake("b").unwrap();
     host.network.set_unreadable(entry.id(), true);
     host.clock.advance(seconds(60));
-    host.daemon.sample_activity();
+    host.daemon.sample_activity(crate::lifecycle::Guests::All);
     let text = read(&tree, "b", File::Idle);
     let says = "verdict unknown\nbecause its network could not be read at the last check; the \
                 last activity was its boot, 60 s ago\n";
     assert!(text.starts_with(says), "{text}");
     host.network.set_unreadable(entry.id(), false);
     host.clock.advance(seconds(1));
-    host.daemon.sample_activity();
+    host.daemon.sample_activity(crate::lifecycle::Guests::All);
     assert!(read(&tree, "b", File::Idle).starts_with("verdict idle\n"));
 }
 
