@@ -100,7 +100,7 @@ impl Trash {
         };
         if self.pool.run(job).is_err() {
             self.emptying.give_up();
-            tracing::debug!("the trash stays until the next delete, as all threads are busy");
+            tracing::debug!("all threads are busy; the trash is emptied after the next deletion");
         }
     }
 }
