@@ -5,7 +5,7 @@ use std::{io, path::PathBuf};
 use super::{
     Error, Lifecycle,
     error::{host_failed, snapshot_failed},
-    files::Files,
+    files::{Files, files_of},
     operation::Op,
     store::free_name,
     undo::ActId,
@@ -52,7 +52,7 @@ pub(super) fn make_disks<'a>(
     let removing = op.undo.push("removing its copies of disks", move || {
         copies.iter().try_for_each(|copy| Ok(remove_file(copy)?))
     });
-    let named = lifecycle.files_of(&record, &op.cancel);
+    let named = files_of(lifecycle, &record, &op.cancel);
     for (copy, path, image) in images {
         let copied = make_copy(&copy, &op.cancel, |target| {
             // What does not answer keeps nobody else from copying.

@@ -233,22 +233,28 @@ impl Lifecycle {
     /// Returns what opens the files that `writer` names in a `config`.
     #[must_use]
     pub fn named_files<'a>(&'a self, writer: &'a Writer) -> NamedFiles<'a> {
-        self.files_named_by(Some(writer), None)
+        NamedFiles::new(self, Some(writer), None)
     }
+}
 
-    /// Returns what opens the files of a sandbox, for an operation.
-    pub(super) fn files_of<'a>(&'a self, record: &'a Record, cancel: &'a Cancel) -> NamedFiles<'a> {
-        self.files_named_by(record.config_by.as_deref(), Some(cancel))
-    }
-
-    fn files_named_by<'a>(
-        &'a self,
+impl<'a> NamedFiles<'a> {
+    fn new(
+        lifecycle: &'a Lifecycle,
         writer: Option<&'a Writer>,
         cancel: Option<&'a Cancel>,
-    ) -> NamedFiles<'a> {
+    ) -> Self {
         let (theirs, ours, looked_at) = Default::default();
-        NamedFiles { lifecycle: self, writer, cancel, theirs, ours, looked_at }
+        Self { lifecycle, writer, cancel, theirs, ours, looked_at }
     }
+}
+
+/// Returns what opens the files of a sandbox, for an operation.
+pub(super) fn files_of<'a>(
+    lifecycle: &'a Lifecycle,
+    record: &'a Record,
+    cancel: &'a Cancel,
+) -> NamedFiles<'a> {
+    NamedFiles::new(lifecycle, record.config_by.as_deref(), Some(cancel))
 }
 
 /// Opens what is used of such files by a boot.
@@ -264,7 +270,7 @@ pub(super) fn open_to_boot(
     let disks = disks.filter(|(number, disk)| disk.readonly || !home.disk(*number).exists());
     let disks = disks.map(|(_, disk)| &disk.path);
     let paths = spec.kernel.iter().chain(&spec.initramfs).chain(disks);
-    lifecycle.files_of(record, cancel).open_all(record, paths)
+    files_of(lifecycle, record, cancel).open_all(record, paths)
 }
 
 /// Opens what is used of such files by a wake: kernel and initial RAM file system only
@@ -278,7 +284,7 @@ pub(super) fn open_to_wake(
     cancel: &Cancel,
 ) -> Result<Files, Error> {
     let spec = &record.spec;
-    let named = lifecycle.files_of(record, cancel);
+    let named = files_of(lifecycle, record, cancel);
     let mut files = named.open_all(record, shared_disks(record))?;
     files.check_devices(record, asleep)?;
     if vmm.reads_kernel_again() {
@@ -295,7 +301,7 @@ pub(super) fn open_disks(
     record: &Record,
     cancel: &Cancel,
 ) -> Result<Files, Error> {
-    lifecycle.files_of(record, cancel).open_all(record, shared_disks(record))
+    files_of(lifecycle, record, cancel).open_all(record, shared_disks(record))
 }
 
 fn unopened(lifecycle: &Lifecycle, record: &Record, path: &Path, source: io::Error) -> Error {
