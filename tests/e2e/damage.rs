@@ -107,7 +107,7 @@ fn a_snapshot_of_another_sandbox_is_refused_as_foreign() {
     let aside = host.store().join("aside");
     copy(&mine, &aside);
     copy(&other, &mine);
-    wake_is_refused(&host, "mine", "belongs elsewhere");
+    wake_is_refused(&host, "mine", "belongs to another sandbox");
     copy(&aside, &mine);
     fs::remove_dir_all(&aside).unwrap();
     host.wake("mine");

@@ -6,7 +6,7 @@ use rustix::io::Errno;
 
 use crate::{
     linux::asks,
-    support::{Disk, FileSystem, Host, Setup, wait_until},
+    support::{Disk, FileSystem, Host, Setup, counter_kernel, wait_until},
 };
 
 /// The sleep is refused for lack of space, and the guest runs on.
@@ -117,7 +117,7 @@ fn disks_that_do_not_fit_are_not_copied_and_a_boot_that_fails_leaves_no_copy() {
     assert!(!host.home("web-1").join("disk-0.img").exists());
     // The boot fails after the copying.
     let kernel = images.path().join("kernel");
-    fs::write(&kernel, "soon gone").unwrap();
+    fs::copy(counter_kernel(), &kernel).unwrap();
     config(&[&small], kernel.to_str().unwrap());
     fs::remove_file(&kernel).unwrap();
     host.write("web-1/state", "wake").unwrap_err();

@@ -366,7 +366,7 @@ fn what_cannot_be_put_back_under_a_guest_is_an_error_that_says_why() {
         // A route of somebody else's in the place of ours.
         ip(&format!("route replace {} via 93.184.216.2", sandbox.address()));
         let error = put_back().unwrap_err();
-        assert!(error.to_string().contains("the route to 10.213.0.2/32 is there"), "{error}");
+        assert!(error.to_string().contains("the route to 10.213.0.2/32 exists already"), "{error}");
         ip(&format!("route del {}", sandbox.address()));
         assert_eq!(put_back().unwrap(), ["the route"]);
         let namespace = sandbox.namespace().identity();
