@@ -199,7 +199,7 @@ fn config_refuses_what_cannot_be_and_says_what_can() {
     let daemon = Daemon::start("53.0");
     daemon.make(ID);
     for (text, says) in [
-        ("vmm = \"qemu\"\nmemory_mode = \"shared\"", "line 2: `memory_mode`: qemu has"),
+        ("vmm = \"qemu\"\nmemory_mode = \"shared\"", "line 2: `memory_mode`: qemu keeps"),
         ("memory_mode = \"file\"\nrestore_mode = \"on-demand\"", "line 2: `restore_mode`: memory"),
         ("restore_mode = \"copy-on-write\"", "line 1: `restore_mode`: \"copy-on-write\" takes"),
     ] {
