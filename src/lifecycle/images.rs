@@ -42,6 +42,12 @@ pub(super) fn why_unfit(path: &Path, role: FileRole, file: &Opened) -> Option<St
     if file.size.bytes == 0 {
         return Some("is empty; name another file in `config`".to_owned());
     }
+    if file.is_device && !matches!(role, FileRole::Disk { .. }) {
+        return Some(
+            "is a block device, from which no kernel or initramfs is loaded; copy it to a file"
+                .to_owned(),
+        );
+    }
     match role {
         FileRole::Kernel if kernel::is_kernel(&file.start) => None,
         FileRole::Kernel => {

@@ -1,7 +1,7 @@
 //! Block devices as disks.
 
 use std::{
-    fs,
+    fs::{self, File},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
@@ -9,7 +9,7 @@ use std::{
 use dozed::sys::files::rename;
 use rustix::io::Errno;
 
-use crate::support::{Host, LoopDevice, Setup};
+use crate::support::{Host, LoopDevice, Setup, counter_kernel};
 
 const BYTES: usize = 1 << 20;
 
@@ -97,6 +97,27 @@ fn a_block_device_that_is_written_to_is_copied_as_a_file_is() {
     host.sleep("web");
     // What the copy was made from is not needed any more.
     fs::remove_file(rig.name()).unwrap();
+    host.wake("web");
+    host.counts_on("web");
+}
+
+#[test]
+fn a_kernel_or_initramfs_on_a_block_device_is_refused() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let file = dir.path().join("kernel");
+    fs::copy(counter_kernel(), &file).unwrap();
+    File::options().write(true).open(&file).unwrap().set_len(1 << 20).unwrap();
+    let device = LoopDevice::over(&file);
+    let host = Setup::counter("").start();
+    host.mkdir("web").unwrap();
+    let before = host.read("web/config");
+    for key in ["kernel", "initramfs"] {
+        let document = format!("{key} = {:?}\n", device.path());
+        assert_eq!(host.write("web/config", document), Err(Errno::INVAL), "{key}");
+        assert!(host.error("web").contains("is a block device"), "{}", host.error("web"));
+    }
+    assert_eq!(host.read("web/config"), before);
+    host.write("web/config", format!("kernel = {file:?}\n")).unwrap();
     host.wake("web");
     host.counts_on("web");
 }
