@@ -23,7 +23,7 @@ pub enum Verb {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadCommand {
     /// Longer than any command or document.
-    #[error("one write has at most {limit} bytes")]
+    #[error("a write, and a document as a whole, has at most {limit} bytes")]
     TooLong {
         /// The limit, in bytes.
         limit: usize,
